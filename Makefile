@@ -1,0 +1,76 @@
+# Everything runs in .venv beside this file; all it needs is python3 (3.11 or newer) and make.
+
+PYTHON ?= python3
+UV ?= uv
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+# Nothing that the caller's shell happens to hold changes what happens here, or costs money.
+unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP VIRTUAL_ENV PIP_TARGET PIP_PREFIX PIP_USER
+unexport GEMINI_API_KEY GOOGLE_API_KEY GOOGLE_GEMINI_BASE_URL OPENAI_API_KEY OPENAI_BASE_URL
+unexport ANTHROPIC_API_KEY
+unexport $(filter BATCHLLM_%,$(.VARIABLES))
+export PYTHONNOUSERSITE := 1
+
+# A venv works in the folder it was made in only: in a copied tree it is set up anew.
+ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
+.PHONY: $(STAMP)
+endif
+
+.PHONY: help setup demo test check format bench chaos wheel lock clean
+
+help:
+	@echo "make demo    the main job on real text, with the simulated provider: demo/results.jsonl"
+	@echo "make test    all tests (a real Valkey, real workers)"
+	@echo "make check   format, lint, types, import rules"
+	@echo "make bench   prints the figures"
+	@echo "make chaos   kills, freezes and starves for minutes"
+	@echo "make format  puts the code in order"
+	@echo "make lock    pins requirements.lock anew (needs uv)"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "batchllm-celery needs Python 3.11 or newer, not " + sys.version.split()[0])'
+	@test "$$(cat $@ 2>/dev/null || echo $(CURDIR))" = "$(CURDIR)" || rm -rf .venv
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || rm -rf .venv
+	@test -d .venv || $(PYTHON) -m venv .venv || { rm -rf .venv; \
+		$(PYTHON) -m venv --without-pip .venv && $(PYTHON) -m pip --python $(BIN)/python install -q pip; }
+	$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@echo $(CURDIR) > $@
+
+demo: $(STAMP)
+	@mkdir -p demo
+	BATCHLLM_STATE_DIR=demo/state $(BIN)/batchllm run examples/data/docstrings.jsonl \
+		--prompt "Say in one sentence what this does: {text}" --model simulated --rpm 3000 \
+		--workers 2 --overwrite -o demo/results.jsonl
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks
+
+chaos: $(STAMP)
+	$(BIN)/python -m pytest -q -s -m chaos
+
+wheel: $(STAMP)
+	$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w dist .
+
+lock:
+	$(UV) pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+		--no-emit-find-links --all-extras --no-header pyproject.toml -o requirements.lock
+
+clean:
+	rm -rf demo dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
