@@ -1,0 +1,172 @@
+"""Every error this package raises, and the words for why an item failed.
+
+BatchLLMError
+├── UsageError (ValueError)            a person asked for something that can't be done; exit 2
+│   ├── InputError                     the rows
+│   ├── StrategyNotFoundError          a name that no module registered
+│   ├── BatchNotFoundError             an id that Redis does not know
+│   ├── BatchConflictError             the same id, another job
+│   └── QuotaConflictError             the same quota, other limits
+├── QuotaUnavailableError              the day's quota is used up
+├── RedisUnavailableError (ConnectionError)
+├── EmbeddedServerError
+├── ProviderError                      a provider call failed; strategies raise it
+└── TokenTrackingError                 carries the tokens of an exception that can't
+FrameworkTimeoutError (TimeoutError)   our own time limit for an attempt or an item
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+
+#: How much of an exception's text an error message keeps, everywhere.
+ERROR_MESSAGE_MAX_LENGTH = 200
+
+
+class FailureKind(StrEnum):
+    """Why an item (or one attempt at it) failed. What follows from each: `models.failure`."""
+
+    RATE_LIMITED = "rate_limited"
+    QUOTA_EXHAUSTED = "quota_exhausted"
+    OVERLOADED = "overloaded"
+    FRAMEWORK_TIMEOUT = "framework_timeout"
+    PROVIDER_TIMEOUT = "provider_timeout"
+    CONNECTION = "connection"
+    AUTHENTICATION = "authentication"
+    BILLING = "billing"
+    INVALID_REQUEST = "invalid_request"
+    CONTENT_BLOCKED = "content_blocked"
+    TRUNCATED = "truncated"
+    VALIDATION = "validation"
+    LOGIC_ERROR = "logic_error"
+    CANCELLED = "cancelled"
+    DEADLINE = "deadline"
+    BUDGET = "budget"
+    ABORTED = "aborted"
+    WORKER_LOST = "worker_lost"
+    INVALID_INPUT = "invalid_input"
+    SKIPPED = "skipped"
+    UNKNOWN = "unknown"
+
+
+def describe(error: BaseException) -> str:
+    """`Type: message`, with the message cut to `ERROR_MESSAGE_MAX_LENGTH` characters."""
+    return f"{type(error).__name__}: {str(error)[:ERROR_MESSAGE_MAX_LENGTH]}"
+
+
+class BatchLLMError(Exception):
+    """Base of this package's errors."""
+
+
+class UsageError(BatchLLMError, ValueError):
+    """Something was asked for that can't be done; the message says what to do instead."""
+
+
+class InputError(UsageError):
+    """The input can't be read, or a row of it is wrong under `--strict`."""
+
+
+class StrategyNotFoundError(UsageError):
+    """No strategy is registered under this name in this process."""
+
+
+class BatchNotFoundError(UsageError):
+    """Redis holds no batch of this id (or its keys have expired)."""
+
+
+class BatchConflictError(UsageError):
+    """The batch id exists with another strategy or other settings."""
+
+
+class QuotaConflictError(UsageError):
+    """The quota exists with other limits or another policy."""
+
+
+class QuotaUnavailableError(BatchLLMError):
+    """The day's quota is used up: no call will be allowed before the reset.
+
+    Args:
+        quota: its name.
+        resets_at: Redis' clock, seconds since 1970, when it is worth asking again.
+    """
+
+    def __init__(self, quota: str, resets_at: float) -> None:
+        super().__init__(f"the day's requests of quota {quota!r} are used up")
+        self.quota = quota
+        self.resets_at = resets_at
+
+    @property
+    def until(self) -> float:
+        """The same as `resets_at`."""
+        return self.resets_at
+
+
+class RedisUnavailableError(BatchLLMError, ConnectionError):
+    """Redis can't be reached."""
+
+
+class EmbeddedServerError(BatchLLMError):
+    """The embedded Valkey did not start."""
+
+
+class ProviderError(BatchLLMError):
+    """A provider call failed, translated from the SDK's own exception by the strategy.
+
+    Args:
+        message: what the provider said; never the prompt, the answer or a key.
+        kind: the failure kind; decides what happens next.
+        status: HTTP status, where there was one.
+        retry_after: seconds the provider asked us to wait, where it did.
+        usage: tokens this call consumed all the same (`TokenUsage` names).
+        error_type: the name to show as `Type` in `Type: message`; default the cause's.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        kind: FailureKind = FailureKind.UNKNOWN,
+        status: int | None = None,
+        retry_after: float | None = None,
+        usage: Mapping[str, int] | None = None,
+        error_type: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.status = status
+        self.retry_after = retry_after
+        self.usage = usage
+        self.error_type = error_type
+
+
+class TokenTrackingError(BatchLLMError):
+    """Stands in for an exception that has no `__dict__` to carry its tokens; see its cause."""
+
+    def __init__(self, message: str, usage: Mapping[str, int]) -> None:
+        super().__init__(message)
+        self.usage = usage
+
+
+class FrameworkTimeoutError(TimeoutError):
+    """Our own time limit was exceeded (not the provider's).
+
+    Args:
+        message: `Framework timeout after 1.0s (limit: 1.0s)`.
+        item_id: the item.
+        elapsed: seconds since the limit's clock started.
+        timeout_limit: the limit in seconds.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        item_id: str | None = None,
+        elapsed: float | None = None,
+        timeout_limit: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.item_id = item_id
+        self.elapsed = elapsed
+        self.timeout_limit = timeout_limit

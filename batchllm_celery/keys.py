@@ -1,0 +1,102 @@
+"""Every key we write to Redis, on one page. All have a TTL; each family shares one hash tag.
+
+NS:{batch:ID}:meta    hash    state, round, total, fed, counters, spent, budget, deadline, locks
+NS:{batch:ID}:item    hash    index -> payload (JSON), until the item has succeeded
+NS:{batch:ID}:fp      string  8 bytes of content fingerprint per index
+NS:{batch:ID}:ready   zset    index -> score; what waits for a claim, expired ones first
+NS:{batch:ID}:held    hash    index -> phase (c claimed, p in a call) | token | process
+NS:{batch:ID}:procs   hash    process -> heartbeat counter; reply to its last `record`
+NS:{batch:ID}:try     hash    index -> losses | round | attempts, RetryState, usage (JSON)
+NS:{batch:ID}:done    bitmap  items with an outcome
+NS:{batch:ID}:failed  bitmap  those whose outcome is a failure
+NS:{batch:ID}:out     stream  outcomes, until the consumer has them (or the batch's TTL)
+NS:{batch:ID}:stopped bitmap  failures that a control decision caused: a resume runs them again
+NS:batches            zset    batch id -> time of submission
+NS:queue:{Q}          zset    active batches of a queue
+NS:{quota:NAME}       hash    configuration, clock, cooldown, buckets, curve
+NS:{quota:NAME}:procs hash    process -> sequence | reply | in flight | lease
+NS:{quota:NAME}:wait  zset    process -> waiting since
+NS:{quota:NAME}:ch    channel generation and free slots
+NS:quotas             zset    quota names -> last use
+NS:worker:ID          hash    one worker process: host, pid, slots, running, last seen
+NS:workers            zset    worker id -> last seen
+NS:control            channel batch ids whose state was changed by a person
+NS:cache:{NAME}       hash    a provider-side context cache shared by the fleet
+NS:cache:{NAME}:lock  string  who creates or renews it at the moment
+NS:app / celery keys          Celery's own, prefixed with NS through `global_keyprefix`
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class BatchKeys:
+    """Keys of one batch, in the order in which scripts take them."""
+
+    meta: str
+    item: str
+    fp: str
+    ready: str
+    held: str
+    procs: str
+    attempts: str
+    done: str
+    failed: str
+    out: str
+    stopped: str
+
+
+@dataclass(frozen=True, slots=True)
+class QuotaKeys:
+    """Keys of one quota, in the order in which scripts take them."""
+
+    state: str
+    procs: str
+    waiting: str
+    channel: str
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """Names all keys of one namespace (one fleet)."""
+
+    namespace: str = "batchllm"
+
+    def batch(self, batch_id: str) -> BatchKeys:
+        tag = f"{self.namespace}:{{batch:{batch_id}}}"
+        names = ("meta", "item", "fp", "ready", "held", "procs", "try", "done", "failed", "out")
+        return BatchKeys(*(f"{tag}:{name}" for name in (*names, "stopped")))
+
+    def quota(self, name: str) -> QuotaKeys:
+        tag = f"{self.namespace}:{{quota:{name}}}"
+        return QuotaKeys(tag, f"{tag}:procs", f"{tag}:wait", f"{tag}:ch")
+
+    def queue(self, name: str) -> str:
+        return f"{self.namespace}:queue:{{{name}}}"
+
+    def worker(self, worker_id: str) -> str:
+        return f"{self.namespace}:worker:{worker_id}"
+
+    def cache(self, name: str) -> str:
+        return f"{self.namespace}:cache:{{{name}}}"
+
+    def cache_lock(self, name: str) -> str:
+        return f"{self.cache(name)}:lock"
+
+    @property
+    def batches(self) -> str:
+        return f"{self.namespace}:batches"
+
+    @property
+    def quotas(self) -> str:
+        return f"{self.namespace}:quotas"
+
+    @property
+    def workers(self) -> str:
+        return f"{self.namespace}:workers"
+
+    @property
+    def control(self) -> str:
+        return f"{self.namespace}:control"

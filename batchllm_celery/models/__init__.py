@@ -1,0 +1,57 @@
+"""Values that cross processes: items, results, configuration, quotas. JSON only, never pickle."""
+
+from batchllm_celery.models.base import SCHEMA_VERSION, Model
+from batchllm_celery.models.batch import BatchProgress, BatchSpec, BatchState
+from batchllm_celery.models.config import ProcessorConfig, RateLimitConfig, RetryConfig
+from batchllm_celery.models.failure import (
+    CONTROL_KINDS,
+    FAILURE_POLICIES,
+    Failure,
+    FailurePolicy,
+)
+from batchllm_celery.models.item import (
+    BadRow,
+    BatchResult,
+    Completion,
+    LLMWorkItem,
+    StrategySpec,
+    TContext,
+    Timing,
+    TInput,
+    TOutput,
+    WorkItemResult,
+)
+from batchllm_celery.models.quota import CooldownPolicy, Quota, QuotaLimits
+from batchllm_celery.models.retry_state import RetryState
+from batchllm_celery.models.usage import NO_TOKENS, TokenUsage
+
+__all__ = [
+    "CONTROL_KINDS",
+    "FAILURE_POLICIES",
+    "NO_TOKENS",
+    "SCHEMA_VERSION",
+    "BadRow",
+    "BatchProgress",
+    "BatchResult",
+    "BatchSpec",
+    "BatchState",
+    "Completion",
+    "CooldownPolicy",
+    "Failure",
+    "FailurePolicy",
+    "LLMWorkItem",
+    "Model",
+    "ProcessorConfig",
+    "Quota",
+    "QuotaLimits",
+    "RateLimitConfig",
+    "RetryConfig",
+    "RetryState",
+    "StrategySpec",
+    "TContext",
+    "TInput",
+    "TOutput",
+    "Timing",
+    "TokenUsage",
+    "WorkItemResult",
+]

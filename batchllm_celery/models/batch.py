@@ -1,0 +1,108 @@
+"""What a whole batch runs with, and how far it is."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from pydantic import Field
+
+from batchllm_celery.errors import FailureKind
+from batchllm_celery.models.base import SCHEMA_VERSION, Model
+from batchllm_celery.models.config import ProcessorConfig
+from batchllm_celery.models.item import StrategySpec
+
+
+class BatchState(StrEnum):
+    """`feeding` and `running` differ only in whether the producer has sealed the total.
+    The last four are ends: every item has its outcome, or gets it from the sweep."""
+
+    FEEDING = "feeding"
+    RUNNING = "running"
+    PAUSED = "paused"
+    PARKED = "parked"
+    CANCELLED = "cancelled"
+    DEADLINE = "deadline"
+    BUDGET = "budget"
+    ABORTED = "aborted"
+    FINISHED = "finished"
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a control decision ended the batch before its items did."""
+        return self in _STOPPED
+
+
+_STOPPED = frozenset(
+    {BatchState.CANCELLED, BatchState.DEADLINE, BatchState.BUDGET, BatchState.ABORTED}
+)
+
+
+class BatchSpec(Model):
+    """What a batch's items are run with; written once, read by every worker.
+
+    Args:
+        batch_id: 1 to 100 characters of letters, digits, `.`, `_`, `-`.
+        strategy: for every item that names none of its own.
+        quota: name of the quota to draw on; None: the strategy's own.
+        config: attempts, time limits, dry run.
+        queue: lane of the fleet that runs it.
+        priority: 0 (usual) to 9 (urgent).
+        items_per_task: item indexes that one Celery message carries; None: 1 for the first
+            hundreds of items (each shows in Flower), then 10, then 100.
+        deadline: seconds from the submission after which no call starts; None for none.
+        max_cost: US dollars; no call starts once it is spent.
+        token_budget: tokens (input + output); no call starts once they are spent.
+        fail_fast: failure kinds that abort the batch at the first occurrence.
+        keep_results: whether results stay readable until the batch's TTL (`submit`), or leave
+            Redis when the consumer has them (`run`, `stream`).
+        model: what prices are looked up under (`PROVIDER:NAME`), where it is known.
+    """
+
+    version: int = SCHEMA_VERSION
+    batch_id: str = Field(pattern=r"^[A-Za-z0-9._-]{1,100}$")
+    strategy: StrategySpec
+    quota: str | None = None
+    config: ProcessorConfig = ProcessorConfig()
+    queue: str = "default"
+    priority: int = Field(default=0, ge=0, le=9)
+    items_per_task: int | None = Field(default=None, ge=1, le=1000)
+    deadline: float | None = Field(default=None, gt=0)
+    max_cost: float | None = Field(default=None, gt=0)
+    token_budget: int | None = Field(default=None, gt=0)
+    fail_fast: tuple[FailureKind, ...] = ()
+    keep_results: bool = True
+    model: str | None = None
+
+
+class BatchProgress(Model):
+    """Counters of a batch at one moment."""
+
+    batch_id: str
+    state: BatchState
+    total: int | None = None
+    """Items in all; None until the producer has sealed the batch."""
+    fed: int = 0
+    succeeded: int = 0
+    failed: int = 0
+    in_flight: int = 0
+    """Items that a worker holds."""
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cached_input_tokens: int = 0
+    cost: float | None = None
+    maybe_billed: int = 0
+    """Calls that may have been billed although their answer was lost: an upper bound."""
+    submitted_at: float = 0.0
+    """Unix time of the Redis server."""
+    parked_until: float | None = None
+    unread: int | None = None
+    """Results in Redis that the consumer has not acknowledged; None where nobody counted."""
+
+    @property
+    def finished(self) -> int:
+        return self.succeeded + self.failed
+
+    @property
+    def is_over(self) -> bool:
+        """Whether every item has its outcome."""
+        return self.total is not None and self.finished >= self.total

@@ -1,0 +1,80 @@
+"""What a process is told by its environment: one `BATCHLLM_...` variable for each field."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+def _default_state_dir() -> Path:
+    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(base) / "batchllm"
+
+
+class Settings(BaseSettings):
+    """Settings of a process; arguments override the environment.
+
+    Args:
+        redis_url: `redis://`, `rediss://` or `unix://`; None: the embedded Valkey.
+        state_dir: where the embedded Valkey keeps its data.
+        namespace: prefix of all keys and queues of a fleet.
+        app: module(s) to import for their registered strategies, separated by commas.
+        queue: the lanes that a worker serves, separated by commas.
+        slots: items in flight in one worker process.
+        lease_seconds: how long a process may be silent before its items are taken over.
+        heartbeat_seconds: how often a process says that it lives and reads its batches' states.
+        offer_seconds: idle time after which free slots look for items that no message brought.
+        max_deliveries: deaths of its worker in mid-call after which an item is quarantined.
+        max_outstanding: items that a producer keeps unfinished or unread at most.
+        max_payload_bytes: bytes of payloads and unread results in Redis at most, per batch.
+        result_ttl_seconds: how long a finished batch stays readable.
+        drain_seconds: how long a worker waits for its calls in flight when it is told to stop.
+        heartbeat_file: touched while the process is healthy (for probes); None for none.
+        openai_base_url: an OpenAI-compatible server; only ever from this process' own settings.
+        simulated_url: the simulated provider that `simulated` strategies call.
+        prices_file: JSON of user prices that override genai-prices.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="BATCHLLM_", extra="ignore", frozen=True)
+
+    redis_url: str | None = None
+    state_dir: Path = Field(default_factory=_default_state_dir)
+    namespace: str = "batchllm"
+    app: str | None = None
+    queue: str = "default"
+    slots: int = Field(default=100, ge=1, le=100_000)
+    lease_seconds: float = Field(default=30.0, gt=0)
+    heartbeat_seconds: float = Field(default=1.0, gt=0)
+    offer_seconds: float = Field(default=3.0, gt=0)
+    max_deliveries: int = Field(default=5, ge=1)
+    max_outstanding: int = Field(default=20_000, ge=1)
+    max_payload_bytes: int = Field(default=512 * 1024 * 1024, ge=1024 * 1024)
+    result_ttl_seconds: int = Field(default=7 * 24 * 3600, ge=60)
+    drain_seconds: float = Field(default=30.0, ge=0)
+    heartbeat_file: Path | None = None
+    openai_base_url: str | None = None
+    simulated_url: str | None = None
+    prices_file: Path | None = None
+
+    @field_validator("namespace")
+    @classmethod
+    def _check_namespace(cls, namespace: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", namespace):
+            raise ValueError(
+                f"namespace {namespace!r} must be 1 to 100 letters, digits, dots, "
+                f"underscores or dashes"
+            )
+        return namespace
+
+    @field_validator("redis_url", "app", "openai_base_url", "simulated_url", mode="before")
+    @classmethod
+    def _empty_is_absent(cls, value: str | None) -> str | None:
+        return value or None
+
+    @property
+    def queues(self) -> list[str]:
+        return [name.strip() for name in self.queue.split(",") if name.strip()]
