@@ -1,0 +1,112 @@
+"""Many awaiting callers, one round trip."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Coalescer(Generic[T, R]):
+    """Gathers the items of many callers and flushes them together.
+
+    The first item goes at once, with all that are asked for in the same tick of the loop; those
+    that arrive while a flush is under way go with the next one. So an idle process waits for
+    nothing, and a busy one makes few, large calls.
+
+    Args:
+        flush: takes the items, gives one answer for each in the same order; an exception among
+            the answers is raised to that item's caller, a raised one to all callers of the flush.
+        max_batch: items in one flush at most.
+        concurrency: flushes under way at the same time at most.
+    """
+
+    def __init__(
+        self,
+        flush: Callable[[list[T]], Awaitable[Sequence[R | BaseException]]],
+        *,
+        max_batch: int = 500,
+        concurrency: int = 1,
+    ) -> None:
+        self._flush = flush
+        self._max_batch = max_batch
+        self._concurrency = concurrency
+        self._waiting: deque[tuple[T, asyncio.Future[R]]] = deque()
+        self._flushes: set[asyncio.Task[None]] = set()
+        self._scheduled = False
+
+    async def __call__(self, item: T) -> R:
+        """The answer to `item`.
+
+        Cancelled while it waits, the item is dropped; cancelled while its flush is under way,
+        the flush goes on for the others and this answer is lost.
+        """
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[R] = loop.create_future()
+        self._waiting.append((item, answer))
+        self._schedule(loop)
+        return await answer
+
+    async def drain(self) -> None:
+        """Return when nothing waits and no flush is under way."""
+        while self._waiting or self._flushes:
+            if self._flushes:
+                await asyncio.wait(self._flushes)
+            else:
+                await asyncio.sleep(0)
+
+    def _schedule(self, loop: asyncio.AbstractEventLoop) -> None:
+        if not self._scheduled and len(self._flushes) < self._concurrency:
+            self._scheduled = True
+            loop.call_soon(self._start, loop)  # after everything else of this tick has asked
+
+    def _start(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._scheduled = False
+        while len(self._flushes) < self._concurrency and (batch := self._next_batch()):
+            task = loop.create_task(self._run(batch))
+            self._flushes.add(task)
+            task.add_done_callback(self._finished)
+
+    def _next_batch(self) -> list[tuple[T, asyncio.Future[R]]]:
+        batch: list[tuple[T, asyncio.Future[R]]] = []
+        while self._waiting and len(batch) < self._max_batch:
+            item, answer = self._waiting.popleft()
+            if not answer.done():  # else its caller was cancelled
+                batch.append((item, answer))
+        return batch
+
+    async def _run(self, batch: list[tuple[T, asyncio.Future[R]]]) -> None:
+        try:
+            replies = await self._flush([item for item, _ in batch])
+            pairs = list(zip(batch, replies, strict=True))
+        except asyncio.CancelledError:
+            for _, answer in batch:
+                answer.cancel()
+            raise
+        except BaseException as error:
+            for _, answer in batch:
+                _settle(answer, error)
+            if not isinstance(error, Exception):
+                raise
+            return
+        for (_, answer), reply in pairs:
+            _settle(answer, reply)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._flushes.discard(task)
+        if self._waiting:
+            self._start(task.get_loop())
+
+
+def _settle(answer: asyncio.Future[R], reply: R | BaseException) -> None:
+    if answer.done():
+        return
+    if isinstance(reply, BaseException):
+        answer.set_exception(reply)
+        answer.exception()  # seen: a caller cancelled just now must not leave a warning behind
+    else:
+        answer.set_result(reply)

@@ -1,0 +1,294 @@
+"""Redis URLs in messages and for Celery, scripts, what waiting can cure, and many in one call."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Callable, Sequence
+
+import pytest
+import redis.exceptions as redis_errors
+
+from batchllm_celery.connection import Coalescer, Connection, Script, broker_url, safe_url
+from batchllm_celery.connection.redis_connection import passes_by_itself
+from batchllm_celery.errors import RedisUnavailableError, UsageError
+from batchllm_celery.events import ConnectionLost, ConnectionRestored, Event, Events
+from tests.support import wait_until_async
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://localhost:6379/0", "redis://localhost:6379/0"),
+        ("redis://user:secret@host:1/0", "redis://user:***@host:1/0"),
+        ("rediss://:secret@host", "rediss://:***@host"),
+        ("redis://:sec/ret#with@signs@host/2", "redis://:***@host/2"),
+        ("redis://host/0?password=secret&db=1", "redis://host/0?password=***&db=1"),
+        ("unix:///tmp/a@b.sock?db=1", "unix:///tmp/a@b.sock?db=1"),
+        ("unix://:secret@/tmp/s.sock", "unix://:***@/tmp/s.sock"),
+        ("user:secret@host", "host"),
+        ("", ""),
+    ],
+)
+def test_a_url_is_shown_without_its_password(url: str, shown: str) -> None:
+    """Messages name the Redis they speak of and never its password, however odd the URL."""
+    assert safe_url(url) == shown
+    assert "secret" not in safe_url(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "celerys"),
+    [
+        ("redis://:pw@host:6379/3", "redis://:pw@host:6379/3"),
+        ("rediss://host", "rediss://host"),
+        ("unix:///run/v.sock", "redis+socket:///run/v.sock?virtual_host=0"),
+        ("unix:///run/v.sock?db=2", "redis+socket:///run/v.sock?virtual_host=2"),
+        ("unix://:pw@/run/v.sock", "redis+socket://:pw@/run/v.sock?virtual_host=0"),
+    ],
+)
+def test_celery_is_given_the_same_redis_in_its_own_spelling(url: str, celerys: str) -> None:
+    """Unix sockets have another scheme in Celery; everything else stays as it is."""
+    assert broker_url(url) == celerys
+
+
+def test_a_url_of_another_kind_is_refused_with_what_to_write() -> None:
+    """A URL that is no Redis URL is a usage error that names the schemes, not the password."""
+    with pytest.raises(UsageError, match="must begin with redis://, rediss:// or unix") as caught:
+        Connection("http://user:secret@host")
+    assert "secret" not in str(caught.value)
+
+
+def test_a_script_is_read_from_the_package_that_holds_it() -> None:
+    """A script is a file beside the Python that calls it, known to Redis by its SHA-1."""
+    script = Script.load("tests.unit", "answer.lua")
+    assert script.name == "answer.lua"
+    assert script.sha == hashlib.sha1(script.text.encode()).hexdigest()
+    assert script.text.startswith("-- answer.lua")
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [
+        (redis_errors.ConnectionError("gone"), True),
+        (redis_errors.TimeoutError("late"), True),
+        (redis_errors.BusyLoadingError("loading"), True),
+        (redis_errors.ReadOnlyError("a replica"), True),
+        (redis_errors.OutOfMemoryError("full"), True),
+        (redis_errors.ResponseError("MISCONF Errors writing to the AOF file"), True),
+        (redis_errors.ResponseError("BUSY Valkey is busy running a script"), True),
+        (ConnectionResetError("reset"), True),
+        (redis_errors.AuthenticationError("wrong password"), False),
+        (redis_errors.AuthorizationError("no permission"), False),
+        (redis_errors.ResponseError("ERR unknown command"), False),
+        (redis_errors.DataError("not a string"), False),
+        (ValueError("ours"), False),
+        (TimeoutError("ours"), False),
+    ],
+)
+def test_only_what_waiting_can_cure_is_waited_for(error: Exception, passes: bool) -> None:
+    """A Redis that is away, loading or full is waited for; a wrong password is an error."""
+    assert passes_by_itself(error) is passes
+
+
+async def test_an_outage_is_told_once_and_its_end_once() -> None:
+    """Many calls meet one outage: one event when it is noticed, one when it is over."""
+    heard: list[Event] = []
+    failures = iter([redis_errors.ConnectionError("gone")] * 6)
+
+    async def call() -> str:
+        for failure in failures:
+            raise failure
+        return "answer"
+
+    async with Connection("redis://localhost:1", events=Events(heard.append)) as connection:
+        answers = await asyncio.gather(*(connection.patiently(call) for _ in range(3)))
+        assert not connection.lost
+    assert answers == ["answer"] * 3
+    assert [type(event) for event in heard] == [ConnectionLost, ConnectionRestored]
+
+
+async def test_what_waiting_can_not_cure_is_raised_at_once() -> None:
+    """An error of the command itself is not repeated."""
+    calls = 0
+
+    async def call() -> None:
+        nonlocal calls
+        calls += 1
+        raise redis_errors.ResponseError("ERR wrong")
+
+    async with Connection("redis://localhost:1") as connection:
+        with pytest.raises(redis_errors.ResponseError):
+            await connection.patiently(call)
+    assert calls == 1
+
+
+async def test_waiting_for_redis_can_be_cancelled() -> None:
+    """Nobody is held by an outage who wants to stop."""
+    async with Connection("redis://localhost:1") as connection:
+        waiting = asyncio.create_task(connection.patiently(connection.client.time))
+        await wait_until_async(lambda: connection.lost)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("redis://user:secret@localhost:1/0", "Connection refused"),
+        ("unix:///nowhere/v.sock", "No such file or directory"),
+    ],
+)
+async def test_an_unreachable_redis_is_one_clear_line(url: str, reason: str) -> None:
+    """The message names the URL without its password and the reason, in one line, at once."""
+    async with Connection(url) as connection:
+        with pytest.raises(RedisUnavailableError, match=reason) as caught:
+            await asyncio.wait_for(connection.ping(), timeout=4)
+    assert str(caught.value) == f"Redis at {safe_url(url)} can't be used: {reason}"
+
+
+class Flushes:
+    """A flush that records its batches and answers when it is allowed to."""
+
+    def __init__(self, answer: Callable[[int], int | BaseException] = lambda item: -item) -> None:
+        self.batches: list[list[int]] = []
+        self.gate = asyncio.Event()
+        self.answer = answer
+
+    async def __call__(self, items: list[int]) -> Sequence[int | BaseException]:
+        self.batches.append(items)
+        await self.gate.wait()
+        return [self.answer(item) for item in items]
+
+
+def _ask(coalescer: Coalescer[int, int], *items: int) -> list[asyncio.Task[int]]:
+    return [asyncio.create_task(_call(coalescer, item)) for item in items]
+
+
+async def _call(coalescer: Coalescer[int, int], item: int) -> int:
+    return await coalescer(item)
+
+
+async def test_callers_of_one_tick_share_a_flush_and_later_ones_the_next() -> None:
+    """The first goes at once with all of its tick; what comes during a flush goes with the next."""
+    flushes = Flushes()
+    coalescer: Coalescer[int, int] = Coalescer(flushes)
+    first = _ask(coalescer, 1, 2, 3)
+    await wait_until_async(lambda: flushes.batches)
+    later = [*_ask(coalescer, 4), *_ask(coalescer, 5)]
+    await asyncio.sleep(0)
+    assert flushes.batches == [[1, 2, 3]]
+    flushes.gate.set()
+    assert await asyncio.gather(*first, *later) == [-1, -2, -3, -4, -5]
+    assert flushes.batches == [[1, 2, 3], [4, 5]]
+
+
+async def test_a_lone_caller_waits_for_nobody() -> None:
+    """An idle coalescer adds two ticks of the loop and no time."""
+    flushes = Flushes()
+    flushes.gate.set()
+    coalescer: Coalescer[int, int] = Coalescer(flushes)
+    assert await coalescer(7) == -7
+    assert await coalescer(8) == -8
+    assert flushes.batches == [[7], [8]]
+
+
+async def test_no_flush_is_larger_than_max_batch() -> None:
+    """More items than one flush may hold go in several, in the order they came."""
+    flushes = Flushes()
+    flushes.gate.set()
+    coalescer: Coalescer[int, int] = Coalescer(flushes, max_batch=4)
+    assert await asyncio.gather(*_ask(coalescer, *range(10))) == [-item for item in range(10)]
+    assert flushes.batches == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+
+
+async def test_as_many_flushes_run_together_as_allowed() -> None:
+    """With concurrency 2 a second flush starts while the first is under way, a third doesn't."""
+    flushes = Flushes()
+    coalescer: Coalescer[int, int] = Coalescer(flushes, max_batch=2, concurrency=2)
+    asked = _ask(coalescer, *range(6))
+    await wait_until_async(lambda: len(flushes.batches) == 2)
+    await asyncio.sleep(0)
+    assert flushes.batches == [[0, 1], [2, 3]]
+    flushes.gate.set()
+    await asyncio.gather(*asked)
+    assert flushes.batches == [[0, 1], [2, 3], [4, 5]]
+
+
+async def test_an_error_belongs_to_its_own_item() -> None:
+    """An exception among the answers is raised to one caller; the others get their answers."""
+    flushes = Flushes(lambda item: ValueError("odd") if item % 2 else item)
+    flushes.gate.set()
+    coalescer: Coalescer[int, int] = Coalescer(flushes)
+    answers = await asyncio.gather(*_ask(coalescer, 0, 1, 2), return_exceptions=True)
+    assert [type(answer) for answer in answers] == [int, ValueError, int]
+
+
+async def test_a_failed_flush_fails_its_own_callers_only() -> None:
+    """When a flush raises, all of its callers hear it, and the next flush is tried all the same."""
+    batches = []
+
+    async def flush(items: list[int]) -> list[int]:
+        batches.append(items)
+        if len(batches) == 1:
+            raise OSError("gone")
+        return items
+
+    coalescer: Coalescer[int, int] = Coalescer(flush, max_batch=2)
+    answers = await asyncio.gather(*_ask(coalescer, 1, 2, 3, 4), return_exceptions=True)
+    assert [type(answer) for answer in answers] == [OSError, OSError, int, int]
+
+
+async def test_a_flush_that_forgets_an_answer_is_an_error() -> None:
+    """Answers are matched by position, so a missing one may not shift the others silently."""
+
+    async def flush(items: list[int]) -> list[int]:
+        return items[1:]
+
+    coalescer: Coalescer[int, int] = Coalescer(flush)
+    answers = await asyncio.gather(*_ask(coalescer, 1, 2), return_exceptions=True)
+    assert [type(answer) for answer in answers] == [ValueError, ValueError]
+
+
+async def test_a_cancelled_caller_takes_nobody_along() -> None:
+    """One caller cancelled in mid-flush, one still waiting: the others get their own answers."""
+    flushes = Flushes()
+    coalescer: Coalescer[int, int] = Coalescer(flushes)
+    under_way = _ask(coalescer, 1, 2, 3)
+    await wait_until_async(lambda: flushes.batches)
+    waiting = _ask(coalescer, 4, 5, 6)
+    await asyncio.sleep(0)
+    under_way[1].cancel()
+    waiting[1].cancel()
+    await asyncio.sleep(0)
+    flushes.gate.set()
+    answers = await asyncio.gather(*under_way, *waiting, return_exceptions=True)
+    assert [a for a in answers if isinstance(a, int)] == [-1, -3, -4, -6]
+    assert [type(a) for a in answers].count(asyncio.CancelledError) == 2
+    assert flushes.batches == [[1, 2, 3], [4, 6]]  # who was cancelled before the flush is left out
+
+
+async def test_a_cancelled_flush_cancels_its_callers() -> None:
+    """A flush cancelled from within leaves nobody waiting for ever."""
+
+    async def flush(items: list[int]) -> list[int]:
+        raise asyncio.CancelledError
+
+    coalescer: Coalescer[int, int] = Coalescer(flush)
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(coalescer(1), timeout=5)
+
+
+async def test_drain_returns_when_nothing_is_left() -> None:
+    """After drain every item asked for before it has its answer."""
+    flushes = Flushes()
+    coalescer: Coalescer[int, int] = Coalescer(flushes, max_batch=2)
+    await coalescer.drain()
+    asked = _ask(coalescer, 1, 2, 3)
+    await asyncio.sleep(0)
+    draining = asyncio.create_task(coalescer.drain())
+    await wait_until_async(lambda: flushes.batches)
+    assert not draining.done()
+    flushes.gate.set()
+    await draining
+    assert await asyncio.gather(*asked) == [-1, -2, -3]
