@@ -1,0 +1,158 @@
+-- batch.lua: what every script of the ledger begins with; `scripts.py` puts it before each.
+--
+-- KEYS     the keys of one batch in the order of `keys.BatchKeys`
+-- A script that is not `create` answers false, and writes nothing, when the batch has no meta:
+-- a late write would bring an expired key back without a TTL.
+--
+-- Every item that is fed and has no outcome is in `ready` (anyone may claim it), in `held`
+-- (a living process has it), or in both (its process was silent for a lease, and nobody has
+-- taken it yet). `done` has a bit for each outcome, `failed` for each failure among them,
+-- `stopped` for each failure that a control decision caused.
+local META, ITEM, FP, READY, HELD, PROCS = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
+local TRY, DONE, FAILED, OUT, STOPPED = KEYS[7], KEYS[8], KEYS[9], KEYS[10], KEYS[11]
+local call = redis.call
+
+local clock = call('TIME')
+local NOW = clock[1] * 1000 + math.floor(clock[2] / 1000) -- milliseconds
+
+local AT_ONCE = 0   -- score in `ready` of what was given back or lost: offered before all else
+local STAMP = 21    -- bytes before a payload: 13 of feeding time, 8 of fingerprint
+local LOST, CALLING, CLAIMED = 'x', 'p', 'c'
+
+local NUMBERS = {
+  'fed', 'ok', 'failed', 'stopped', 'round', 'rev', 'ttl', 'max_deliveries', 'keep',
+  'total', 'parked_until', 'deadline', 'deadline_at', 'token_budget', 'max_cost',
+  'spent', 'cost', 'priced', 'input', 'output', 'cached', 'maybe_billed',
+  'item_bytes', 'kept_bytes', 'out_count', 'out_bytes', 'read_count', 'read_bytes',
+  'reopen_at', 'submitted_at', 'kept_limit',
+}
+local WORDS = {'state', 'fail_fast', 'reopen'}
+local meta, loaded = {}, {}
+
+local function load_meta()
+  local names = {}
+  for i = 1, #NUMBERS do names[i] = NUMBERS[i] end
+  for i = 1, #WORDS do names[#NUMBERS + i] = WORDS[i] end
+  local values = call('HMGET', META, unpack(names))
+  for i = 1, #names do
+    local value = values[i] or nil
+    if i <= #NUMBERS and value then value = tonumber(value) end
+    meta[names[i]], loaded[names[i]] = value, value
+  end
+  return meta.state ~= nil
+end
+
+local function text(value)
+  if type(value) ~= 'number' then return value end
+  if value == math.floor(value) then return string.format('%.0f', value) end
+  return string.format('%.17g', value)
+end
+
+-- Write what has changed in `meta`, and give all keys the batch's TTL.
+local function save_meta()
+  local changes = {}
+  for i = 1, #NUMBERS + #WORDS do
+    local name = NUMBERS[i] or WORDS[i - #NUMBERS]
+    if meta[name] ~= loaded[name] then
+      if meta[name] == nil then
+        call('HDEL', META, name)
+      else
+        changes[#changes + 1] = name
+        changes[#changes + 1] = text(meta[name])
+      end
+      loaded[name] = meta[name]
+    end
+  end
+  if #changes > 0 then call('HSET', META, unpack(changes)) end
+  -- Looking at a batch that is over must not keep it for ever.
+  if #changes > 0 or not meta.total or meta.ok + meta.failed < meta.total then
+    for i = 1, #KEYS do call('EXPIRE', KEYS[i], meta.ttl) end
+  end
+end
+
+local function is_stopped()
+  return meta.state ~= 'open' and meta.state ~= 'paused' and meta.state ~= 'finished'
+end
+
+local function over_budget()
+  return (meta.token_budget and meta.spent >= meta.token_budget)
+    or (meta.max_cost and meta.cost >= meta.max_cost)
+end
+
+-- The state at this moment: flips what time, spending or the last outcome have changed.
+local function state_now()
+  if meta.state == 'open' or meta.state == 'paused' then
+    if meta.total and not meta.reopen and meta.ok + meta.failed >= meta.total then
+      meta.state = 'finished'
+    elseif meta.deadline_at and NOW >= meta.deadline_at then
+      meta.state = 'deadline'
+    elseif over_budget() then
+      meta.state = 'budget'
+    end
+  end
+  if meta.state ~= 'open' then return meta.state end
+  if meta.parked_until and meta.parked_until > NOW then return 'parked' end
+  return meta.total and 'running' or 'feeding'
+end
+
+-- `command key values...` however many there are (Lua's stack holds about 8,000).
+local function in_chunks(command, key, values)
+  for first = 1, #values, 4000 do
+    call(command, key, unpack(values, first, math.min(first + 3999, #values)))
+  end
+end
+
+local function append(fields)
+  local bytes = 0
+  for i = 2, #fields, 2 do bytes = bytes + #fields[i] end
+  meta.out_count = meta.out_count + 1
+  meta.out_bytes = meta.out_bytes + bytes
+  call('XADD', OUT, '*', 'b', text(meta.out_count) .. ':' .. text(meta.out_bytes), unpack(fields))
+end
+
+-- The item's payload goes, or stays under a cap for a later retry of the failure.
+local function drop_payload(index, size, keep)
+  if size == 0 then return end
+  meta.item_bytes = meta.item_bytes - size
+  if keep and meta.kept_bytes + size <= meta.kept_limit then
+    meta.kept_bytes = meta.kept_bytes + size
+  else
+    call('HDEL', ITEM, index)
+  end
+end
+
+local function mark(index, success, control)
+  call('SETBIT', DONE, index, 1)
+  if success then
+    meta.ok = meta.ok + 1
+    return
+  end
+  call('SETBIT', FAILED, index, 1)
+  meta.failed = meta.failed + 1
+  if control then
+    call('SETBIT', STOPPED, index, 1)
+    meta.stopped = meta.stopped + 1
+  end
+end
+
+-- losses, round and the client's own text of an item that is not at its first attempt
+local function tries(entry)
+  if not entry then return 0, 0, '' end
+  local losses, round, rest = string.match(entry, '^(%d+) (%d+) (.*)$')
+  return tonumber(losses), tonumber(round), rest
+end
+
+local function tries_text(losses, round, rest)
+  return text(losses) .. ' ' .. text(round) .. ' ' .. rest
+end
+
+-- An outcome that no worker wrote: the reader makes the line from the payload's head. The caller
+-- takes the item out of `ready`, `held` and `try` (many at once).
+local function give_outcome(index, kind, control, entry)
+  local stored = call('HGET', ITEM, index) or ''
+  local head = string.sub(stored, STAMP + 1, (string.find(stored, '\n', STAMP + 1, true) or 0) - 1)
+  append({'i', index, 'k', kind, 'h', head, 't', entry or ''})
+  mark(index, false, control)
+  drop_payload(index, #stored, true)
+  return #stored
+end

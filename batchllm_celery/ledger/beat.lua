@@ -1,0 +1,12 @@
+-- beat.lua: a process lives. Renews everything that it holds.
+--
+-- ARGV     1 process
+-- returns  {state, 1 when it had been given up (or is new) and should adopt its items, else 0}
+if not load_meta() then return false end
+local process = ARGV[1]
+local counter = call('HGET', PROCS, process)
+local lost = not counter or counter == LOST
+call('HSET', PROCS, process, lost and 1 or tonumber(counter) + 1)
+local state = state_now()
+save_meta()
+return {state, lost and 1 or 0}

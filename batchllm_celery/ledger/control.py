@@ -1,0 +1,208 @@
+"""Look at batches and steer them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from batchllm_celery.errors import BatchConflictError, BatchNotFoundError, UsageError
+from batchllm_celery.ledger import scripts
+from batchllm_celery.ledger.calls import LedgerCalls, text
+from batchllm_celery.ledger.locks import Lock
+from batchllm_celery.models import BatchProgress, BatchSpec, BatchState
+
+Publish = Callable[[list[int]], Awaitable[None]]
+
+#: Bytes of a bitmap that one reopening looks at: 1,024 items.
+REOPEN_BYTES = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Reopened:
+    """What a resume or a retry brought back.
+
+    `missing` items stay failed because their payload is gone (a bad row, or the byte cap): feed
+    the rows again, then retry.
+    """
+
+    state: BatchState
+    items: int = 0
+    missing: int = 0
+
+
+class Control(LedgerCalls):
+    """Batches as people see them."""
+
+    async def spec(self, batch_id: str) -> BatchSpec:
+        """What the batch runs with.
+
+        Raises:
+            BatchNotFoundError: for an unknown batch.
+        """
+        client: Any = self._connection.client
+        meta = self._keys.batch(batch_id).meta
+        stored = await self._connection.patiently(lambda: client.hget(meta, "spec"))
+        if stored is None:
+            raise BatchNotFoundError(f"batch {batch_id!r} is unknown")
+        return BatchSpec.model_validate_json(stored)
+
+    async def progress(self, batch_id: str) -> BatchProgress:
+        """The counters at this moment.
+
+        Raises:
+            BatchNotFoundError: for an unknown batch.
+        """
+        reply = [
+            text(part) if isinstance(part, bytes) else part
+            for part in await self._run(scripts.PROGRESS, batch_id)
+        ]
+        values = dict(zip(reply[::2], reply[1::2], strict=True))
+        progress = _progress(batch_id, values)
+        if values["ready"]:  # with no worker about, whoever looks ends what is stopped
+            self._note(batch_id, progress.state)
+        return progress
+
+    async def batches(self, limit: int = 1000) -> list[BatchProgress]:
+        """The batches of this namespace, the youngest first."""
+        client: Any = self._connection.client
+        listed = self._keys.batches
+        ids = await self._connection.patiently(lambda: client.zrevrange(listed, 0, limit - 1))
+        found = []
+        for batch_id in map(text, ids):
+            try:
+                found.append(await self.progress(batch_id))
+            except BatchNotFoundError:
+                await client.zrem(listed, batch_id)  # expired
+        return found
+
+    async def pause(self, batch_id: str) -> BatchState:
+        """Start no further calls until `resume`; those in flight end as they do."""
+        return (await self._control(batch_id, "pause"))[0]
+
+    async def cancel(self, batch_id: str) -> BatchState:
+        """Stop the batch: no call starts any more, every item that waits gets its outcome."""
+        state, _ = await self._control(batch_id, "cancel")
+        return await self.sweep(batch_id) if state.stopped else state
+
+    async def park(self, batch_id: str, until: float) -> BatchState:
+        """Start no calls before `until` (Unix time of the Redis server), for a spent day quota."""
+        return (await self._control(batch_id, "park", round(until * 1000)))[0]
+
+    async def resume(self, batch_id: str, publish: Publish | None = None) -> Reopened:
+        """Go on after a pause or a stop. What a stop left unanswered runs again, in a new round.
+
+        `publish` gets the reopened indexes, 1,024 at a time at most; without it idle workers
+        find them.
+
+        Raises:
+            UsageError: the batch's budget is spent.
+        """
+        return await self._reopening(batch_id, "resume", publish)
+
+    async def retry_failed(self, batch_id: str, publish: Publish | None = None) -> Reopened:
+        """Run all failed items again, in a new round, with fresh attempts. See `resume`."""
+        return await self._reopening(batch_id, "retry", publish)
+
+    async def reopen(self, batch_id: str, publish: Publish | None = None) -> tuple[int, int]:
+        """Go on with a reopening that is under way, wherever it began; items, missing ones."""
+        items, missing, more = 0, 0, 1
+        while more:
+            more, indexes, gone = await self._run(scripts.REOPEN, batch_id, [REOPEN_BYTES])
+            items, missing = items + len(indexes), missing + gone
+            if publish is not None and indexes:
+                await publish(indexes)
+        return items, missing
+
+    async def trim(self, batch_id: str, upto: str) -> None:
+        """Say that everything up to the entry `upto` is safe with the consumer.
+
+        Under `keep_results=False` it leaves Redis.
+
+        Raises:
+            BatchConflictError: this process does not hold the consumer lock.
+        """
+        milliseconds, sequence = upto.split("-")
+        following = f"{milliseconds}-{int(sequence) + 1}"
+        arguments = [self.process_id, upto, following]
+        if not await self._run(scripts.TRIM, batch_id, arguments):
+            raise BatchConflictError(f"another process takes the results of batch {batch_id!r} now")
+
+    def lock_consumer(self, batch_id: str, *, lease: float = 10.0, wait: float = 0.0) -> Lock:
+        """The right to trim: `async with ledger.lock_consumer(batch_id): ...`"""
+        return Lock(self._run, batch_id, "consumer", self.process_id, lease, wait)
+
+    def lock_producer(self, batch_id: str, *, lease: float = 10.0, wait: float = 0.0) -> Lock:
+        """The right to feed: `async with ledger.lock_producer(batch_id): ...`"""
+        return Lock(self._run, batch_id, "producer", self.process_id, lease, wait)
+
+    async def _control(
+        self, batch_id: str, action: str, *arguments: int
+    ) -> tuple[BatchState, bool]:
+        """The state after `action`, and whether items are to be reopened."""
+        state, _, reopening, spent = await self._run(
+            scripts.CONTROL, batch_id, [action, *arguments]
+        )
+        if spent:
+            raise UsageError(
+                f"batch {batch_id!r} has spent its budget: submit the same input with the same "
+                f"--batch-id and a larger --token-budget or --max-cost"
+            )
+        client, channel = self._connection.client, self._keys.control
+        await self._connection.patiently(lambda: client.publish(channel, batch_id))
+        return BatchState(text(state)), bool(reopening)
+
+    async def _reopening(self, batch_id: str, action: str, publish: Publish | None) -> Reopened:
+        state, reopening = await self._control(batch_id, action)
+        if not reopening:
+            return Reopened(state)
+        await self._list_again(batch_id)
+        items, missing = await self.reopen(batch_id, publish)
+        return Reopened((await self.progress(batch_id)).state, items, missing)
+
+    async def _list_again(self, batch_id: str) -> None:
+        """Workers look for work in the queue's set; a batch that was over had left it."""
+        spec = await self.spec(batch_id)
+        await self._connection.patiently(lambda: self._announce(spec))
+
+    async def _announce(self, spec: BatchSpec) -> None:
+        """List the batch where people and workers look for it.
+
+        Other hash tags than the batch's own, so not part of its scripts; repeatable.
+        """
+        ttl, now = self._settings.result_ttl_seconds, time.time()
+        queue = self._keys.queue(spec.queue)
+        async with self._connection.client.pipeline(transaction=False) as pipeline:
+            pipeline.zadd(self._keys.batches, {spec.batch_id: now}, nx=True)
+            # Urgent ones first, then first come, first served.
+            pipeline.zadd(queue, {spec.batch_id: now - spec.priority * 1e10})
+            pipeline.expire(self._keys.batches, ttl)
+            pipeline.expire(queue, ttl)
+            await pipeline.execute()
+
+
+def _progress(batch_id: str, values: dict[str, str | int]) -> BatchProgress:
+    def whole(name: str) -> int:
+        return int(values.get(name, 0))
+
+    def moment(name: str) -> float | None:
+        return int(values[name]) / 1000 if name in values else None
+
+    return BatchProgress(
+        batch_id=batch_id,
+        state=BatchState(str(values["state"])),
+        total=whole("total") if "total" in values else None,
+        fed=whole("fed"),
+        succeeded=whole("ok"),
+        failed=whole("failed"),
+        in_flight=whole("held"),
+        input_tokens=whole("input"),
+        output_tokens=whole("output"),
+        cached_input_tokens=whole("cached"),
+        cost=float(values["cost"]) if whole("priced") else None,
+        maybe_billed=whole("maybe_billed"),
+        submitted_at=moment("submitted_at") or 0.0,
+        parked_until=moment("parked_until"),
+        unread=whole("out_count") - whole("read_count"),
+    )

@@ -1,0 +1,87 @@
+-- feed.lua: a chunk of rows, in input order. Idempotent by index and fingerprint.
+--
+-- ARGV     1 first index, 2 items outstanding at most, 3 bytes at most, 4 grace (ms) before an
+--          item that no message brought is offered, then for each row: fingerprint (8 bytes),
+--          payload, and '' or the result line of a row that can't be run
+-- returns  {fed, state, indexes that need a message}; {fed, 'full'} when there is no room;
+--          {fed, 'gap'} when rows before the first index are missing
+if not load_meta() then return false end
+local first, count = tonumber(ARGV[1]), (#ARGV - 4) / 3
+if first > meta.fed then return {meta.fed, 'gap'} end
+
+local unread = meta.keep == 1 and 0 or meta.out_count - meta.read_count
+local unfinished = meta.fed - meta.ok - meta.failed
+local bytes = meta.item_bytes + meta.out_bytes - meta.read_bytes
+local fresh = math.max(0, first + count - meta.fed)
+if fresh > 0 and unfinished + unread > 0
+  and (unfinished + unread + fresh > tonumber(ARGV[2]) or bytes >= tonumber(ARGV[3])) then
+  state_now()
+  save_meta()
+  return {meta.fed, 'full'}
+end
+
+-- A row whose content changed starts anew: what was known of the old one goes.
+local function forget(index)
+  local held = call('HGET', HELD, index)
+  if held and string.sub(held, 1, 1) == CALLING then meta.maybe_billed = meta.maybe_billed + 1 end
+  call('HDEL', HELD, index)
+  call('HDEL', TRY, index)
+  local size = call('HSTRLEN', ITEM, index)
+  local done = call('SETBIT', DONE, index, 0) == 1
+  if not done then
+    meta.item_bytes = meta.item_bytes - size
+  elseif call('SETBIT', FAILED, index, 0) == 1 then
+    meta.failed = meta.failed - 1
+    meta.stopped = meta.stopped - call('SETBIT', STOPPED, index, 0)
+    meta.kept_bytes = meta.kept_bytes - size
+  else
+    meta.ok = meta.ok - 1
+  end
+end
+
+local known = call('GETRANGE', FP, first * 8, (first + count) * 8 - 1)
+local prints, items, ready, wake, lines = {}, {}, {}, {}, {}
+local stamp = string.format('%013.0f', NOW)
+local due = NOW + tonumber(ARGV[4])
+for n = 0, count - 1 do
+  local index, at = first + n, 5 + n * 3
+  local print, payload, line = ARGV[at], ARGV[at + 1], ARGV[at + 2]
+  local old = index < meta.fed
+  prints[n + 1] = print
+  if old and string.sub(known, n * 8 + 1, n * 8 + 8) == print then
+    if call('ZSCORE', READY, index) then
+      wake[#wake + 1] = index
+    elseif line == '' and call('GETBIT', FAILED, index) == 1 and call('HEXISTS', ITEM, index) == 0
+      and meta.kept_bytes + #payload <= meta.kept_limit then
+      items[#items + 1] = index -- a failure whose payload had to go: a retry needs it
+      items[#items + 1] = stamp .. print .. payload
+      meta.kept_bytes = meta.kept_bytes + #payload + STAMP
+    end
+  else
+    if old then forget(index) end
+    if line ~= '' then
+      lines[#lines + 1] = {index, line}
+      call('ZREM', READY, index)
+      call('HDEL', ITEM, index)
+    else
+      items[#items + 1] = index
+      items[#items + 1] = stamp .. print .. payload
+      meta.item_bytes = meta.item_bytes + #payload + STAMP
+      ready[#ready + 1] = due
+      ready[#ready + 1] = index
+      wake[#wake + 1] = index
+    end
+  end
+end
+call('SETRANGE', FP, first * 8, table.concat(prints))
+in_chunks('HSET', ITEM, items)
+in_chunks('ZADD', READY, ready)
+meta.fed = math.max(meta.fed, first + count)
+for _, row in ipairs(lines) do
+  append({'i', text(row[1]), 'r', row[2]})
+  mark(row[1], false, false)
+end
+if meta.state == 'finished' then meta.state = 'open' end
+local state = state_now()
+save_meta()
+return {meta.fed, state, wake}

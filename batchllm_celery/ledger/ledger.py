@@ -1,0 +1,180 @@
+"""The ledger of one process: worker side, producer side, and the search for lost work.
+
+What a batch of 10 million items keeps in Redis besides the items in work: 80 MB of fingerprints
+and three bitmaps of 1.25 MB. Neither side keeps anything per item that is done.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, Self
+
+from batchllm_celery.connection import Connection
+from batchllm_celery.errors import BatchNotFoundError
+from batchllm_celery.events import Events
+from batchllm_celery.keys import Keys
+from batchllm_celery.ledger import scripts
+from batchllm_celery.ledger.calls import Argument, text
+from batchllm_celery.ledger.locks import died_here
+from batchllm_celery.ledger.observer import Observer
+from batchllm_celery.ledger.producer_side import ProducerSide
+from batchllm_celery.ledger.worker_side import CALL_ITEMS, RECORD_FIELDS, WorkerSide
+from batchllm_celery.models import BatchState
+from batchllm_celery.settings import Settings
+
+#: An offered item is offered again after this many idle times of a worker.
+REOFFER = 5
+
+
+class Ledger(WorkerSide, ProducerSide):
+    """What Redis knows of every item; one of these per process.
+
+    An async context manager; closing it ends its own background work only.
+
+    Args:
+        connection: the process's Redis.
+        keys: the fleet's names.
+        process_id: unique for ever (see `new_process_id`): never one that has been used before.
+        settings: lease, slots, limits.
+        events: listeners.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        keys: Keys,
+        *,
+        process_id: str,
+        settings: Settings,
+        events: Events | None = None,
+    ) -> None:
+        super().__init__(connection, keys, process_id=process_id, settings=settings, events=events)
+        self._observer = Observer(settings.lease_seconds)
+        self._run_id: str | None = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()
+
+    async def offer(
+        self, queue: str, n: int, *, lost_only: bool = False
+    ) -> list[tuple[str, list[int]]]:
+        """Up to `n` items of a queue's batches that no message has brought, to be enqueued.
+
+        What was lost or given back comes first; with `lost_only` nothing else does (for workers
+        that are busy: lost work must not wait for an idle one). It also looks after the dead and
+        the stopped, so call it every sixth of a lease or so, with `n` = 0 when nothing is free.
+        """
+        client: Any = self._connection.client
+        key, patiently = self._keys.queue(queue), self._connection.patiently
+        batch_ids = [text(one) for one in await patiently(lambda: client.zrange(key, 0, 999))]
+        if not batch_ids:
+            return []
+        run_id = str((await patiently(lambda: client.info("server")))["run_id"])
+        if self._run_id not in (None, run_id):
+            await self._after_restart(batch_ids)
+        self._run_id = run_id
+        offered = []
+        for batch_id in batch_ids:
+            indexes, over = await self._offer_of(batch_id, n, lost_only, run_id)
+            n -= len(indexes)
+            if indexes:
+                offered.append((batch_id, indexes))
+            if over:
+                await client.zrem(key, batch_id)
+                self._observer.forget(batch_id)
+        await patiently(lambda: client.expire(key, self._settings.result_ttl_seconds))
+        return offered
+
+    async def _offer_of(
+        self, batch_id: str, n: int, lost_only: bool, run_id: str
+    ) -> tuple[list[int], bool]:
+        """Items of one batch, and whether it is over (or gone)."""
+        try:
+            indexes, procs, over = await self._ask_offer(batch_id, n, lost_only)
+            freed = 0
+            dead = {process: procs[process] for process in procs if died_here(process)}
+            silent = self._observer.look(batch_id, procs, run_id)
+            for process, counter in {**silent, **dead}.items():
+                freed += await self._expire(batch_id, process, counter)
+            if freed and len(indexes) < n:
+                more, _, over = await self._ask_offer(batch_id, n - len(indexes), lost_only)
+                indexes += more
+        except BatchNotFoundError:
+            return [], True
+        return indexes, over
+
+    async def _ask_offer(
+        self, batch_id: str, n: int, lost_only: bool
+    ) -> tuple[list[int], dict[str, str], bool]:
+        again = round(self._settings.offer_seconds * REOFFER * 1000)
+        reply = await self._run(scripts.OFFER, batch_id, [max(0, n), again, int(lost_only)])
+        state, indexes, ready, unfinished, procs = reply
+        if ready:
+            self._note(batch_id, BatchState(text(state)))
+        return [int(index) for index in indexes], _counters(procs), unfinished <= 0
+
+    async def _expire(self, batch_id: str, process: str, counter: str) -> int:
+        """Set free what a silent process holds; how many items."""
+        cursor, freed = "0", 0
+        while True:
+            reply = await self._run(scripts.EXPIRE, batch_id, [process, counter, cursor])
+            cursor = text(reply[0])
+            freed += max(0, int(reply[1]))
+            if cursor == "0":
+                return freed
+
+    async def _after_restart(self, batch_ids: Sequence[str]) -> None:
+        """Make good what a Redis that came back without its last second has forgotten: outcomes
+        (recorded again, for they are paid for), claims, and that claims had ended."""
+        forgotten: dict[str, list[Argument]] = {}
+        for _, batch_id, values in self._recent:
+            forgotten.setdefault(batch_id, []).extend(values)
+        for batch_id in {*forgotten, *self.holding.batches(), *batch_ids}:
+            try:
+                await self._record_again(batch_id, forgotten.get(batch_id, []))
+                await self._adopt(batch_id)
+                await self._release_strays(batch_id)
+            except BatchNotFoundError:
+                continue
+
+    async def _record_again(self, batch_id: str, values: Sequence[Argument]) -> None:
+        size = RECORD_FIELDS * CALL_ITEMS
+        for first in range(0, len(values), size):
+            request = [self.process_id, secrets.token_hex(8)]
+            await self._run(scripts.RECORD, batch_id, [*request, *values[first : first + size]])
+
+    async def _release_strays(self, batch_id: str) -> None:
+        """Give back what Redis says this process has, and it has not."""
+        client: Any = self._connection.client
+        key = self._keys.batch(batch_id).held
+        cursor: int | None = None
+        while cursor != 0:
+            at = cursor or 0
+            scan = partial(client.hscan, key, at, count=1000)
+            cursor, held = await self._connection.patiently(scan)
+            strays = [
+                (int(index), token)
+                for index, (_, token, process) in _holders(held)
+                if process == self.process_id
+                and token not in self._claiming
+                and not self.holding.has(batch_id, int(index))
+            ]
+            arguments = [part for index, token in strays for part in (index, token, 0)]
+            if arguments:
+                await self._run(scripts.RELEASE, batch_id, [self.process_id, *arguments])
+
+
+def _holders(held: Mapping[bytes, bytes]) -> Iterator[tuple[bytes, list[str]]]:
+    """Index -> phase, token, process."""
+    return ((index, value.decode().split(" ", 2)) for index, value in held.items())
+
+
+def _counters(procs: Sequence[Any]) -> dict[str, str]:
+    """Process -> counter, without the scripts' own notes (their names hold a space)."""
+    pairs = zip(procs[::2], procs[1::2], strict=True)
+    return {text(name): text(value) for name, value in pairs if b" " not in name}

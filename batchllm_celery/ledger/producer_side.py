@@ -1,0 +1,269 @@
+"""Create, feed, seal, read: what a producer or a consumer asks of the ledger."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from batchllm_celery.connection import Connection
+from batchllm_celery.errors import BatchConflictError
+from batchllm_celery.events import Events
+from batchllm_celery.keys import Keys
+from batchllm_celery.ledger import scripts
+from batchllm_celery.ledger.calls import Argument, text
+from batchllm_celery.ledger.control import Control
+from batchllm_celery.ledger.payload import Payload, fingerprint, strategy_identity
+from batchllm_celery.ledger.results import Outcome, decode_entry, encode_result
+from batchllm_celery.models import (
+    FAILURE_POLICIES,
+    BatchSpec,
+    BatchState,
+    WorkItemResult,
+)
+from batchllm_celery.settings import Settings
+
+Row = Payload | WorkItemResult[Any, Any]
+"""A row to run, or the failed result of one that can't be (kind `invalid_input`)."""
+
+#: One feed script takes this many rows, or this many bytes, at most.
+FEED_ROWS = 500
+FEED_BYTES = 2 * 1024 * 1024
+#: Rows younger than this are kept: Redis' AOF may lose its last second.
+UNSYNCED_SECONDS = 3.0
+UNLIMITED = 10**15
+#: Longest wait of one read, below the connection's socket timeout.
+LONGEST_BLOCK = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Created:
+    """What `create` found.
+
+    `how`: `new`; `attached` to a batch that is there; `resumed`: it had been stopped, and its
+    unanswered items run again in a new round. `fed` rows are known already.
+    """
+
+    how: Literal["new", "attached", "resumed"]
+    round: int
+    fed: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    first: int
+    rows: list[tuple[bytes, bytes, bytes]]
+    """Fingerprint, payload, result line of a bad row."""
+
+    @property
+    def end(self) -> int:
+        return self.first + len(self.rows)
+
+
+@dataclass(slots=True)
+class _Feeding:
+    identity: bytes
+    recent: deque[tuple[float, _Chunk]] = field(default_factory=deque)
+    """Chunks that a Redis which loses its last second would lose."""
+
+
+class ProducerSide(Control):
+    """The ledger as producers and consumers see it."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        keys: Keys,
+        *,
+        process_id: str,
+        settings: Settings,
+        events: Events | None = None,
+    ) -> None:
+        super().__init__(connection, keys, process_id=process_id, settings=settings, events=events)
+        self._feeding: dict[str, _Feeding] = {}
+
+    async def create(self, spec: BatchSpec) -> Created:
+        """Make the batch, or attach to the one of this id, resuming it if it was stopped.
+
+        A new strategy is taken over once the old batch has ended; rows fed again then run again.
+
+        Raises:
+            BatchConflictError: it is still running with another strategy.
+        """
+        identity = strategy_identity(spec)
+        how, round_, fed, known = await self._run(
+            scripts.CREATE, spec.batch_id, self._create_arguments(spec, identity)
+        )
+        if how == b"conflict":
+            raise BatchConflictError(_difference(spec, BatchSpec.model_validate_json(known)))
+        await self._connection.patiently(lambda: self._announce(spec))
+        if how == b"resumed":
+            await self.reopen(spec.batch_id)
+        self._feeding[spec.batch_id] = _Feeding(identity)
+        return Created(text(how), round_, fed)  # type: ignore[arg-type]  # the script's words
+
+    async def feed(
+        self,
+        batch_id: str,
+        first_index: int,
+        rows: Sequence[Row],
+        *,
+        max_outstanding: int | None = None,
+    ) -> list[int]:
+        """Store rows in input order, once there is room for them; repeat it freely.
+
+        Waits while `max_outstanding` (default: the settings') items are unfinished or, under
+        `keep_results=False`, unread, or payloads and unread results exceed the byte cap.
+
+        Returns:
+            indexes that need a message: new, changed, or still waiting for a worker.
+
+        Raises:
+            BatchNotFoundError: the batch expired meanwhile, or Redis lost it.
+            BatchConflictError: Redis has lost more rows than are kept here; feed all again.
+        """
+        feeding = await self._feeding_of(batch_id)
+        chunks = list(_chunks(first_index, [_encode(row, feeding.identity) for row in rows]))
+        limit = max_outstanding or self._settings.max_outstanding
+        wake: list[int] = []
+        for chunk in chunks:
+            if chunk.first == first_index:  # room for all, or the first ones get no message
+                room = max(0, limit - (len(rows) - len(chunk.rows)))
+            else:
+                room = UNLIMITED
+            wake += await self._feed_chunk(batch_id, feeding, chunk, room)
+        return wake
+
+    async def fail_input(self, batch_id: str, index: int, result: WorkItemResult[Any, Any]) -> None:
+        """Give a row that can't be run its outcome, in its place in the input."""
+        await self.feed(batch_id, index, [result])
+
+    async def seal(self, batch_id: str, total: int) -> BatchState:
+        """Say that `total` rows were all. The batch finishes when all have their outcome."""
+        state, _ = await self._run(scripts.SEAL, batch_id, [total])
+        self._feeding.pop(batch_id, None)
+        await self._list_again(batch_id)
+        return BatchState(text(state))
+
+    async def results(
+        self, batch_id: str, after: str = "0", count: int = 500, block: float = 0.0
+    ) -> list[Outcome]:
+        """Outcomes after the entry `after` ("0": from the start), oldest first.
+
+        Waits up to `block` seconds (2 at most) for the first one; empty if none came.
+        """
+        out = self._keys.batch(batch_id).out
+        milliseconds = int(min(block, LONGEST_BLOCK) * 1000) or None
+        client = self._connection.client
+        reply: Any = await self._connection.patiently(
+            lambda: client.xread({out: after}, count=count, block=milliseconds)
+        )
+        streams = reply.items() if isinstance(reply, dict) else reply
+        return [decode_entry(entry) for _, entries in streams or () for entry in entries]
+
+    # -- inside ----------------------------------------------------------------------------
+
+    def _create_arguments(self, spec: BatchSpec, identity: bytes) -> list[Argument]:
+        settings = self._settings
+        stopping = {kind for kind, policy in FAILURE_POLICIES.items() if policy.stops_batch}
+        kinds = sorted({*spec.fail_fast, *stopping})
+        return [
+            spec.model_dump_json(),
+            identity,
+            "" if spec.deadline is None else round(spec.deadline * 1000),
+            "" if spec.token_budget is None else spec.token_budget,
+            "" if spec.max_cost is None else repr(spec.max_cost),
+            "".join(f"{kind.value}," for kind in kinds),
+            int(spec.keep_results),
+            settings.result_ttl_seconds,
+            settings.max_deliveries,
+            settings.max_payload_bytes // 4,
+            spec.queue,
+        ]
+
+    async def _feeding_of(self, batch_id: str) -> _Feeding:
+        feeding = self._feeding.get(batch_id)
+        if feeding is None:
+            identity = strategy_identity(await self.spec(batch_id))
+            feeding = self._feeding[batch_id] = _Feeding(identity)
+        return feeding
+
+    async def _feed_chunk(
+        self, batch_id: str, feeding: _Feeding, chunk: _Chunk, room: int
+    ) -> list[int]:
+        wake, again = await self._feed_once(batch_id, chunk, room)
+        if again is not None:  # Redis came back from an older state: rewind
+            for older in _kept_from(feeding, again, chunk.first, batch_id):
+                woken, _ = await self._feed_once(batch_id, older, UNLIMITED)
+                wake += woken
+            woken, _ = await self._feed_once(batch_id, chunk, UNLIMITED)
+            wake += woken
+        now = time.monotonic()
+        feeding.recent.append((now, chunk))
+        while now - feeding.recent[0][0] > UNSYNCED_SECONDS:
+            feeding.recent.popleft()
+        return wake
+
+    async def _feed_once(
+        self, batch_id: str, chunk: _Chunk, room: int
+    ) -> tuple[list[int], int | None]:
+        """Indexes that need a message; or none, and the index to rewind to."""
+        grace = round(self._settings.offer_seconds * 1000)
+        limits = (room, self._settings.max_payload_bytes if room < UNLIMITED else UNLIMITED)
+        arguments: list[Argument] = [chunk.first, *limits, grace]
+        for row in chunk.rows:
+            arguments += row
+        wait = 0.02
+        while True:
+            fed, word, *rest = await self._run(scripts.FEED, batch_id, arguments)
+            if word == b"gap":
+                return [], fed
+            if word != b"full":
+                self._note(batch_id, BatchState(text(word)))
+                return rest[0], None
+            await asyncio.sleep(wait)
+            wait = min(wait * 1.5, 0.25)
+
+
+def _encode(row: Row, identity: bytes) -> tuple[bytes, bytes, bytes]:
+    if isinstance(row, Payload):
+        payload = row.encode()
+        return fingerprint(payload, identity), payload, b""
+    line = encode_result(row)
+    return fingerprint(line, b"bad row"), b"", line
+
+
+def _chunks(first: int, rows: list[tuple[bytes, bytes, bytes]]) -> list[_Chunk]:
+    chunks: list[_Chunk] = []
+    bytes_left = 0
+    for number, row in enumerate(rows):
+        size = len(row[1]) + len(row[2])
+        if not chunks or len(chunks[-1].rows) >= FEED_ROWS or size > bytes_left:
+            chunks.append(_Chunk(first + number, []))
+            bytes_left = FEED_BYTES
+        chunks[-1].rows.append(row)
+        bytes_left -= size
+    return chunks
+
+
+def _kept_from(feeding: _Feeding, index: int, end: int, batch_id: str) -> list[_Chunk]:
+    """Recent chunks that cover the rows from `index` up to `end`."""
+    kept = {chunk.first: chunk for _, chunk in feeding.recent if chunk.end > index}
+    chunks = [chunk for first, chunk in sorted(kept.items()) if first < end]
+    if not chunks or chunks[0].first > index:
+        raise BatchConflictError(
+            f"batch {batch_id!r}: rows must be fed in input order, and Redis knows {index} "
+            f"of {end} so far; feed again from row {index} (submit the same input with the same id)"
+        )
+    return chunks
+
+
+def _difference(wanted: BatchSpec, known: BatchSpec) -> str:
+    return (
+        f"batch {wanted.batch_id!r} is still running with strategy "
+        f"{known.strategy.name!r} {known.strategy.params!r}, not {wanted.strategy.name!r} "
+        f"{wanted.strategy.params!r}: take another batch id, or cancel that batch first"
+    )

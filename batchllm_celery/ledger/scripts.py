@@ -1,0 +1,39 @@
+"""The ledger's Lua scripts: each is `batch.lua`, what they share, and a file of its own."""
+
+from __future__ import annotations
+
+from importlib import resources
+
+from batchllm_celery.connection import Script
+
+_PACKAGE = "batchllm_celery.ledger"
+
+
+def _text(name: str) -> str:
+    return resources.files(_PACKAGE).joinpath(name).read_text(encoding="utf-8")
+
+
+def _load(name: str, *, at_maxmemory: bool = True) -> Script:
+    # A full Redis refuses new work (create, feed); what finishes work and frees memory must run.
+    flags = "allow-oom" if at_maxmemory else ""
+    return Script.of(name, f"#!lua flags={flags}\n{_text('batch.lua')}\n{_text(name)}")
+
+
+CREATE = _load("create.lua", at_maxmemory=False)
+FEED = _load("feed.lua", at_maxmemory=False)
+SEAL = _load("seal.lua")
+CLAIM = _load("claim.lua")
+BEGIN = _load("begin.lua")
+SAVE = _load("save.lua")
+RECORD = _load("record.lua")
+RELEASE = _load("release.lua")
+BEAT = _load("beat.lua")
+ADOPT = _load("adopt.lua")
+EXPIRE = _load("expire.lua")
+OFFER = _load("offer.lua")
+SWEEP = _load("sweep.lua")
+CONTROL = _load("control.lua")
+REOPEN = _load("reopen.lua")
+TRIM = _load("trim.lua")
+LOCK = _load("lock.lua")
+PROGRESS = _load("progress.lua")

@@ -1,0 +1,9 @@
+-- seal.lua: the producer has fed everything.
+--
+-- ARGV     1 rows in all
+-- returns  {state, total}; fewer rows than were fed once stay as many as were fed
+if not load_meta() then return false end
+meta.total = math.max(tonumber(ARGV[1]), meta.fed)
+local state = state_now()
+save_meta()
+return {state, meta.total}

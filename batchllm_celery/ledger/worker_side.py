@@ -1,0 +1,381 @@
+"""Claim, begin, save, record, release: what a worker process asks of the ledger."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections import defaultdict, deque
+from collections.abc import Coroutine, Sequence
+from typing import Any, TypeVar
+
+from batchllm_celery.connection import Coalescer, Connection
+from batchllm_celery.errors import BatchNotFoundError, FailureKind
+from batchllm_celery.events import Events
+from batchllm_celery.keys import Keys
+from batchllm_celery.ledger import scripts
+from batchllm_celery.ledger.calls import Argument, LedgerCalls, text
+from batchllm_celery.ledger.claims import Claim, ClaimReply, Holding, Tries
+from batchllm_celery.ledger.payload import Stored
+from batchllm_celery.ledger.results import encode_result
+from batchllm_celery.models import BatchSpec, BatchState, RetryState, TokenUsage, WorkItemResult
+from batchllm_celery.settings import Settings
+
+T = TypeVar("T")
+
+#: Items in one script call at most (Lua's stack, and milliseconds that Redis is busy).
+CALL_ITEMS = 1000
+#: Arguments of one outcome in `record.lua`.
+RECORD_FIELDS = 12
+#: Batches whose spec and coalescers are kept; more is only slower.
+KNOWN_BATCHES = 64
+#: Outcomes that are kept for a Redis that comes back without its last second, and how long.
+RECENT_OUTCOMES = 20_000
+RECENT_SECONDS = 30.0
+
+_Record = tuple[Claim, tuple[Argument, ...]]
+_Save = tuple[Claim, bytes, int]
+_Recent = tuple[float, str, tuple[Argument, ...]]
+
+
+class _BatchCalls:
+    """The coalesced calls of one batch, and its spec as last seen."""
+
+    def __init__(self, ledger: WorkerSide, batch_id: str) -> None:
+        self.batch_id = batch_id
+        self.revision = -1
+        self.spec: BatchSpec | None = None
+        self.claim: Coalescer[Sequence[int], ClaimReply] = Coalescer(
+            lambda requests: ledger._claim_all(self, requests)
+        )
+        self.begin: Coalescer[Claim, FailureKind | BatchState | None] = Coalescer(
+            lambda claims: ledger._begin_all(batch_id, claims)
+        )
+        self.save: Coalescer[_Save, bool] = Coalescer(
+            lambda saves: ledger._save_all(batch_id, saves)
+        )
+        # One at a time: the script remembers the reply to this process's last record.
+        self.record: Coalescer[_Record, bool] = Coalescer(
+            lambda records: ledger._record_all(batch_id, records), concurrency=1
+        )
+
+
+class WorkerSide(LedgerCalls):
+    """The ledger as a worker process sees it."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        keys: Keys,
+        *,
+        process_id: str,
+        settings: Settings,
+        events: Events | None = None,
+    ) -> None:
+        super().__init__(connection, keys, process_id=process_id, settings=settings, events=events)
+        self.holding = Holding()
+        self._calls: dict[str, _BatchCalls] = {}
+        self._claiming: set[str] = set()  # tokens of claims whose reply is not here yet
+        self._recent: deque[_Recent] = deque(maxlen=RECENT_OUTCOMES)
+        self._moving = asyncio.Lock()  # adopt must not bring back what is being released
+
+    async def claim(self, batch_id: str, indexes: Sequence[int]) -> ClaimReply:
+        """Take the items that a message named.
+
+        Cancelled, it gives back what it gets.
+
+        Raises:
+            BatchNotFoundError: the batch's keys are gone; the message has nothing to say.
+        """
+        asked = self._spawn(self._of(batch_id).claim(indexes))
+        try:
+            return await asyncio.shield(asked)
+        except asyncio.CancelledError:
+            asked.add_done_callback(self._give_back)
+            raise
+
+    def held_here(self, batch_id: str, index: int) -> bool:
+        """Whether this very process has the item."""
+        return self.holding.has(batch_id, index)
+
+    async def begin(self, claim: Claim) -> FailureKind | BatchState | None:
+        """Ask, just before a provider call, whether it may start.
+
+        Returns:
+            None: go. A `FailureKind`: the batch is stopped, that is the item's outcome. `PAUSED`
+            or `PARKED`: give the item back. `FINISHED`: it is no longer this process's, leave it.
+        """
+        answer = await self._of(claim.batch_id).begin(claim)
+        claim.calling = answer is None
+        return answer
+
+    async def save_attempt(
+        self,
+        claim: Claim,
+        attempts: int,
+        refusals: int,
+        state: RetryState,
+        usage: TokenUsage,
+        *,
+        cut_off: int = 0,
+    ) -> None:
+        """Note, after a call, what the next attempt must know wherever it runs.
+
+        `cut_off` counts calls given up before their answer: they may be billed.
+        """
+        claim.calling = False
+        entry = Tries(attempts, refusals, state, usage).encode()
+        await self._of(claim.batch_id).save((claim, entry, cut_off))
+
+    async def record(
+        self,
+        claim: Claim,
+        result: WorkItemResult[Any, Any],
+        *,
+        spent_tokens: int,
+        cost: float | None,
+        cut_off: int = 0,
+    ) -> bool:
+        """Write the item's outcome; the first one wins.
+
+        Goes on when its caller is cancelled: the answer is paid for.
+
+        Returns:
+            False where it was refused: the item has its outcome, changed, or (a failure)
+            belongs to another process; or the batch was resumed before its stop came to here.
+        """
+        entry = (claim, _record_arguments(claim, result, spent_tokens, cost, cut_off))
+        claim.settled = True
+        try:
+            return await self._surely(self._of(claim.batch_id).record(entry))
+        except BatchNotFoundError:
+            return False
+        finally:
+            self.holding.discard(claim)
+
+    async def release(self, claims: Sequence[Claim]) -> None:
+        """Give items back at once (drain, pause). One whose call is cut off counts as maybe
+        billed; one whose outcome is being recorded is left alone."""
+        by_batch: dict[str, list[Claim]] = defaultdict(list)
+        for claim in claims:
+            if not claim.settled:
+                by_batch[claim.batch_id].append(claim)
+        for batch_id, group in by_batch.items():
+            for first in range(0, len(group), CALL_ITEMS):
+                await self._surely(self._release(batch_id, group[first : first + CALL_ITEMS]))
+
+    async def heartbeat(self) -> dict[str, BatchState]:
+        """Renew everything that this process holds, and hear the states of its batches."""
+        states = {}
+        for batch_id in self.holding.batches():
+            try:
+                state, lost = await self._run(scripts.BEAT, batch_id, [self.process_id])
+            except BatchNotFoundError:
+                states[batch_id] = BatchState.CANCELLED
+                continue
+            states[batch_id] = BatchState(text(state))
+            await self.heard(batch_id, states[batch_id], lost=bool(lost))
+        return states
+
+    async def heard(self, batch_id: str, state: BatchState, *, lost: bool) -> None:
+        """Act on a heartbeat's reply (on the loop): sweep what is stopped; `lost`: take back what
+        this process was given up for and nobody took."""
+        self._note(batch_id, state)
+        if lost:
+            await self._adopt(batch_id)
+
+    # -- the calls, many items each ---------------------------------------------------------
+
+    def _of(self, batch_id: str) -> _BatchCalls:
+        calls = self._calls.get(batch_id)
+        if calls is None:
+            if len(self._calls) >= KNOWN_BATCHES:
+                self._calls.pop(next(iter(self._calls)))
+            calls = self._calls[batch_id] = _BatchCalls(self, batch_id)
+        return calls
+
+    async def _surely(self, work: Coroutine[Any, Any, T]) -> T:
+        """Await work that goes on to its end even if this caller is cancelled."""
+        return await asyncio.shield(self._spawn(work))
+
+    def _give_back(self, asked: asyncio.Task[ClaimReply]) -> None:
+        if not asked.cancelled() and asked.exception() is None and asked.result().claims:
+            self._spawn(self.release(asked.result().claims))
+
+    async def _claim_all(
+        self, calls: _BatchCalls, requests: list[Sequence[int]]
+    ) -> list[ClaimReply]:
+        owner: dict[int, int] = {}  # item -> the first request that names it
+        for number, indexes in enumerate(requests):
+            for index in indexes:
+                if not self.holding.has(calls.batch_id, index):
+                    owner.setdefault(index, number)
+        wanted, found = list(owner), _Found()
+        for first in range(0, max(1, len(wanted)), CALL_ITEMS):
+            await self._claim_some(calls, wanted[first : first + CALL_ITEMS], found)
+        return [
+            _reply(calls, number, indexes, owner, found) for number, indexes in enumerate(requests)
+        ]
+
+    async def _claim_some(self, calls: _BatchCalls, indexes: list[int], found: _Found) -> None:
+        token = secrets.token_hex(8)
+        limits = (self._settings.slots, *self.holding.suspects())
+        self._claiming.add(token)
+        arguments: list[Argument] = [self.process_id, token, calls.revision, *limits, *indexes]
+        try:
+            reply = await self._run(scripts.CLAIM, calls.batch_id, arguments)
+            self._take_in(calls, token, reply, found)
+        finally:
+            self._claiming.discard(token)
+
+    def _take_in(self, calls: _BatchCalls, token: str, reply: Any, found: _Found) -> None:
+        state, revision, spec, now, claims, _, gone = reply
+        found.state = BatchState(text(state))
+        self._note(calls.batch_id, found.state)
+        if spec is not None:
+            calls.revision, calls.spec = revision, BatchSpec.model_validate_json(spec)
+        found.gone.update(gone)
+        for entry in claims:
+            claim = _claim(calls.batch_id, token, now / 1000, entry)
+            self.holding.add(claim)
+            found.claims[claim.index] = claim
+
+    async def _begin_all(
+        self, batch_id: str, claims: list[Claim]
+    ) -> list[FailureKind | BatchState | None]:
+        arguments: list[Argument] = [self.process_id]
+        for claim in claims:
+            arguments += (claim.index, claim.token)
+        try:
+            word, owned = await self._run(scripts.BEGIN, batch_id, arguments)
+        except BatchNotFoundError:
+            return [BatchState.FINISHED] * len(claims)
+        state = BatchState(text(word))
+        self._note(batch_id, state)
+        verdict = _verdict(state)
+        return [verdict if own else BatchState.FINISHED for own in owned]
+
+    async def _save_all(self, batch_id: str, saves: list[_Save]) -> list[bool]:
+        arguments: list[Argument] = [self.process_id]
+        for claim, entry, cut_off in saves:
+            arguments += (claim.index, claim.token, entry, cut_off)
+        try:
+            return [bool(kept) for kept in await self._run(scripts.SAVE, batch_id, arguments)]
+        except BatchNotFoundError:
+            return [False] * len(saves)
+
+    async def _record_all(self, batch_id: str, records: list[_Record]) -> list[bool]:
+        arguments: list[Argument] = [self.process_id, secrets.token_hex(8)]
+        for _, values in records:
+            arguments += values
+        word, recorded = await self._run(scripts.RECORD, batch_id, arguments)
+        self._note(batch_id, BatchState(text(word)))
+        self._remember(batch_id, records)
+        return [bool(one) for one in recorded]
+
+    def _remember(self, batch_id: str, records: list[_Record]) -> None:
+        now = time.monotonic()
+        self._recent.extend((now, batch_id, values) for _, values in records)
+        while now - self._recent[0][0] > RECENT_SECONDS:
+            self._recent.popleft()
+
+    async def _release(self, batch_id: str, claims: list[Claim]) -> None:
+        arguments: list[Argument] = [self.process_id]
+        for claim in claims:
+            arguments += (claim.index, claim.token, int(claim.calling))
+        async with self._moving:
+            try:
+                word, _ = await self._run(scripts.RELEASE, batch_id, arguments)
+                self._note(batch_id, BatchState(text(word)))
+            except BatchNotFoundError:
+                pass
+            for claim in claims:
+                self.holding.discard(claim)
+
+    async def _adopt(self, batch_id: str) -> None:
+        async with self._moving:
+            held = self.holding.of(batch_id)
+            for first in range(0, len(held), CALL_ITEMS):
+                arguments: list[Argument] = [self.process_id]
+                for claim in held[first : first + CALL_ITEMS]:
+                    phase = "p" if claim.calling else "c"
+                    arguments += (claim.index, claim.token, claim.round, claim.version, phase)
+                try:
+                    await self._run(scripts.ADOPT, batch_id, arguments)
+                except BatchNotFoundError:
+                    return
+
+
+class _Found:
+    """What the claims of one flush brought."""
+
+    def __init__(self) -> None:
+        self.state = BatchState.RUNNING
+        self.claims: dict[int, Claim] = {}
+        self.gone: set[int] = set()
+
+
+def _reply(
+    calls: _BatchCalls, number: int, indexes: Sequence[int], owner: dict[int, int], found: _Found
+) -> ClaimReply:
+    assert calls.spec is not None  # the first reply brings it
+    reply = ClaimReply(calls.spec, found.state)
+    for index in dict.fromkeys(indexes):
+        if index in found.gone:
+            reply.gone.append(index)
+        elif index in found.claims and owner.get(index) == number:
+            reply.claims.append(found.claims[index])
+        else:
+            reply.held.append(index)
+    return reply
+
+
+def _claim(batch_id: str, token: str, now: float, entry: Sequence[Any]) -> Claim:
+    index, data, losses, round_, rest = entry
+    stored, tries = Stored.decode(data), Tries.decode(rest)
+    return Claim(
+        batch_id,
+        int(index),
+        token,
+        round_,
+        stored.version,
+        stored.payload,
+        attempts=tries.attempts,
+        refusals=tries.refusals,
+        losses=losses,
+        state=tries.state,
+        usage=tries.usage,
+        queued_seconds=max(0.0, now - stored.fed_at),
+        fed_at=stored.fed_at,
+    )
+
+
+def _record_arguments(
+    claim: Claim,
+    result: WorkItemResult[Any, Any],
+    spent_tokens: int,
+    cost: float | None,
+    cut_off: int,
+) -> tuple[Argument, ...]:
+    usage = result.token_usage
+    kind = "" if result.success else (result.error_kind or FailureKind.UNKNOWN).value
+    return (
+        claim.index,
+        claim.token,
+        claim.round,
+        claim.version,
+        kind,
+        encode_result(result),
+        usage.input_tokens,
+        usage.output_tokens,
+        usage.cached_input_tokens,
+        spent_tokens,
+        "" if cost is None else repr(float(cost)),
+        cut_off,
+    )
+
+
+def _verdict(state: BatchState) -> FailureKind | BatchState | None:
+    if state in (BatchState.FEEDING, BatchState.RUNNING):
+        return None
+    return FailureKind(state.value) if state.stopped else state

@@ -1,0 +1,618 @@
+"""The ledger's promises on a real Valkey, one history each."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from batchllm_celery.connection import Connection
+from batchllm_celery.errors import (
+    BatchConflictError,
+    BatchNotFoundError,
+    FailureKind,
+    UsageError,
+)
+from batchllm_celery.keys import Keys
+from batchllm_celery.ledger import Heartbeat, Ledger, Payload, WorkerInfo, list_workers
+from batchllm_celery.ledger.heartbeat import Beat
+from batchllm_celery.models import (
+    BatchState,
+    RetryState,
+    StrategySpec,
+    TokenUsage,
+    WorkItemResult,
+)
+from batchllm_celery.settings import Settings
+from tests.integration.ledger_support import (
+    BATCH,
+    Snapshot,
+    answer,
+    call_and_answer,
+    failure,
+    feed_all,
+    ledger,
+    lose,
+    rows,
+    spec,
+    take,
+)
+from tests.support import ValkeyServer, wait_until_async
+
+
+@pytest.fixture
+async def one(connection: Connection, namespace: str) -> AsyncIterator[Ledger]:
+    async with ledger(connection, namespace) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def two(connection: Connection, namespace: str) -> AsyncIterator[Ledger]:
+    async with ledger(connection, namespace) as opened:
+        yield opened
+
+
+async def test_each_item_is_answered_once_and_the_batch_finishes(one: Ledger, two: Ledger) -> None:
+    """Two processes share a batch; the stream holds one line for each row, with its context."""
+    assert await feed_all(one, 10) == list(range(10))
+    for of, indexes in ((one, range(5)), (two, range(10))):
+        for claim in await take(of, *indexes):
+            assert await call_and_answer(of, claim)
+    lines = [json.loads(outcome.line) for outcome in await one.results(BATCH)]
+    assert [(line["index"], line["context"]) for line in lines] == [
+        (n, {"n": n}) for n in range(10)
+    ]
+    assert lines[3]["output"] == "answer to say 3"
+    progress = await two.progress(BATCH)
+    assert (progress.state, progress.succeeded) == (BatchState.FINISHED, 10)
+    assert progress.input_tokens == 50
+    assert [batch.batch_id for batch in await one.batches()] == [BATCH]
+
+
+async def test_a_duplicate_message_gets_nothing(one: Ledger, two: Ledger) -> None:
+    """Held by itself, held by another, or answered: either way the message has done its work."""
+    await feed_all(one, 3)
+    first, again = await asyncio.gather(one.claim(BATCH, [0, 1]), one.claim(BATCH, [1, 2]))
+    assert ([c.index for c in first.claims], [c.index for c in again.claims]) == ([0, 1], [2])
+    assert again.held == [1]
+    await call_and_answer(one, first.claims[0])
+    reply = await two.claim(BATCH, [0, 1, 2, 7])
+    assert (reply.claims, reply.held, reply.gone) == ([], [1, 2], [0, 7])
+
+
+async def test_a_claim_whose_caller_was_cancelled_goes_back(one: Ledger, two: Ledger) -> None:
+    """Else the process would renew for ever what nobody runs."""
+    await feed_all(one, 2)
+    asking = asyncio.create_task(one.claim(BATCH, [0, 1]))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    asking.cancel()
+    await asyncio.gather(asking, return_exceptions=True)
+    await wait_until_async(lambda: not one._tasks)
+    assert [claim.index for claim in await take(two, 0, 1)] == [0, 1]
+
+
+async def test_retry_state_and_attempts_move_with_the_item(one: Ledger, two: Ledger) -> None:
+    """What an earlier process learnt and spent is there for the next one."""
+    await feed_all(one, 1)
+    (claim,) = await take(one, 0)
+    await one.begin(claim)
+    usage = TokenUsage(input_tokens=7)
+    await one.save_attempt(claim, 2, 1, RetryState({"level": 3}), usage)
+    await lose(two, one.process_id)
+    (moved,) = await take(two, 0)
+    assert (moved.attempts, moved.refusals, moved.state.data) == (2, 1, {"level": 3})
+    assert (moved.usage, moved.losses) == (usage, 0)  # not in mid-call: no suspect
+    assert (await two.progress(BATCH)).maybe_billed == 0
+
+
+async def test_a_late_success_is_taken_and_a_late_failure_refused(one: Ledger, two: Ledger) -> None:
+    """A stopped worker comes back: its paid answers count, its failures do not."""
+    await feed_all(one, 2)
+    paid, failed = await take(one, 0, 1)
+    for claim in (paid, failed):
+        await one.begin(claim)
+    await lose(two, one.process_id)
+    taken = await take(two, 0, 1)
+    assert await one.record(paid, answer(paid), spent_tokens=5, cost=None)
+    assert not await one.record(failed, failure(failed), spent_tokens=5, cost=None)
+    assert await two.begin(taken[0]) is BatchState.FINISHED
+    assert not await two.record(taken[0], answer(taken[0]), spent_tokens=5, cost=None)
+    assert await call_and_answer(two, taken[1])
+    progress = await one.progress(BATCH)
+    assert (progress.succeeded, progress.failed, progress.maybe_billed) == (2, 0, 2)
+
+
+async def test_a_process_that_comes_back_keeps_what_nobody_took(one: Ledger, two: Ledger) -> None:
+    """Its next heartbeat adopts its items; no living worker's item is given away."""
+    await feed_all(one, 3)
+    claims = await take(one, 0, 1, 2)
+    await one.heartbeat()
+    await lose(two, one.process_id)
+    (taken,) = await take(two, 1)
+    await one.heartbeat()
+    assert (await two.claim(BATCH, [0, 2])).held == [0, 2]
+    assert await one.begin(claims[0]) is None
+    assert await one.begin(claims[1]) is BatchState.FINISHED
+    assert await call_and_answer(two, taken)
+
+
+async def test_only_deaths_in_mid_call_convict(one: Ledger) -> None:
+    """At `max_deliveries` the killer is quarantined; what waited beside it is no suspect."""
+    await feed_all(one, 2)
+    for death in range(5):
+        async with ledger(one._connection, one._keys.namespace) as victim:
+            reply = await victim.claim(BATCH, [0, 1])
+            assert [claim.losses for claim in reply.claims] == [death, 0]
+            assert await victim.begin(reply.claims[0]) is None
+            await lose(one, victim.process_id)
+    reply = await one.claim(BATCH, [0, 1])
+    assert ([claim.index for claim in reply.claims], reply.gone) == ([1], [0])
+    (outcome,) = await one.results(BATCH)
+    error = json.loads(outcome.line)["error"]
+    assert error["kind"] == "worker_lost"
+    assert (await one.progress(BATCH)).maybe_billed == 5
+
+
+async def test_a_killer_among_a_thousand_convicts_nobody_else(one: Ledger) -> None:
+    """Suspects are spread: slots / 8^losses in a process, so each death accuses fewer."""
+    count = 300
+    await feed_all(one, count)
+    killer, deaths = 137, 0
+    for _ in range(2000):
+        progress = await one.progress(BATCH)
+        if progress.is_over:
+            break
+        async with ledger(one._connection, one._keys.namespace, slots=count) as worker:
+            claims = await take(worker, *range(count))
+            for claim in claims:
+                assert await worker.begin(claim) is None
+            if any(claim.index == killer for claim in claims):
+                deaths += 1
+                await lose(one, worker.process_id)
+                continue
+            for claim in claims:
+                assert await worker.record(claim, answer(claim), spent_tokens=0, cost=None)
+    progress = await one.progress(BATCH)
+    assert (progress.succeeded, progress.failed, deaths) == (count - 1, 1, 5)
+
+
+async def test_pause_and_resume_are_decided_where_items_are(one: Ledger, two: Ledger) -> None:
+    """Paused: nothing is claimed or called, given back at no loss; resumed: offered at once."""
+    await feed_all(one, 3)
+    (held,) = await take(one, 0)
+    assert await two.pause(BATCH) is BatchState.PAUSED
+    assert await one.begin(held) is BatchState.PAUSED
+    await one.release([held])
+    reply = await one.claim(BATCH, [1, 2])
+    assert (reply.claims, reply.state) == ([], BatchState.PAUSED)
+    assert await one.offer("default", 9) == []
+    assert (await two.resume(BATCH)).state is BatchState.RUNNING
+    offered = await wait_until_async(lambda: one.offer("default", 9))
+    assert offered == [(BATCH, [0, 1, 2])]
+    assert (await one.progress(BATCH)).maybe_billed == 0
+
+
+async def test_a_parked_batch_goes_on_by_itself(one: Ledger) -> None:
+    """Until the day's quota is back nothing starts, and nobody needs to wake it."""
+    await feed_all(one, 1)
+    await one.park(BATCH, time.time() + 0.3)
+    assert (await one.claim(BATCH, [0])).state is BatchState.PARKED
+    offered = await wait_until_async(lambda: one.offer("default", 9))
+    assert offered == [(BATCH, [0])]
+    assert len(await take(one, 0)) == 1
+
+
+async def test_cancel_gives_each_item_its_outcome_and_resume_takes_it_back(
+    one: Ledger, two: Ledger
+) -> None:
+    """A call in flight may still bring its answer; a control stop never counts as finished."""
+    await feed_all(one, 2500)
+    calling, waiting = await take(one, 0, 1)
+    assert await one.begin(calling) is None
+    assert await two.cancel(BATCH) is BatchState.CANCELLED
+    verdict = await one.begin(waiting)
+    assert verdict is FailureKind.CANCELLED
+    assert await one.record(waiting, failure(waiting, verdict), spent_tokens=0, cost=None)
+    assert await one.record(calling, answer(calling), spent_tokens=5, cost=None)
+    progress = await one.progress(BATCH)
+    assert (progress.succeeded, progress.failed, progress.is_over) == (1, 2499, True)
+    assert progress.state is BatchState.CANCELLED
+    published: list[int] = []
+
+    async def publish(indexes: list[int]) -> None:
+        published.extend(indexes)
+
+    reopened = await two.resume(BATCH, publish)
+    assert (reopened.items, reopened.missing, published) == (2499, 0, list(range(1, 2500)))
+    for first in range(0, 2500, 500):
+        await asyncio.gather(
+            *(call_and_answer(two, c) for c in await take(two, *range(first, first + 500)))
+        )
+    progress = await one.progress(BATCH)
+    assert (progress.state, progress.succeeded) == (BatchState.FINISHED, 2500)
+    Snapshot(one._connection.url, one._keys.namespace).check()
+
+
+async def test_a_stop_that_comes_after_the_resume_is_no_outcome(one: Ledger, two: Ledger) -> None:
+    """Read cancelled, resumed meanwhile: the item runs instead of staying cancelled for ever."""
+    await feed_all(one, 1)
+    (claim,) = await take(one, 0)
+    await two.cancel(BATCH)
+    verdict = await one.begin(claim)
+    assert isinstance(verdict, FailureKind)
+    await two.resume(BATCH)
+    assert not await one.record(claim, failure(claim, verdict), spent_tokens=0, cost=None)
+    (again,) = await take(two, 0)
+    assert await call_and_answer(two, again)
+
+
+async def test_rows_fed_to_a_cancelled_batch_get_their_outcome_too(one: Ledger) -> None:
+    """One line for every row, even for those that the producer was still reading."""
+    await feed_all(one, 3)
+    await one.cancel(BATCH)
+    await one.feed(BATCH, 3, rows(2, 3))
+    await one.seal(BATCH, 5)
+    await wait_until_async(lambda: not one._tasks)
+    assert len(await one.results(BATCH)) == 5
+
+
+@pytest.mark.parametrize(
+    ("limits", "kind"),
+    [
+        ({"token_budget": 20}, "budget"),
+        ({"max_cost": 2.0}, "budget"),
+        ({"deadline": 0.2}, "deadline"),
+    ],
+)
+async def test_limits_stop_the_batch_where_calls_begin(
+    one: Ledger, limits: dict[str, Any], kind: str
+) -> None:
+    """Once it is spent, or past, no call starts; every item left gets that outcome."""
+    await feed_all(one, 10, **limits)
+    claims = await take(one, *range(6))
+    for claim in claims[:4]:
+        assert await one.begin(claim) is None
+    if kind == "deadline":
+        await asyncio.sleep(0.25)
+    for claim in claims[:4]:
+        assert await one.record(claim, answer(claim), spent_tokens=5, cost=0.5)
+    for claim in claims[4:]:
+        assert await one.begin(claim) is FailureKind(kind)
+        result = failure(claim, FailureKind(kind))
+        assert await one.record(claim, result, spent_tokens=0, cost=None)
+    await wait_until_async(lambda: not one._tasks)
+    progress = await one.progress(BATCH)
+    assert (progress.state.value, progress.succeeded, progress.failed) == (kind, 4, 6)
+    if kind == "budget":
+        with pytest.raises(UsageError, match="larger --token-budget"):
+            await one.resume(BATCH)
+
+
+async def test_more_budget_continues_a_batch_that_had_spent_its_own(one: Ledger) -> None:
+    """The same id with a larger budget: a new round for what was stopped, nothing paid again."""
+    await feed_all(one, 4, token_budget=10)
+    for claim in await take(one, 0, 1):
+        await call_and_answer(one, claim)
+    await one.claim(BATCH, [2])
+    await wait_until_async(lambda: not one._tasks)
+    created = await one.create(spec(token_budget=100))
+    assert (created.how, created.round, created.fed) == ("resumed", 1, 4)
+    assert await one.feed(BATCH, 0, rows(4)) == [2, 3]
+    await one.seal(BATCH, 4)
+    for claim in await take(one, 0, 1, 2, 3):
+        assert await call_and_answer(one, claim)
+    assert (await one.progress(BATCH)).succeeded == 4
+
+
+async def test_a_fatal_failure_aborts_the_batch(one: Ledger) -> None:
+    """A wrong key fails one call, not ten million; what waits is `aborted`."""
+    await feed_all(one, 5)
+    claim, _ = await take(one, 0, 1)
+    result = failure(claim, FailureKind.AUTHENTICATION)
+    assert await one.record(claim, result, spent_tokens=0, cost=None)
+    await wait_until_async(lambda: not one._tasks)
+    kinds = [json.loads(o.line)["error"]["kind"] for o in await one.results(BATCH)]
+    assert sorted(kinds) == ["aborted"] * 3 + ["authentication"]
+
+
+async def test_retry_failed_runs_failures_again_and_nothing_else(one: Ledger) -> None:
+    """A bad row stays failed: there is nothing to run."""
+    await one.create(spec())
+    bad: WorkItemResult[Any, Any] = WorkItemResult(
+        item_id="line-3",
+        index=2,
+        success=False,
+        error="InputError: line 3",
+        error_kind=FailureKind.INVALID_INPUT,
+    )
+    assert await one.feed(BATCH, 0, [*rows(2), bad]) == [0, 1]
+    await one.seal(BATCH, 3)
+    first, second = await take(one, 0, 1, 2)
+    await call_and_answer(one, first)
+    await one.record(second, failure(second), spent_tokens=1, cost=None)
+    assert (await one.progress(BATCH)).is_over
+    reopened = await one.retry_failed(BATCH)
+    assert (reopened.items, reopened.missing) == (1, 1)
+    (again,) = await take(one, 0, 1, 2)
+    assert (again.index, again.round, again.attempts) == (1, 1, 0)
+    assert await call_and_answer(one, again)
+    progress = await one.progress(BATCH)
+    assert (progress.succeeded, progress.failed, progress.state) == (2, 1, BatchState.FINISHED)
+
+
+async def test_the_same_rows_again_are_not_paid_again_and_changed_ones_are(one: Ledger) -> None:
+    """The same batch id: finished items stay, an item whose row changed runs again."""
+    await feed_all(one, 4)
+    for claim in await take(one, 0, 1, 2, 3):
+        await call_and_answer(one, claim)
+    assert (await one.create(spec())).how == "attached"
+    changed = rows(4)
+    changed[2].prompt = "something else"
+    assert await one.feed(BATCH, 0, changed) == [2]
+    await one.seal(BATCH, 4)
+    (claim,) = await take(one, 0, 1, 2, 3)
+    assert claim.payload.prompt == "something else"
+    assert await call_and_answer(one, claim)
+
+
+async def test_another_strategy_runs_everything_again_once_the_batch_has_ended(one: Ledger) -> None:
+    """While it runs that is a conflict, named; afterwards it is a new job on the same rows."""
+    await feed_all(one, 2)
+    other = spec().model_copy(update={"strategy": StrategySpec(name="loud")})
+    with pytest.raises(BatchConflictError, match="'echo'"):
+        await one.create(other)
+    for claim in await take(one, 0, 1):
+        await call_and_answer(one, claim)
+    await one.create(other)
+    assert await one.feed(BATCH, 0, rows(2)) == [0, 1]
+    assert (await one.claim(BATCH, [0])).spec.strategy.name == "loud"
+
+
+async def test_feeding_waits_for_room_and_an_uncertain_feed_is_repeated(one: Ledger) -> None:
+    """At most `max_outstanding` items are unfinished; a repetition stores nothing twice."""
+    await one.create(spec())
+    assert await one.feed(BATCH, 0, rows(3), max_outstanding=4) == [0, 1, 2]
+    assert await one.feed(BATCH, 0, rows(3), max_outstanding=4) == [0, 1, 2]
+    waiting = asyncio.create_task(one.feed(BATCH, 3, rows(3, 3), max_outstanding=4))
+    (claim, *_) = await take(one, 0, 1, 2)
+    await call_and_answer(one, claim)
+    assert (await one.progress(BATCH)).fed == 3
+    for claim in one.holding.of(BATCH):
+        await call_and_answer(one, claim)
+    assert await waiting == [3, 4, 5]
+
+
+async def test_unread_results_count_until_the_consumer_has_them(one: Ledger) -> None:
+    """Under `keep_results=False` results leave Redis with the acknowledgement, and make room."""
+    await feed_all(one, 3, keep_results=False)
+    for claim in await take(one, 0, 1, 2):
+        await call_and_answer(one, claim)
+    waiting = asyncio.create_task(one.feed(BATCH, 3, rows(1, 3), max_outstanding=3))
+    outcomes = await one.results(BATCH)
+    with pytest.raises(BatchConflictError, match="another process"):
+        await one.trim(BATCH, outcomes[0].stream_id)
+    async with one.lock_consumer(BATCH):
+        assert (await one.progress(BATCH)).unread == 3
+        await one.trim(BATCH, outcomes[1].stream_id)
+        assert await waiting == [3]
+        assert [o.index for o in await one.results(BATCH)] == [2]
+    assert (await one.progress(BATCH)).unread == 1
+
+
+async def test_rows_that_redis_lost_are_fed_again_from_memory(one: Ledger) -> None:
+    """The producer keeps the last seconds' rows and rewinds to what Redis knows."""
+    await one.create(spec())
+    await one.feed(BATCH, 0, rows(2))
+    await one.feed(BATCH, 2, rows(2, 2))
+    await _forget_rows_after(one, 2)
+    assert await one.feed(BATCH, 4, rows(1, 4)) == [2, 3, 4]
+    await _forget_rows_after(one, 0)
+    one._feeding[BATCH].recent.clear()
+    with pytest.raises(BatchConflictError, match="feed again from row 0"):
+        await one.feed(BATCH, 5, rows(1, 5))
+
+
+async def _forget_rows_after(of: Ledger, index: int) -> None:
+    client: Any = of._connection.client
+    keys = of._keys.batch(BATCH)
+    await client.hset(keys.meta, "fed", index)
+    for gone in range(index, 10):
+        await client.zrem(keys.ready, gone)
+
+
+async def test_idle_workers_are_offered_what_no_message_brought_and_not_twice(one: Ledger) -> None:
+    """Bounded by n; what was lost or given back comes first."""
+    await feed_all(one, 5)
+    (claim,) = await take(one, 4)
+    await one.release([claim])
+    await asyncio.sleep(0.02)
+    assert await one.offer("default", 5, lost_only=True) == [(BATCH, [4])]
+    assert await one.offer("default", 3) == [(BATCH, [0, 1, 2])]
+    assert await one.offer("default", 3) == [(BATCH, [3])]
+    assert await one.offer("elsewhere", 3) == []
+
+
+async def test_a_silent_process_is_found_and_its_items_offered(one: Ledger, two: Ledger) -> None:
+    """One heartbeat for all its items: silent for a lease, they are free for others."""
+    lease = 0.5
+    async with (
+        ledger(one._connection, one._keys.namespace, lease_seconds=lease) as observer,
+        ledger(one._connection, one._keys.namespace, lease_seconds=lease) as alive,
+    ):
+        await feed_all(one, 4)
+        await take(two, 0, 1)
+        await take(alive, 2, 3)
+        started = time.monotonic()
+
+        async def offered() -> list[tuple[str, list[int]]]:
+            await alive.heartbeat()
+            return await observer.offer("default", 9, lost_only=True)
+
+        found = await wait_until_async(offered, interval=0.05)
+        assert found == [(BATCH, [0, 1])]
+        assert lease <= time.monotonic() - started < lease + 1.5
+        assert (await observer.claim(BATCH, [2, 3])).held == [2, 3]
+
+
+async def test_locks_are_leased_and_refused_with_a_clear_word(one: Ledger, two: Ledger) -> None:
+    """One producer and one consumer at a time; released, or after the lease, the next one may."""
+    await feed_all(one, 1)
+    async with one.lock_consumer(BATCH), two.lock_producer(BATCH):
+        with pytest.raises(BatchConflictError, match="has a consumer already"):
+            async with two.lock_consumer(BATCH):
+                pass
+    async with two.lock_consumer(BATCH):
+        pass
+
+
+async def test_an_unknown_batch_is_refused_and_never_brought_to_life(one: Ledger) -> None:
+    """A late call for expired keys leaves no key behind (the namespace fixture looks)."""
+    await feed_all(one, 1)
+    (claim,) = await take(one, 0)
+    client: Any = one._connection.client
+    await client.delete(*[key async for key in client.scan_iter(f"{one._keys.namespace}:*")])
+    assert await one.begin(claim) is BatchState.FINISHED
+    assert not await one.record(claim, answer(claim), spent_tokens=0, cost=None)
+    with pytest.raises(BatchNotFoundError, match="'b1' is unknown"):
+        await one.claim(BATCH, [0])
+    for asked in (one.progress, one.cancel, one.pause, one.spec):
+        with pytest.raises(BatchNotFoundError):
+            await asked(BATCH)
+    assert [key async for key in client.scan_iter(f"{one._keys.namespace}:*")] == []
+
+
+async def test_the_heartbeat_renews_and_hears_of_control_at_once(
+    one: Ledger, two: Ledger, redis_url: str
+) -> None:
+    """From a thread: a blocked loop renews all the same, and a cancel is known within a second."""
+    await feed_all(one, 2)
+    await take(one, 0)
+    heard: list[Beat] = []
+    heartbeat = Heartbeat(
+        redis_url,
+        one._keys,
+        process_id=one.process_id,
+        batches=one.holding.batches,
+        heard=heard.extend,
+        interval=0.2,
+        presence=lambda: WorkerInfo(
+            one.process_id, host="h", pid=1, slots=7, running=len(one.holding)
+        ),
+    )
+    heartbeat.start()
+    try:
+        await wait_until_async(lambda: len(heard) >= 2)
+        assert heard[0] == Beat(BATCH, BatchState.RUNNING, True)
+        assert heard[1] == Beat(BATCH, BatchState.RUNNING, False)
+        time.sleep(0.7)  # the loop is blocked
+        assert len(heard) >= 4
+        (worker,) = await list_workers(one._connection, one._keys)
+        assert (worker.worker_id, worker.slots, worker.running) == (one.process_id, 7, 1)
+        await two.cancel(BATCH)
+        started = time.monotonic()
+        await wait_until_async(lambda: heard[-1].state is BatchState.CANCELLED)
+        assert time.monotonic() - started < 1
+    finally:
+        heartbeat.stop()
+    assert await list_workers(one._connection, one._keys) == []
+
+
+async def test_a_redis_that_lost_its_last_second_is_told_again_what_is_paid_for() -> None:
+    """Outcomes are recorded again, running items adopted, ended claims given back."""
+    server = ValkeyServer().start()
+    try:
+        async with Connection(server.url) as connection, ledger(connection, "n") as one:
+            await feed_all(one, 4)
+            claims = await take(one, 0, 1, 2, 3)
+            await one.offer("default", 0)
+            for claim in claims[:3]:
+                assert await one.begin(claim) is None
+            assert await one.record(claims[0], answer(claims[0]), spent_tokens=5, cost=None)
+            await one.release([claims[3]])
+            await _roll_back(one, claims)
+            server.kill()
+            server.start()
+            await one.offer("default", 0)
+            assert (await one.progress(BATCH)).succeeded == 1
+            shot = Snapshot(server.url, "n")
+            assert set(shot.held) == {1, 2}
+            assert shot.ready == {3}
+            shot.check()
+            assert await one.record(claims[1], answer(claims[1]), spent_tokens=5, cost=None)
+    finally:
+        server.stop()
+
+
+async def _roll_back(of: Ledger, claims: list[Any]) -> None:
+    """As Redis would be without its last second: 0 and 3 still held, 1 not even claimed."""
+    client: Any = of._connection.client
+    keys = of._keys.batch(BATCH)
+    for claim in (claims[0], claims[3]):
+        await client.hset(keys.held, claim.index, f"c {claim.token} {of.process_id}")
+    await client.zrem(keys.ready, 3)
+    await client.hdel(keys.held, 1)
+    await client.zadd(keys.ready, {"1": 1})
+    await client.setbit(keys.done, 0, 0)
+    await client.hset(keys.meta, "ok", 0)
+    await client.delete(keys.out, keys.procs)
+    await client.hset(keys.meta, mapping={"out_count": 0, "out_bytes": 0})
+    row = Payload("item-0", "say 0", {"n": 0}).encode()
+    await client.hset(keys.item, 0, b"1700000000000" + claims[0].version + row)
+    sizes = [await client.hstrlen(keys.item, n) for n in range(4)]
+    await client.hset(keys.meta, "item_bytes", sum(sizes))
+    for key in (keys.out, keys.procs, keys.held, keys.ready):
+        await client.expire(key, 7 * 24 * 3600)
+
+
+async def test_a_full_redis_takes_no_new_rows_but_every_outcome() -> None:
+    """`record` must not fail at maxmemory, or answers are paid for again."""
+    server = ValkeyServer().start()
+    try:
+        async with Connection(server.url) as connection, ledger(connection, "n") as one:
+            await feed_all(one, 2)
+            client: Any = connection.client
+            await client.config_set("maxmemory", 1)
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.3):
+                    await one.feed(BATCH, 2, rows(1, 2))
+            for claim in await take(one, 0, 1):
+                assert await call_and_answer(one, claim)
+            assert (await one.progress(BATCH)).succeeded == 2
+            await client.config_set("maxmemory", 0)
+            assert await one.feed(BATCH, 2, rows(1, 2)) == [2]
+    finally:
+        server.stop()
+
+
+async def test_cancelling_many_items_never_blocks_redis_for_long(one: Ledger) -> None:
+    """20,000 items, 1,000 a script: each script stays under 50 ms, and all have their outcome."""
+    count = 20_000
+    await one.create(spec())
+    await one.feed(BATCH, 0, rows(count, prompt="x" * 1000), max_outstanding=count)
+    await one.seal(BATCH, count)
+    client: Any = one._connection.client
+    before = await _redis_seconds(client)
+    assert await one.cancel(BATCH) is BatchState.CANCELLED
+    # CPU seconds: what a script takes by the wall depends on who else is on this machine.
+    assert (await _redis_seconds(client) - before) / (count / 1000) < 0.05
+    progress = await one.progress(BATCH)
+    assert (progress.failed, progress.is_over) == (count, True)
+    assert Settings().max_outstanding >= count
+    assert (await one.resume(BATCH)).items == count
+
+
+async def _redis_seconds(client: Any) -> float:
+    used = await client.info("cpu")
+    return float(used["used_cpu_user"]) + float(used["used_cpu_sys"])
+
+
+def test_every_key_of_a_batch_is_named_on_one_page() -> None:
+    """Scripts take the keys in this order."""
+    keys = Keys("ns").batch("b")
+    assert keys.meta == "ns:{batch:b}:meta"
+    assert keys.stopped == "ns:{batch:b}:stopped"
