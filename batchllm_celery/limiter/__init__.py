@@ -1,0 +1,25 @@
+"""The fleet-wide limiter: start times for provider calls, decided in Redis on Redis' clock."""
+
+from batchllm_celery.limiter.estimator import Estimator
+from batchllm_celery.limiter.limiter import Limiter
+from batchllm_celery.limiter.permit import CallOutcome, Estimate, Permit
+from batchllm_celery.limiter.policies import (
+    ExponentialBackoffStrategy,
+    FixedDelayStrategy,
+    RateLimitStrategy,
+    policy_from,
+)
+from batchllm_celery.limiter.state import QuotaState
+
+__all__ = [
+    "CallOutcome",
+    "Estimate",
+    "Estimator",
+    "ExponentialBackoffStrategy",
+    "FixedDelayStrategy",
+    "Limiter",
+    "Permit",
+    "QuotaState",
+    "RateLimitStrategy",
+    "policy_from",
+]

@@ -1,0 +1,311 @@
+"""The waiting line of one process before one quota: who waits, which tickets it holds, when to ask.
+
+No I/O and no clock of its own: every method is told the local monotonic time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+
+from batchllm_celery.limiter.pending import Pending
+from batchllm_celery.limiter.permit import CallOutcome, Estimate, Permit
+from batchllm_celery.limiter.wire import Reply
+
+#: A ticket so many seconds late is void: a stalled host must not fire everything at once.
+LATE = 0.25
+#: Nothing starts unless the limiter has answered within so many seconds.
+PROOF = 0.25
+#: How old a proof may get before it is renewed, while tickets wait for their time.
+RENEW = 0.19
+#: A proof is renewed (and the next tickets fetched) so long before a start.
+AHEAD = 0.05
+#: Outcomes ride on the next question, or go by themselves after so many seconds ...
+FLUSH = 0.15
+#: ... or after so many where a settled call frees a slot that others wait for.
+FLUSH_SLOT = 0.005
+#: A process with calls in flight renews its lease (10 s in the script) so often.
+RENEW_LEASE = 3.0
+#: Tickets asked for at once.
+LARGEST_ASK = 256
+#: At this many starts a second, questions are gathered: at most 0.2 of them per start.
+BUSY_RATE = 25.0
+_RATE_MEMORY = 0.3
+_NEVER = math.inf
+_NO_TOKENS = Estimate()
+
+
+@dataclass(slots=True, eq=False)
+class Waiter:
+    """One caller of `acquire` that has no permit yet."""
+
+    estimate: Estimate
+    granted: asyncio.Future[Permit]
+
+
+@dataclass(slots=True)
+class Ticket:
+    """The right to start one call at `start`, if the generation is still the same then."""
+
+    start: float
+    generation: int
+    reserved: Estimate
+    probe: bool
+
+
+@dataclass(slots=True)
+class Question:
+    """Arguments of acquire.lua, and what each ticket of the answer will have reserved."""
+
+    arguments: list[bytes | str | int | float]
+    reserved: list[Estimate]
+    spare: Estimate
+
+
+@dataclass(slots=True)
+class Line:
+    """Waiters, oldest first, and tickets, earliest first. Any waiter may use any ticket."""
+
+    quota: str
+    waiters: deque[Waiter] = field(default_factory=deque)
+    tickets: deque[Ticket] = field(default_factory=deque)
+    waiting: int = 0
+    in_flight: int = 0
+    generation: int = 0
+    proof: float = -_NEVER
+    pending: Pending = field(default_factory=Pending)
+    urgent: bool = False
+    asked_at: float = -_NEVER
+    ask_after: float = -_NEVER
+    last: Reply | None = None
+    rate: float = 0.0
+    acquired: int = 0
+    permits: int = 0
+    mean_input: float = 0.0
+    mean_output: float = 0.0
+
+    # -- waiters
+
+    def join(self, waiter: Waiter, *, first: bool = False) -> None:
+        """Wait at the end of the line (or again at its head)."""
+        self.waiting += 1
+        if first:
+            self.waiters.appendleft(waiter)
+            return
+        self.acquired += 1
+        self.waiters.append(waiter)
+        if self.by_tokens:
+            self.mean_input += 0.05 * (waiter.estimate.input_tokens - self.mean_input)
+            self.mean_output += 0.05 * (waiter.estimate.output_tokens - self.mean_output)
+
+    def leave(self, waiter: Waiter) -> None:
+        """A cancelled waiter; its place in the deque is skipped when its turn comes."""
+        self.waiting -= 1
+        waiter.granted.cancel()
+
+    def _next_waiter(self) -> Waiter | None:
+        while self.waiters:
+            waiter = self.waiters.popleft()
+            if not waiter.granted.done():
+                self.waiting -= 1
+                return waiter
+        return None
+
+    def alive(self) -> Iterator[Waiter]:
+        return (waiter for waiter in self.waiters if not waiter.granted.done())
+
+    # -- tickets
+
+    def at_once(self, now: float, estimate: Estimate) -> Permit | None:
+        """A permit without waiting, from a ticket that was fetched for callers to come."""
+        if self.waiting or not self.tickets or now - self.proof > PROOF:
+            return None
+        self.drop_late(now)
+        if not self.tickets or self.tickets[0].start > now:
+            return None
+        self.acquired += 1
+        return self._permit(self.tickets.popleft(), estimate, now)
+
+    def release(self, now: float) -> None:
+        """Give every ticket whose time has come to the oldest waiter."""
+        self.drop_late(now)
+        while self.waiting and self.tickets and self.tickets[0].start <= now + 1e-4:
+            if now - self.proof > PROOF:
+                return
+            waiter = self._next_waiter()
+            if waiter is None:
+                self.waiting = 0
+                return
+            waiter.granted.set_result(self._permit(self.tickets.popleft(), waiter.estimate, now))
+
+    def _permit(self, ticket: Ticket, estimate: Estimate, now: float) -> Permit:
+        reserved = ticket.reserved
+        if reserved is not estimate and self.by_tokens:
+            self.pending.owe(
+                estimate.input_tokens - reserved.input_tokens,
+                estimate.output_tokens - reserved.output_tokens,
+            )
+        self.in_flight += 1
+        self.permits += 1
+        return Permit(
+            self.quota, ticket.generation, ticket.start, self.permits, estimate, now, ticket.probe
+        )
+
+    def drop_late(self, now: float) -> None:
+        """Give back tickets whose time has passed."""
+        while self.tickets and now > self.tickets[0].start + LATE:
+            self._give_back(self.tickets.popleft(), now)
+
+    def give_back_all(self, now: float) -> None:
+        while self.tickets:
+            self._give_back(self.tickets.popleft(), now)
+
+    def _give_back(self, ticket: Ticket, now: float) -> None:
+        pending = self.pending
+        pending.give_back(ticket.reserved, current=ticket.generation == self.generation)
+        pending.probe_ended |= ticket.probe
+        if pending.since is None:
+            pending.since = now
+
+    def usable(self, permit: Permit, now: float) -> bool:
+        """Whether a call with this permit may still start at this moment."""
+        return (
+            permit.generation == self.generation
+            and now - self.proof <= PROOF
+            and now <= permit.start + LATE
+        )
+
+    def settle(
+        self,
+        permit: Permit,
+        outcome: CallOutcome,
+    ) -> None:
+        """Count the end of a call; `pending` has its tokens."""
+        self.in_flight -= 1
+        if outcome in (CallOutcome.REFUSED, CallOutcome.DAY_EXHAUSTED):
+            self.urgent = True
+
+    def saw_generation(self, generation: int, now: float) -> bool:
+        """The fleet cools down (or the limits changed): void what was handed out before."""
+        if generation <= self.generation:
+            return False
+        self.generation = generation
+        self.give_back_all(now)
+        if self.waiting:
+            self.urgent = True
+        return True
+
+    # -- questions and answers
+
+    @property
+    def by_tokens(self) -> bool:
+        return self.last is None or self.last.by_tokens
+
+    def next_ask(self) -> float:
+        """When to ask the limiter next; infinity: there is nothing to say."""
+        if self.urgent:
+            return -_NEVER
+        at = _NEVER
+        if self.waiting > len(self.tickets):
+            at = self.ask_after
+        if self.waiting and self.tickets:
+            at = min(at, max(self.proof + RENEW, self.tickets[0].start - AHEAD))
+        if self.pending.since is not None:
+            slot = self.last is not None and (self.last.by_slots or self.last.probing)
+            at = min(at, self.pending.since + (FLUSH_SLOT if slot else FLUSH))
+        if self.in_flight:
+            at = min(at, self.asked_at + RENEW_LEASE)
+        return at
+
+    def next_start(self) -> float:
+        """When the next ticket can be used; infinity without one or without a waiter."""
+        return self.tickets[0].start if self.tickets and self.waiting else _NEVER
+
+    def question(self, process: str, sequence: int, now: float) -> Question:
+        """What to ask now. What is pending travels with it."""
+        self.drop_late(now)
+        self._measure(now)
+        held = len(self.tickets)
+        want = min(max(self.waiting - held, 0), LARGEST_ASK)
+        spare = min(self._spare(), LARGEST_ASK - want)
+        mean = Estimate(round(self.mean_input), round(self.mean_output))
+        reserved = self._estimates(held, want)
+        arguments: list[bytes | str | int | float] = [
+            process,
+            sequence,
+            held,
+            self.in_flight + held,
+            want,
+            spare,
+            *self.pending.arguments(self.generation),
+            mean.input_tokens,
+            mean.output_tokens,
+        ]
+        for estimate in reserved:
+            arguments += (estimate.input_tokens, estimate.output_tokens)
+        self.pending = Pending(generation=self.generation)
+        self.urgent = False
+        self.asked_at = now
+        return Question(arguments, reserved, mean)
+
+    def _estimates(self, held: int, want: int) -> list[Estimate]:
+        if not self.by_tokens:
+            return []
+        return [waiter.estimate for waiter in islice(self.alive(), held, held + want)]
+
+    def _measure(self, now: float) -> None:
+        gone = min(now - self.asked_at, 10.0)
+        weight = 1 - math.exp(-gone / _RATE_MEMORY)
+        self.rate += weight * (self.acquired / max(gone, 1e-3) - self.rate)
+        self.acquired = 0
+
+    def _spare(self) -> int:
+        """Tickets for callers to come: spares them a round trip while no limit holds them up."""
+        if self.last is None or not self.last.plain or self.last.limited or self.rate < BUSY_RATE:
+            return 0
+        return max(math.ceil(self.rate * 0.3) - max(len(self.tickets) - self.waiting, 0), 0)
+
+    def take(self, question: Question, reply: Reply, sent: float, at: float, now: float) -> None:
+        """The answer: `at` is the local time of the server's `now`, `sent` when the question left."""
+        self.saw_generation(reply.generation, now)
+        if reply.generation == self.generation:
+            self.proof = sent
+            self._add_tickets(question, reply, at)
+        else:  # a newer generation was announced while this answer travelled
+            self._refuse_tickets(question, reply, at, now)
+        self.last = reply
+        self.ask_after = self._ask_after(reply, at, now)
+
+    def _tickets(self, question: Question, reply: Reply, at: float) -> Iterator[Ticket]:
+        known = len(question.reserved)
+        for i, delay in enumerate(reply.starts_in):
+            reserved = question.reserved[i] if i < known else question.spare
+            yield Ticket(at + delay, reply.generation, reserved, reply.probing)
+
+    def _add_tickets(self, question: Question, reply: Reply, at: float) -> None:
+        # Refunds may let a later answer start earlier than tickets that are held already.
+        unsorted = bool(
+            self.tickets and reply.starts_in and at + reply.starts_in[0] < self.tickets[-1].start
+        )
+        self.tickets.extend(self._tickets(question, reply, at))
+        if unsorted:
+            self.tickets = deque(sorted(self.tickets, key=lambda ticket: ticket.start))
+
+    def _refuse_tickets(self, question: Question, reply: Reply, at: float, now: float) -> None:
+        for ticket in self._tickets(question, reply, at):
+            self._give_back(ticket, now)
+        self.urgent = True
+
+    def _ask_after(self, reply: Reply, at: float, now: float) -> float:
+        gap = min(5.0 / self.rate, 0.1) if self.rate > BUSY_RATE else 0.001
+        soonest = self.asked_at + gap
+        if not reply.limited:
+            return soonest
+        if self.tickets:
+            enough = min(self.asked_at + RENEW, self.tickets[-1].start - AHEAD)
+            return max(soonest, enough, min(at + reply.again_in, now + RENEW))
+        return max(soonest, at + reply.again_in)

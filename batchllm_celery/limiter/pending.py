@@ -1,0 +1,112 @@
+"""What a process has to tell the limiter: outcomes, summed up until the next call carries them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from batchllm_celery.limiter.permit import CallOutcome, Estimate, Permit
+from batchllm_celery.models import TokenUsage
+
+
+@dataclass(slots=True)
+class Pending:
+    """Sums of settled permits. Only sums matter to the quota, so they cost nothing to carry."""
+
+    generation: int = 0
+    successes: int = 0
+    late_successes: int = 0
+    latency: float = 0.0
+    unused: int = 0
+    void: int = 0
+    """Given back because the generation had passed: the script has freed their places already."""
+    input_tokens: int = 0
+    output_tokens: int = 0
+    refused_generation: int = -1
+    retry_after: float = -1.0
+    overloads: int = 0
+    day_exhausted: float = -1.0
+    probe_ended: bool = False
+    since: float | None = None
+
+    def add(
+        self,
+        permit: Permit,
+        outcome: CallOutcome,
+        now: float,
+        usage: TokenUsage | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        """Count one permit's outcome; the actual tokens replace the reserved ones."""
+        if self.since is None:
+            self.since = now
+        if permit.probe:
+            self.probe_ended = True
+        if outcome is CallOutcome.SUCCEEDED:
+            self._succeeded(permit, now)
+        elif outcome is CallOutcome.REFUSED:
+            self._refused(permit, retry_after)
+        elif outcome is CallOutcome.OVERLOADED:
+            self.overloads += 1
+        elif outcome is CallOutcome.DAY_EXHAUSTED:
+            self.day_exhausted = max(self.day_exhausted, retry_after or 0.0)
+        if outcome is CallOutcome.UNUSED:
+            self.give_back(permit.estimate, current=permit.generation >= self.generation)
+        elif outcome is CallOutcome.REFUSED and not usage:
+            self.owe(-permit.estimate.input_tokens, -permit.estimate.output_tokens)
+        elif usage:
+            self.owe(
+                usage.input_tokens - permit.estimate.input_tokens,
+                usage.output_tokens - permit.estimate.output_tokens,
+            )
+
+    def give_back(self, reserved: Estimate, *, current: bool) -> None:
+        """A ticket that started nothing."""
+        if current:
+            self.unused += 1
+            self.owe(-reserved.input_tokens, -reserved.output_tokens)
+        else:
+            self.void += 1
+
+    def owe(self, input_tokens: int, output_tokens: int) -> None:
+        """Tokens used beyond what was reserved (negative: a refund)."""
+        self.input_tokens += input_tokens
+        self.output_tokens += output_tokens
+
+    def _succeeded(self, permit: Permit, now: float) -> None:
+        self.latency += now - permit.started_at
+        if permit.generation > self.generation:
+            self.late_successes += self.successes
+            self.generation, self.successes = permit.generation, 0
+        if permit.generation == self.generation:
+            self.successes += 1
+        else:
+            self.late_successes += 1
+
+    def _refused(self, permit: Permit, retry_after: float | None) -> None:
+        if permit.generation > self.refused_generation:
+            self.refused_generation, self.retry_after = permit.generation, -1.0
+        if permit.generation == self.refused_generation and retry_after is not None:
+            self.retry_after = max(self.retry_after, retry_after)
+
+    def arguments(self, generation: int) -> list[int]:
+        """ARGV 7 to 19 of acquire.lua, for a process that knows `generation`."""
+        current = self.generation >= generation
+        return [
+            max(self.generation, generation),
+            self.successes if current else 0,
+            self.late_successes if current else self.late_successes + self.successes,
+            int(self.latency * 1e6),
+            self.unused,
+            self.input_tokens,
+            self.output_tokens,
+            self.refused_generation,
+            _microseconds(self.retry_after),
+            self.overloads,
+            _microseconds(self.day_exhausted),
+            int(self.probe_ended),
+            self.void,
+        ]
+
+
+def _microseconds(seconds: float) -> int:
+    return -1 if seconds < 0 else int(seconds * 1e6)

@@ -1,0 +1,272 @@
+"""The scripts on a real Valkey against a Python model of them, step by step, in virtual time."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from batchllm_celery.keys import Keys
+from batchllm_celery.limiter.limiter import _script_fields
+from batchllm_celery.limiter.wire import Reply
+from batchllm_celery.models import CooldownPolicy, Quota, QuotaLimits
+from tests.integration.limiter_model import Answer, Model
+from tests.integration.virtual_redis import VirtualRedis
+from tests.support import ValkeyServer
+
+PROCESSES = ("a", "b", "c")
+
+
+class Scripts:
+    """Questions of several processes to one quota, in virtual time."""
+
+    def __init__(self, server: VirtualRedis, quota: Quota) -> None:
+        self.server = server
+        keys = Keys(f"t{uuid.uuid4().hex[:8]}").quota(quota.name)
+        self.keys = [keys.state, keys.procs, keys.waiting, keys.channel]
+        self.sequence = 0
+        self.generation = 0
+        server.call(
+            "configure.lua",
+            [keys.state, keys.channel],
+            [quota.model_dump_json(), 0, *_script_fields(quota)],
+        )
+
+    def ask(self, process: str, wants: list[int], **told: Any) -> Reply:
+        """The named values default to nothing having happened."""
+        retry_after = told.get("retry_after")
+        arguments = [
+            process,
+            told.get("sequence") or self._next(),
+            told.get("held", 0),
+            told.get("in_flight", 0),
+            len(wants),
+            0,
+            told.get("generation", self.generation),
+            told.get("successes", 0),
+            0,
+            0,
+            told.get("unused", 0),
+            told.get("tokens_owed", 0),
+            0,
+            self.generation if told.get("refused") else -1,
+            -1 if retry_after is None else round(retry_after * 1e6),
+            told.get("overloads", 0),
+            -1,
+            told.get("probe_ended", 0),
+            0,
+            0,
+            0,
+        ]
+        for tokens in wants:
+            arguments += [tokens, 0]
+        reply = Reply.parse(self.server.call("acquire.lua", self.keys, arguments))
+        self.generation = reply.generation
+        return reply
+
+    def _next(self) -> int:
+        self.sequence += 1
+        return self.sequence
+
+
+def microseconds(reply: Reply) -> list[int]:
+    return [round(delay * 1e6) for delay in reply.starts_in]
+
+
+class ScriptsAgainstModel(RuleBasedStateMachine):
+    """Every answer of the script equals the model's, whatever came before."""
+
+    server: VirtualRedis
+
+    @initialize(
+        requests=st.sampled_from([0, 2, 10, 300]),
+        tokens=st.sampled_from([0, 100, 5_000]),
+        per_day=st.sampled_from([0, 12]),
+        ramp=st.sampled_from([(), (0.5, 0.4, 0.2)]),
+    )
+    def configure(self, requests: int, tokens: int, per_day: int, ramp: tuple[float, ...]) -> None:
+        limits = QuotaLimits(
+            requests_per_minute=requests * 60 or None,
+            tokens_per_minute=tokens * 60 or None,
+            requests_per_day=per_day or None,
+        )
+        policy = CooldownPolicy(kind="slow_start", cooldowns=(1.0, 2.0, 5.0), ramp=ramp)
+        self.model = Model(requests, tokens, per_day, ramp=ramp)
+        self.scripts = Scripts(self.server, Quota(name="q", limits=limits, policy=policy))
+        self.granted = 0
+        self.scripts.ask("a", [])
+        self.model.ask("a", self.server.now * 1e6, [])
+
+    def both(self, process: str, wants: list[int], **told: Any) -> tuple[Reply, Answer]:
+        before = self.scripts.generation
+        reply = self.scripts.ask(process, wants, **told)
+        answer = self.model.ask(process, round(self.server.now * 1e6), wants, **told)
+        assert microseconds(reply) == pytest.approx(answer.starts, abs=2)
+        assert reply.consecutive == answer.consecutive
+        assert (reply.generation > before) == answer.generation_grew
+        assert bool(reply.exhausted_until) == answer.exhausted
+        self.granted += len(reply.starts_in)
+        return reply, answer
+
+    @rule(
+        process=st.sampled_from(PROCESSES),
+        wants=st.lists(st.integers(1, 400), max_size=12),
+        held=st.integers(0, 3),
+    )
+    def ask(self, process: str, wants: list[int], held: int) -> None:
+        self.both(process, wants, held=held)
+
+    @rule(process=st.sampled_from(PROCESSES), owed=st.integers(-500, 500))
+    def settle(self, process: str, owed: int) -> None:
+        self.both(process, [], successes=1, tokens_owed=owed)
+
+    @precondition(lambda self: self.granted > 2)
+    @rule(process=st.sampled_from(PROCESSES), unused=st.integers(1, 2))
+    def give_back(self, process: str, unused: int) -> None:
+        self.granted -= unused
+        self.both(process, [], unused=unused)
+
+    @rule(
+        process=st.sampled_from(PROCESSES),
+        retry_after=st.one_of(st.none(), st.floats(0, 20).map(lambda s: round(s, 3))),
+    )
+    def refuse(self, process: str, retry_after: float | None) -> None:
+        if self.model.consecutive < 4:  # the fifth opens the breaker, which the model leaves out
+            self.both(process, [], refused=True, retry_after=retry_after)
+
+    @rule(seconds=st.sampled_from([0.0001, 0.05, 0.4, 1.0, 2.9]))
+    def time_passes(self, seconds: float) -> None:
+        self.server.now = round(self.server.now + seconds, 6)
+        # Waiting processes are heard of at least every 0.9 s: no lease ends here.
+        for process in PROCESSES:
+            wants = [1] if process in self.model.waiting else []
+            self.both(process, wants)
+
+    @rule()
+    def clock_goes_back(self) -> None:
+        """A server whose clock was set back answers as if no time had passed."""
+        self.server.now -= 1.0
+        reply = self.scripts.ask("a", [])
+        self.server.now += 1.0
+        assert reply.now <= round(self.server.now * 1e6)
+        self.model.ask("a", round(self.server.now * 1e6), [])
+
+    @invariant()
+    def keys_expire(self) -> None:
+        if hasattr(self, "scripts"):
+            client = self.server.client
+            for key in self.scripts.keys[:3]:
+                assert not client.exists(key) or client.ttl(key) > 0
+
+
+def test_the_scripts_do_what_the_model_says(valkey: ValkeyServer) -> None:
+    """Random histories of three processes: starts, cooldowns and the day agree to the microsecond."""
+    ScriptsAgainstModel.server = VirtualRedis(valkey.url)
+    ScriptsAgainstModel.TestCase.settings = settings(
+        max_examples=60,
+        stateful_step_count=30,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    ScriptsAgainstModel.TestCase("runTest").runTest()
+
+
+@pytest.fixture
+def server(valkey: ValkeyServer) -> Iterator[VirtualRedis]:
+    virtual = VirtualRedis(valkey.url)
+    yield virtual
+    virtual.client.close()
+
+
+def test_the_same_question_twice_gets_the_same_answer(server: VirtualRedis) -> None:
+    """A retried question spends nothing."""
+    limits = QuotaLimits(requests_per_minute=600, requests_per_day=10)
+    scripts = Scripts(server, Quota(name="q", limits=limits))
+    first = scripts.ask("a", [1, 1, 1], sequence=7)
+    server.now += 1
+    assert scripts.ask("a", [1, 1, 1], sequence=7) == first
+    assert len(scripts.ask("a", [1] * 10, sequence=8).starts_in) <= 7
+
+
+def test_calls_of_a_dead_process_free_their_slots(server: VirtualRedis) -> None:
+    """After ten seconds of silence a process has no calls in flight."""
+    scripts = Scripts(server, Quota(name="q", limits=QuotaLimits(max_concurrency=3)))
+    assert len(scripts.ask("dead", [1, 1, 1]).starts_in) == 3
+    server.now += 5
+    assert scripts.ask("alive", [1]).starts_in == ()
+    server.now += 5.1
+    assert len(scripts.ask("alive", [1]).starts_in) == 1
+
+
+def test_nothing_starts_for_a_while_after_redis_restarted(server: VirtualRedis) -> None:
+    """Another run id: a new generation, and no start before horizon + 1 s."""
+    limits = QuotaLimits(requests_per_minute=600)
+    scripts = Scripts(server, Quota(name="q", limits=limits, horizon_seconds=2.0))
+    before = scripts.ask("a", [1, 1])
+    server.now, server.run_id = server.now + 0.5, "second"
+    after = scripts.ask("a", [1])
+    assert after.generation > before.generation
+    assert after.starts_in == ()
+    assert after.cooldown == pytest.approx(3.0)
+    server.now += 3.0
+    assert len(scripts.ask("a", [1]).starts_in) == 1
+
+
+def test_a_quota_that_redis_lost_starts_carefully(server: VirtualRedis) -> None:
+    """A process that knows a generation of a vanished quota makes the fleet wait; a new one does not."""
+    scripts = Scripts(server, Quota(name="q"))
+    known = scripts.ask("a", [1]).generation
+    server.client.delete(*scripts.keys[:3])
+    server.now += 0.1
+    reply = scripts.ask("a", [1], generation=known)
+    assert reply.generation > known
+    assert reply.starts_in == ()
+
+
+def test_five_cooldowns_leave_one_probe_at_a_time(server: VirtualRedis) -> None:
+    """The breaker: one call of one process, until one succeeds; a dead prober is replaced."""
+    limits = QuotaLimits(requests_per_minute=6_000)
+    scripts = Scripts(server, Quota(name="q", limits=limits))
+    for _ in range(5):
+        server.now += 100
+        scripts.ask("a", [1])
+        scripts.ask("a", [], refused=True)
+    server.now += 100
+    probe = scripts.ask("a", [1, 1, 1])
+    assert probe.probing
+    assert len(probe.starts_in) == 1
+    assert scripts.ask("b", [1]).starts_in == ()
+    server.now += 11
+    assert len(scripts.ask("b", [1]).starts_in) == 1
+    scripts.ask("b", [], in_flight=1, successes=1, probe_ended=1)
+    assert len(scripts.ask("b", [1, 1, 1]).starts_in) == 3
+
+
+def test_overloads_open_no_cooldown_but_the_breaker(server: VirtualRedis) -> None:
+    """503s: the generation stays, and after five in a row calls go one at a time."""
+    limits = QuotaLimits(requests_per_minute=6_000)
+    scripts = Scripts(server, Quota(name="q", limits=limits))
+    before = scripts.ask("a", [1] * 6)
+    reply = scripts.ask("a", [], overloads=5)
+    assert reply.generation == before.generation
+    assert reply.cooldown == 0
+    server.now += 2
+    assert len(scripts.ask("a", [1] * 6, in_flight=1).starts_in) == 1
+
+
+def test_a_late_refusal_opens_no_second_cooldown(server: VirtualRedis) -> None:
+    """A 429 of an older generation changes nothing."""
+    scripts = Scripts(server, Quota(name="q", limits=QuotaLimits(requests_per_minute=6_000)))
+    scripts.ask("a", [1])
+    old = scripts.generation
+    first = scripts.ask("a", [], refused=True, retry_after=3.0)
+    scripts.generation = old
+    late = scripts.ask("b", [], refused=True, retry_after=30.0)
+    assert late.generation == first.generation
+    assert late.consecutive == 1
+    assert late.cooldown <= 3.0

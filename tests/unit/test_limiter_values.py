@@ -1,0 +1,152 @@
+"""The limiter's pure parts: policies as data, estimates, sums of outcomes, the server's clock."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from batchllm_celery.limiter import (
+    CallOutcome,
+    Estimate,
+    Estimator,
+    ExponentialBackoffStrategy,
+    FixedDelayStrategy,
+    Permit,
+    RateLimitStrategy,
+    policy_from,
+)
+from batchllm_celery.limiter.pending import Pending
+from batchllm_celery.limiter.wire import Reply, ServerClock
+from batchllm_celery.models import RateLimitConfig, TokenUsage
+
+
+def permit(generation: int = 1, **more: object) -> Permit:
+    values = {"start": 0.0, "id": 1, "estimate": Estimate(100, 50), "started_at": 10.0}
+    return Permit(quota="q", generation=generation, **{**values, **more})  # type: ignore[arg-type]  # a test's shorthand
+
+
+def test_the_default_strategy_is_batch_llms() -> None:
+    """300 s, times 1.5, at most 600 s; then 50 starts from 2 s down to 0.1 s."""
+    policy = policy_from(ExponentialBackoffStrategy())
+    assert policy.kind == "slow_start"
+    assert policy.cooldowns == (300.0, 450.0, 600.0)
+    assert len(policy.ramp) == 50
+    assert policy.ramp[0] == 2.0
+    assert policy.ramp[25] == pytest.approx(1.05)
+    assert sum(policy.ramp) == pytest.approx(53.45)
+    assert policy == policy_from(RateLimitConfig())
+
+
+def test_no_configuration_is_the_adaptive_policy() -> None:
+    """None brings no slow start."""
+    assert policy_from(None).kind == "adaptive"
+
+
+def test_a_fixed_delay_never_ends() -> None:
+    """The delay after a fixed cooldown repeats for all starts."""
+    policy = policy_from(FixedDelayStrategy(cooldown=5, delay=0.5))
+    assert (policy.cooldowns, policy.ramp, policy.ramp_repeats) == ((5.0,), (0.5,), True)
+
+
+def test_a_users_strategy_becomes_data() -> None:
+    """Cooldowns and delays are asked for beforehand, in order."""
+
+    class Linear(RateLimitStrategy):
+        async def on_rate_limit(self, worker_id: int, consecutive_limit_count: int) -> float:
+            return min(10.0 * consecutive_limit_count, 40.0)
+
+        def should_apply_slow_start(self, items_since_resume: int) -> tuple[bool, float]:
+            return items_since_resume < 3, 3.0 - items_since_resume
+
+    policy = policy_from(Linear())
+    assert policy.cooldowns == (10.0, 20.0, 30.0, 40.0)
+    assert policy.ramp == (3.0, 2.0, 1.0)
+    assert not policy.ramp_repeats
+    assert policy.max_cooldown == 40.0
+
+
+def test_a_strategy_that_waits_is_refused() -> None:
+    """A cooldown must be computed, not awaited."""
+
+    class Waits(FixedDelayStrategy):
+        async def on_rate_limit(self, worker_id: int, consecutive_limit_count: int) -> float:
+            await asyncio.sleep(0)
+            return 1.0
+
+    with pytest.raises(ValueError, match="without waiting"):
+        policy_from(Waits())
+
+
+def test_an_estimate_counts_bytes() -> None:
+    """UTF-8 bytes / 3, so that Chinese counts about one token a character."""
+    estimator = Estimator()
+    assert estimator.estimate("s", "a" * 300).input_tokens == 100
+    assert estimator.estimate("s", "汉" * 100).input_tokens == 100
+    assert estimator.estimate("s", "x", 70) == Estimate(1, 70)
+
+
+def test_estimates_learn_per_key() -> None:
+    """Observed usage corrects the estimates of its own key only."""
+    estimator = Estimator()
+    for _ in range(30):
+        guess = estimator.estimate("json", "a" * 300, 1000)
+        estimator.observe("json", guess, TokenUsage(input_tokens=150, output_tokens=20))
+    assert estimator.estimate("json", "a" * 300, 1000) == Estimate(150, 20)
+    assert estimator.estimate("other", "a" * 300, 1000) == Estimate(100, 1000)
+
+
+def test_sums_replace_estimates_by_actual_tokens() -> None:
+    """A success refunds what it did not use; an unused permit gives everything back."""
+    pending = Pending()
+    usage = TokenUsage(input_tokens=80, output_tokens=70)
+    pending.add(permit(), CallOutcome.SUCCEEDED, 11.0, usage)
+    pending.add(permit(), CallOutcome.UNUSED, 11.0)
+    assert (pending.input_tokens, pending.output_tokens) == (-20 - 100, 20 - 50)
+    assert (pending.successes, pending.unused, pending.latency) == (1, 1, 1.0)
+
+
+def test_a_success_of_an_older_generation_is_late() -> None:
+    """It counts as throughput, never as the success that ends an escalation."""
+    pending = Pending()
+    pending.add(permit(1), CallOutcome.SUCCEEDED, 11.0)
+    pending.add(permit(2), CallOutcome.SUCCEEDED, 11.0)
+    pending.add(permit(1), CallOutcome.SUCCEEDED, 11.0)
+    assert (pending.successes, pending.late_successes) == (1, 2)
+    assert pending.arguments(3)[:3] == [3, 0, 3]
+
+
+def test_the_longest_retry_after_of_the_newest_generation_counts() -> None:
+    """Refusals of one burst are one event."""
+    pending = Pending()
+    pending.add(permit(2), CallOutcome.REFUSED, 11.0, retry_after=3.0)
+    pending.add(permit(2), CallOutcome.REFUSED, 11.0)
+    pending.add(permit(1), CallOutcome.REFUSED, 11.0, retry_after=9.0)
+    assert (pending.refused_generation, pending.retry_after) == (2, 3.0)
+
+
+def test_a_reply_is_read() -> None:
+    """Times come in microseconds; flags say what the quota limits."""
+    reply = Reply.parse(b"17|1000000|3000000|250000|0|33|2|1|0,100000")
+    assert reply.generation == 17
+    assert reply.cooldown == 2.0
+    assert reply.again_in == 0.25
+    assert reply.starts_in == pytest.approx((0.0, 0.1))
+    assert reply.by_tokens
+    assert reply.limited
+    assert not reply.by_slots
+
+
+def test_a_slow_reply_does_not_shift_starts() -> None:
+    """The quickest round trip tells the offset; the answer stays within the round trip."""
+    clock = ServerClock()
+    assert clock.local(100.0, 100.010, 50_000_000) == pytest.approx(100.010)
+    assert clock.local(101.0, 101.500, 51_001_000) == pytest.approx(101.011)
+
+
+def test_a_server_whose_clock_jumped_does_not_shift_starts() -> None:
+    """Whatever the server's clock says, its answer came between sending and receiving."""
+    clock = ServerClock()
+    clock.local(100.0, 100.010, 50_000_000)
+    assert clock.local(101.0, 101.010, 90_000_000) == 101.010
+    assert clock.local(102.0, 102.010, 10_000_000) == 102.0
