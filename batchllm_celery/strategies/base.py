@@ -1,0 +1,172 @@
+"""What a strategy is: how one kind of LLM call is made. Everything provider-specific is in one."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
+
+from batchllm_celery.events import Events
+from batchllm_celery.keys import Keys
+from batchllm_celery.models import (
+    Completion,
+    Failure,
+    RetryState,
+    TokenUsage,
+    TOutput,
+)
+from batchllm_celery.settings import Settings
+
+if TYPE_CHECKING:
+    from batchllm_celery.connection import Connection
+
+logger = logging.getLogger("batchllm_celery")
+
+T = TypeVar("T")
+
+#: What `execute` may return: batch-llm's pair, or a `Completion` with metadata.
+Answer: TypeAlias = Completion[TOutput] | tuple[TOutput, TokenUsage | Mapping[str, int]]
+
+
+@dataclass(slots=True)
+class _Shared:
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    value: Any = None
+    close: Callable[[], Awaitable[None]] | None = None
+
+
+@dataclass(slots=True)
+class ProcessResources:
+    """What the strategies of one process share. The registry hands it to each of them.
+
+    Args:
+        connection: the process's Redis; None where there is none (a fleet of one).
+        keys: names of our keys in Redis.
+        settings: this process's settings, the only source of base URLs.
+        slots: calls in flight at most; connection pools are sized to it.
+        events: who is told.
+    """
+
+    connection: Connection | None = None
+    keys: Keys = field(default_factory=Keys)
+    settings: Settings = field(default_factory=Settings)
+    slots: int = 100
+    events: Events = field(default_factory=Events)
+    _shared: dict[str, _Shared] = field(default_factory=dict, repr=False)
+
+    async def shared(self, name: str, open_it: Callable[[], Awaitable[Opened[T]]]) -> T:
+        """The process's one object called `name` (an SDK client, say), opened by the first caller.
+
+        Strategies that differ only in their parameters thus share one connection pool.
+        """
+        entry = self._shared.setdefault(name, _Shared())
+        async with entry.lock:
+            if entry.close is None:
+                opened = await open_it()
+                entry.value, entry.close = opened.value, opened.close
+        value: T = entry.value
+        return value
+
+    async def close(self) -> None:
+        """Close what is shared, last opened first; a failing one does not stop the others."""
+        while self._shared:
+            name, entry = self._shared.popitem()
+            if entry.close is not None:
+                await close_quietly(name, entry.close)
+
+
+@dataclass(frozen=True, slots=True)
+class Opened(Generic[T]):
+    """An object and how to close it."""
+
+    value: T
+    close: Callable[[], Awaitable[None]]
+
+
+async def close_quietly(name: str, close: Callable[[], Awaitable[None]]) -> None:
+    """Await `close()`; an exception is logged and goes no further."""
+    try:
+        await close()
+    except Exception as error:
+        logger.warning("close_failed name=%s error=%s", name, type(error).__name__)
+
+
+class LLMCallStrategy(ABC, Generic[TOutput]):
+    """How one kind of LLM call is made. One instance serves all items of a process at once,
+    so keep nothing of an item on `self`: that is what `state` is for.
+
+    Life of an item: `prepare` (once per instance, whoever comes first) -> for each attempt
+    `execute`, and `on_error` if it raised -> `cleanup`. `close` comes once, when the process ends.
+
+        class Shout(LLMCallStrategy[str]):
+            async def execute(self, prompt, attempt, timeout, state=None):
+                return prompt.upper(), {"input_tokens": len(prompt)}
+    """
+
+    #: The quota to draw on; None: the registration's, else PROVIDER:MODEL.
+    quota: str | None = None
+    #: `PROVIDER:MODEL`, what prices are looked up under; None: no price is known.
+    model_name: str | None = None
+    #: Most tokens that one answer may have, for the limiter's estimate; None: not bounded.
+    max_output_tokens: int | None = None
+    #: Set by the registry before `prepare`.
+    resources: ProcessResources | None = None
+
+    async def prepare(self) -> None:
+        """Open what all calls share: once per instance; after a failure the next item retries."""
+
+    @abstractmethod
+    async def execute(
+        self, prompt: str, attempt: int, timeout: float, state: RetryState | None = None
+    ) -> Answer[TOutput]:
+        """Make one call and return `(output, usage)` or a `Completion`.
+
+        Args:
+            prompt: the item's text.
+            attempt: 1 for the first; a refusal (429) does not count.
+            timeout: seconds that this attempt has; the runner cancels it after that.
+            state: what earlier attempts at this item left behind.
+
+        Raises:
+            ProviderError: with the kind of failure and the tokens spent all the same. Any other
+                exception is classified by `classify` and the general rules.
+        """
+
+    async def on_error(
+        self, exception: Exception, attempt: int, state: RetryState | None = None
+    ) -> None:
+        """Learn from a failed attempt (feed the error back through `state`, change the model)."""
+
+    async def cleanup(self) -> None:
+        """After every item, also when `prepare` failed. Must leave what the others use alone."""
+
+    async def close(self) -> None:
+        """Once, when the process ends; also after a failed `prepare`."""
+
+    async def dry_run(self, prompt: str) -> Answer[Any]:
+        """Stands in for `execute` in a rehearsal: no provider is called."""
+        output = f"[DRY-RUN] Mock output for prompt: {prompt[:50]}..."
+        return output, TokenUsage(input_tokens=100, output_tokens=50, total_tokens=150)
+
+    def classify(self, exception: BaseException) -> Failure | None:
+        """Say why an attempt failed; None leaves it to the general rules (`failures.classify`)."""
+        return None
+
+
+def as_completion(answer: Any) -> Completion[Any]:
+    """The one shape that everything behind `execute` sees.
+
+    Raises:
+        TypeError: for an answer that is neither a `Completion` nor an `(output, usage)` pair.
+    """
+    if isinstance(answer, Completion):
+        return answer
+    if isinstance(answer, tuple) and len(answer) == 2:
+        output, usage = answer
+        return Completion(output, TokenUsage.of(usage))
+    raise TypeError(
+        f"execute() must return (output, usage) or a Completion, not {type(answer).__name__}"
+    )

@@ -1,0 +1,60 @@
+"""Any async function as a strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from batchllm_celery.models import Completion, RetryState, TokenUsage, TOutput
+from batchllm_celery.strategies.base import LLMCallStrategy, as_completion
+
+
+class CallableStrategy(LLMCallStrategy[TOutput]):
+    """Calls `function(prompt)`, your own client inside.
+
+        async def ask(prompt: str) -> tuple[str, dict[str, int]]:
+            answer = await my_client.complete(prompt)
+            return answer.text, {"input_tokens": answer.input, "output_tokens": answer.output}
+
+        CallableStrategy(ask, model_name="openai:gpt-4.1-mini")
+
+    Args:
+        function: async; returns the output, `(output, usage)` or a `Completion`. Exceptions are
+            classified by their status code, type and text; raise `ProviderError` to say it exactly.
+        model_name: `PROVIDER:MODEL`, for prices and the default quota.
+        quota: the quota to draw on.
+        max_output_tokens: for the limiter's estimate.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[str], Awaitable[Any]],
+        *,
+        model_name: str | None = None,
+        quota: str | None = None,
+        max_output_tokens: int | None = None,
+    ) -> None:
+        self.function = function
+        self.model_name = model_name
+        self.quota = quota
+        self.max_output_tokens = max_output_tokens
+
+    async def execute(
+        self, prompt: str, attempt: int, timeout: float, state: RetryState | None = None
+    ) -> Completion[Any]:
+        """Await the function. An answer without usage counts no tokens."""
+        answer = await self.function(prompt)
+        return as_completion(answer) if _has_usage(answer) else Completion(answer)
+
+
+def _has_usage(answer: Any) -> bool:
+    if isinstance(answer, Completion):
+        return True
+    if not isinstance(answer, tuple) or len(answer) != 2:
+        return False
+    usage = answer[1]
+    return usage is None or isinstance(usage, TokenUsage) or _looks_like_usage(usage)
+
+
+def _looks_like_usage(value: Any) -> bool:
+    return isinstance(value, dict) and all(str(name).endswith("_tokens") for name in value)

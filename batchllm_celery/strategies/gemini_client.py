@@ -1,0 +1,289 @@
+"""The google-genai client as we use it, and its answers and errors as our own words."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from datetime import datetime, timedelta
+from functools import partial
+from typing import Any
+from zoneinfo import ZoneInfo
+
+from batchllm_celery.errors import FailureKind, ProviderError
+from batchllm_celery.models import TokenUsage
+from batchllm_celery.strategies.base import Opened, ProcessResources
+from batchllm_celery.strategies.failures import kind_of_status, retry_after_of
+
+#: Sockets beyond the slots: cache calls, and those of cancelled calls that still close.
+SPARE_CONNECTIONS = 16
+
+_BLOCKED = {
+    "SAFETY",
+    "RECITATION",
+    "LANGUAGE",
+    "BLOCKLIST",
+    "PROHIBITED_CONTENT",
+    "SPII",
+    "IMAGE_SAFETY",
+    "IMAGE_PROHIBITED_CONTENT",
+    "IMAGE_RECITATION",
+    "MODEL_ARMOR",
+}
+_MALFORMED = {"MALFORMED_FUNCTION_CALL", "MALFORMED_RESPONSE", "UNEXPECTED_TOOL_CALL"}
+_LIMIT_0 = re.compile(r"\blimit: 0(?![.\d])")
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)s")
+_KEY_REASONS = {"API_KEY_INVALID", "API_KEY_EXPIRED", "API_KEY_SERVICE_BLOCKED", "SERVICE_DISABLED"}
+_BILLING_REASONS = {"BILLING_DISABLED", "CONSUMER_SUSPENDED", "CONSUMER_INVALID"}
+
+
+async def open_client(
+    resources: ProcessResources, *, base_url: str | None = None, api_key: str | None = None
+) -> Any:
+    """The process's one `genai.Client` for this base URL, on aiohttp, without its own retries.
+
+    Args:
+        resources: what the process shares; its `slots` size the connection pool.
+        base_url: None: the SDK's (GOOGLE_GEMINI_BASE_URL, else Google's).
+        api_key: None: the SDK's (GOOGLE_API_KEY, else GEMINI_API_KEY).
+
+    Raises:
+        ProviderError: of kind `authentication` where there is no key.
+    """
+    opener = partial(_open, resources.slots, base_url, api_key)
+    return await resources.shared(f"gemini client of {base_url}", opener)
+
+
+async def _open(slots: int, base_url: str | None, api_key: str | None) -> Opened[Any]:
+    # Importing takes a second: not on the loop, where other items wait for theirs.
+    genai = await asyncio.to_thread(importlib.import_module, "google.genai")
+    aiohttp = importlib.import_module("aiohttp")
+    types = genai.types
+    connector = aiohttp.TCPConnector(limit=slots + SPARE_CONNECTIONS, keepalive_timeout=60)
+    session = aiohttp.ClientSession(connector=connector, trust_env=True)
+    options = types.HttpOptions(
+        base_url=base_url,
+        aiohttp_client=session,
+        # The SDK's retries ignore Retry-After, and hold a slot: the item runner retries.
+        retry_options=types.HttpRetryOptions(attempts=1),
+    )
+    try:
+        client = genai.Client(api_key=api_key, http_options=options)
+    except ValueError as error:
+        await session.close()
+        raise ProviderError(
+            "no Gemini API key: set GEMINI_API_KEY (get one at https://aistudio.google.com/apikey)",
+            kind=FailureKind.AUTHENTICATION,
+        ) from error
+
+    async def close() -> None:
+        await client.aio.aclose()
+        await session.close()
+
+    return Opened(client, close)
+
+
+# -- answers
+
+
+def usage_of(response: Any) -> TokenUsage:
+    """Tokens of an answer: thoughts are billed as output, and count as such; cached tokens are
+    part of the input."""
+    counts = getattr(response, "usage_metadata", None)
+
+    def count(name: str) -> int:
+        value = getattr(counts, name, None)
+        return value if isinstance(value, int) else 0
+
+    input_tokens = count("prompt_token_count") + count("tool_use_prompt_token_count")
+    output_tokens = count("candidates_token_count") + count("thoughts_token_count")
+    return TokenUsage(
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
+        total_tokens=max(count("total_token_count"), input_tokens + output_tokens),
+        cached_input_tokens=count("cached_content_token_count"),
+    )
+
+
+def check_answer(response: Any) -> None:
+    """Safety blocks and truncation raise nothing in the SDK; here they do.
+
+    Raises:
+        ProviderError: `content_blocked`, `truncated`, `validation` (malformed call), or `unknown`
+            (nothing was answered).
+    """
+    reason = name_of(getattr(getattr(response, "prompt_feedback", None), "block_reason", None))
+    if reason:
+        raise ProviderError(
+            f"the prompt was blocked: {reason}",
+            kind=FailureKind.CONTENT_BLOCKED,
+            error_type="ContentBlocked",
+        )
+    candidates = getattr(response, "candidates", ())
+    if candidates is None or candidates == []:
+        raise ProviderError("the answer has no candidates", error_type="EmptyAnswer")
+    finish = finish_reason_of(response)
+    if finish == "MAX_TOKENS":
+        raise ProviderError(
+            "the answer was cut at the output limit: raise max_output_tokens",
+            kind=FailureKind.TRUNCATED,
+            error_type="Truncated",
+        )
+    if finish in _BLOCKED:
+        raise ProviderError(
+            f"the answer was blocked: {finish}",
+            kind=FailureKind.CONTENT_BLOCKED,
+            error_type="ContentBlocked",
+        )
+    if finish in _MALFORMED:
+        raise ProviderError(
+            f"the model stopped with {finish}",
+            kind=FailureKind.VALIDATION,
+            error_type="MalformedAnswer",
+        )
+
+
+def text_of(response: Any) -> str:
+    """The answer's text, without its thoughts.
+
+    Raises:
+        ProviderError: of kind `unknown` where there is none.
+    """
+    candidates = getattr(response, "candidates", None)
+    if isinstance(candidates, list) and candidates:
+        parts = getattr(getattr(candidates[0], "content", None), "parts", None) or ()
+        text = "".join(part.text for part in parts if part.text and not part.thought)
+    else:
+        text = getattr(response, "text", None) or ""
+    if not text:
+        finish = finish_reason_of(response)
+        raise ProviderError(f"the answer is empty ({finish})", error_type="EmptyAnswer")
+    return text
+
+
+def finish_reason_of(response: Any) -> str | None:
+    """`STOP`, `MAX_TOKENS`, ... of the first candidate."""
+    candidates = getattr(response, "candidates", None)
+    if not isinstance(candidates, list) or not candidates:
+        return None
+    return name_of(getattr(candidates[0], "finish_reason", None))
+
+
+def safety_ratings_of(response: Any) -> dict[str, str]:
+    """Category -> probability of the first candidate, or of the prompt."""
+    candidates = getattr(response, "candidates", None)
+    first = candidates[0] if isinstance(candidates, list) and candidates else None
+    ratings = getattr(first, "safety_ratings", None)
+    if ratings is None:
+        ratings = getattr(getattr(response, "prompt_feedback", None), "safety_ratings", None)
+    return {
+        name_of(rating.category) or "": name_of(rating.probability) or ""
+        for rating in ratings or ()
+    }
+
+
+def name_of(value: Any) -> str | None:
+    """An SDK enum's value, or the plain string in its place; None for anything else."""
+    plain = getattr(value, "value", value)
+    return plain if isinstance(plain, str) and plain else None
+
+
+# -- errors
+
+
+def translate(error: BaseException) -> ProviderError | None:
+    """An SDK `APIError` as our own; None for anything else (the general rules know it)."""
+    code = getattr(error, "code", None)
+    if type(code) is not int or not hasattr(error, "details"):
+        return None
+    details = list(_details(error))
+    headers = getattr(getattr(error, "response", None), "headers", None)
+    retry_after = _retry_delay(details)
+    if retry_after is None:
+        retry_after = retry_after_of(headers)
+    kind = _kind(code, details, str(getattr(error, "message", "") or ""))
+    if kind is FailureKind.QUOTA_EXHAUSTED and retry_after is None:
+        retry_after = seconds_to_pacific_midnight(datetime.now(_PACIFIC))
+    translated = ProviderError(
+        _message(error, code),
+        kind=kind,
+        status=code,
+        retry_after=retry_after,
+        error_type=type(error).__name__,
+    )
+    translated.__cause__ = error
+    return translated
+
+
+_PACIFIC = ZoneInfo("America/Los_Angeles")
+
+
+def seconds_to_pacific_midnight(now: datetime) -> float:
+    """Gemini's day quotas are reset at midnight Pacific time."""
+    tomorrow = (now + timedelta(days=1)).replace(hour=0, minute=0, second=0, microsecond=0)
+    return tomorrow.timestamp() - now.timestamp()
+
+
+def _message(error: BaseException, code: int) -> str:
+    status = getattr(error, "status", None) or ""
+    message = getattr(error, "message", None) or ""
+    return f"{code} {status}. {message}"
+
+
+def _details(error: BaseException) -> Iterator[Mapping[str, Any]]:
+    body = getattr(error, "details", None)
+    inner = body.get("error", body) if isinstance(body, Mapping) else {}
+    details = inner.get("details") if isinstance(inner, Mapping) else None
+    for detail in details if isinstance(details, list) else ():
+        if isinstance(detail, Mapping):
+            yield detail
+
+
+def _of_type(details: list[Mapping[str, Any]], name: str) -> Iterator[Mapping[str, Any]]:
+    return (detail for detail in details if str(detail.get("@type", "")).endswith(f".{name}"))
+
+
+def _retry_delay(details: list[Mapping[str, Any]]) -> float | None:
+    for detail in _of_type(details, "RetryInfo"):
+        match = _DURATION.fullmatch(str(detail.get("retryDelay", "")))
+        if match:
+            return float(match.group(1))
+    return None
+
+
+def _kind(code: int, details: list[Mapping[str, Any]], message: str) -> FailureKind:
+    reasons = {str(detail.get("reason")) for detail in _of_type(details, "ErrorInfo")}
+    if reasons & _KEY_REASONS or (code == 400 and "api key" in message.lower()):
+        return FailureKind.AUTHENTICATION
+    if reasons & _BILLING_REASONS:
+        return FailureKind.BILLING
+    if code == 429:
+        return _kind_of_refusal(details, message)
+    if code == 400 and "billing" in message.lower():
+        return FailureKind.BILLING
+    return kind_of_status(code)
+
+
+def _kind_of_refusal(details: list[Mapping[str, Any]], message: str) -> FailureKind:
+    """Which 429. The message alone won't do: every one of them says "check your plan and billing
+    details"; the violated quota's id tells minute from day, a free tier of 0 that money is
+    missing."""
+    violations = [
+        violation
+        for detail in _of_type(details, "QuotaFailure")
+        for violation in detail.get("violations") or ()
+    ]
+    words = json.dumps(violations, default=str) + message
+    nothing = any(str(violation.get("quotaValue")) == "0" for violation in violations)
+    if re.search(r"free_?tier", words, re.IGNORECASE) and (nothing or _LIMIT_0.search(message)):
+        return FailureKind.BILLING
+    if "prepayment" in message.lower():
+        return FailureKind.BILLING
+    names = " ".join(
+        str(violation.get(name, "")) for violation in violations for name in ("quotaId", "subject")
+    )
+    if re.search(r"PerDay|per day", f"{names} {message}", re.IGNORECASE):
+        return FailureKind.QUOTA_EXHAUSTED
+    return FailureKind.RATE_LIMITED

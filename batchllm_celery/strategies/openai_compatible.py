@@ -1,0 +1,167 @@
+"""OpenAI, and every server that speaks its chat completions (vLLM, llama.cpp, OpenRouter, ...)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from batchllm_celery.models import Completion, Failure, RetryState, TOutput
+from batchllm_celery.strategies import openai_client
+from batchllm_celery.strategies.base import LLMCallStrategy, ProcessResources
+from batchllm_celery.strategies.failures import charged, classify
+from batchllm_celery.strategies.structured import (
+    OutputSchema,
+    Schema,
+    remember_feedback,
+    with_feedback,
+)
+
+
+class OpenAICompatibleStrategy(LLMCallStrategy[TOutput]):
+    """Calls `chat/completions`.
+
+        OpenAICompatibleStrategy("gpt-4.1-mini", system="Answer in one word.")
+        OpenAICompatibleStrategy("qwen3", base_url="http://localhost:8000/v1", schema=Person)
+
+    Args:
+        model: name of the model.
+        client: an `AsyncOpenAI` of your own; None: one shared by the process, on aiohttp, with a
+            connection pool of the worker's slots and the SDK's retries off. Not closed if yours.
+        response_parser: turns the SDK's response into the output; None: its text, or what
+            `schema` says.
+        base_url: the server; None: BATCHLLM_OPENAI_BASE_URL, else OPENAI_BASE_URL, else OpenAI's.
+            Set it in code that the worker runs: a message can't.
+        api_key: None: OPENAI_API_KEY.
+        system: system message.
+        schema: pydantic model or JSON Schema of the output; sent as `response_format`, checked
+            here, and a wrong answer is retried with the error fed back.
+        temperature: sampling temperature.
+        max_output_tokens: where an answer is cut (which fails the item as `truncated`).
+        extra: further fields of the request's body (`{"reasoning_effort": "low"}`).
+    """
+
+    provider = "openai"
+
+    def __init__(
+        self,
+        model: str,
+        client: Any = None,
+        response_parser: Callable[[Any], TOutput] | None = None,
+        *,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        system: str | None = None,
+        schema: Schema | None = None,
+        temperature: float | None = None,
+        max_output_tokens: int | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.model = model
+        self.client = client
+        self.response_parser = response_parser
+        self.base_url = base_url
+        self.system = system
+        self.schema = OutputSchema(schema) if schema is not None else None
+        self.temperature = temperature
+        self.max_output_tokens = max_output_tokens
+        self.extra = dict(extra or {})
+        self.model_name = f"{self.provider}:{model}"
+        self._api_key = api_key
+        self._owned: ProcessResources | None = None
+        self._request: dict[str, Any] | None = None
+
+    async def prepare(self) -> None:
+        """Open the client, or use the given one.
+
+        Raises:
+            UsageError: where the `openai` extra is not installed.
+            ProviderError: of kind `authentication` where there is no API key.
+        """
+        if self.client is None:
+            self.client = await openai_client.open_client(
+                self._resources(), base_url=self.base_url, api_key=self._api_key
+            )
+        self._request = self._build_request()
+
+    async def close(self) -> None:
+        """Close what this instance opened for itself; the registry closes what is shared."""
+        if self._owned is not None:
+            owned, self._owned, self.client = self._owned, None, None
+            await owned.close()
+
+    async def execute(
+        self, prompt: str, attempt: int, timeout: float, state: RetryState | None = None
+    ) -> Completion[Any]:
+        """One `chat.completions.create` call.
+
+        Raises:
+            ProviderError: for API errors, blocked, truncated, empty and malformed answers.
+            Exception: what `response_parser` raises, carrying the answer's tokens.
+        """
+        response = await self._call(with_feedback(prompt, state))
+        usage = openai_client.usage_of(response)
+        with charged(usage):
+            text = openai_client.text_of(response)
+            output = self._parse(response, text)
+        return Completion(output, usage)
+
+    async def on_error(
+        self, exception: Exception, attempt: int, state: RetryState | None = None
+    ) -> None:
+        """Keep a validation error for the next attempt's prompt."""
+        remember_feedback(exception, state)
+
+    def classify(self, exception: BaseException) -> Failure | None:
+        """SDK errors by their status and code."""
+        translated = openai_client.translate(exception)
+        return classify(translated) if translated is not None else None
+
+    def _resources(self) -> ProcessResources:
+        if self.resources is not None:
+            return self.resources
+        if self._owned is None:
+            self._owned = ProcessResources()
+        return self._owned
+
+    async def _call(self, prompt: str) -> Any:
+        messages = [{"role": "user", "content": prompt}]
+        if self.system is not None:
+            messages.insert(0, {"role": "system", "content": self.system})
+        request = self._request if self._request is not None else self._build_request()
+        try:
+            return await self.client.chat.completions.create(messages=messages, **request)
+        except Exception as error:
+            translated = openai_client.translate(error)
+            if translated is None:
+                raise
+            raise translated from error
+
+    def _build_request(self) -> dict[str, Any]:
+        """What every call has in common."""
+        options = {
+            "temperature": self.temperature,
+            self._limit_name(): self.max_output_tokens,
+            "response_format": self._response_format(),
+            "extra_body": self.extra or None,
+        }
+        given = {name: value for name, value in options.items() if value is not None}
+        return {"model": self.model, **given}
+
+    def _limit_name(self) -> str:
+        # OpenAI's newer models refuse `max_tokens`; many other servers know nothing else.
+        settings_url = self.resources.settings.openai_base_url if self.resources else None
+        url = self.base_url or settings_url or os.environ.get("OPENAI_BASE_URL") or ""
+        own = not url or "api.openai.com" in url
+        return "max_completion_tokens" if own else "max_tokens"
+
+    def _response_format(self) -> dict[str, Any] | None:
+        if self.schema is None:
+            return None
+        described = {"name": self.schema.name, "schema": self.schema.json_schema}
+        return {"type": "json_schema", "json_schema": described}
+
+    def _parse(self, response: Any, text: str) -> Any:
+        if self.response_parser is not None:
+            return self.response_parser(response)
+        return self.schema.parse(text) if self.schema is not None else text

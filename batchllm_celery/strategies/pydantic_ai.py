@@ -1,0 +1,177 @@
+"""PydanticAI agents as strategies."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
+
+from batchllm_celery.errors import UsageError
+from batchllm_celery.models import Completion, Failure, RetryState, TokenUsage, TOutput
+from batchllm_celery.strategies import gemini_client, openai_client
+from batchllm_celery.strategies.base import Answer, LLMCallStrategy, ProcessResources
+from batchllm_celery.strategies.failures import charged, classify, read_usage
+from batchllm_celery.strategies.structured import remember_feedback, with_feedback
+
+# Importing pydantic_ai takes a second, and it may not be installed: type checkers alone see it.
+if TYPE_CHECKING:
+    from pydantic_ai import Agent
+else:
+    Agent = Any
+
+
+class PydanticAIStrategy(LLMCallStrategy[TOutput]):
+    """Runs an agent: one `agent.run(prompt)` is one attempt, with all requests the agent makes.
+
+        PydanticAIStrategy(Agent("openai:gpt-4.1-mini", output_type=Person, retries=0))
+
+    Args:
+        agent: a PydanticAI agent. Its model's client keeps its own retries; the registered
+            `pydantic-ai` strategy builds one without.
+        model_name: `PROVIDER:MODEL`, for prices and the default quota; None: the agent's.
+    """
+
+    def __init__(self, agent: Agent[Any, TOutput], model_name: str | None = None) -> None:
+        self.agent = agent
+        self.model_name = model_name or _model_name(agent)
+
+    async def execute(
+        self, prompt: str, attempt: int, timeout: float, state: RetryState | None = None
+    ) -> Completion[Any]:
+        """One run of the agent.
+
+        Raises:
+            Exception: PydanticAI's, carrying the tokens that the run has spent.
+        """
+        spent = importlib.import_module("pydantic_ai.usage").RunUsage()
+        try:
+            result = await self.agent.run(with_feedback(prompt, state), usage=spent)
+        except Exception:
+            with charged(read_usage(spent)):
+                raise
+        return Completion(result.output, _usage_of(result, spent))
+
+    async def on_error(
+        self, exception: Exception, attempt: int, state: RetryState | None = None
+    ) -> None:
+        """Keep a validation error for the next attempt's prompt."""
+        remember_feedback(exception, state)
+
+    async def dry_run(self, prompt: str) -> Answer[Any]:
+        """An empty instance of the agent's output type, where that is a pydantic model."""
+        output_type = getattr(self.agent, "output_type", None)
+        if isinstance(output_type, type) and issubclass(output_type, BaseModel):
+            usage = TokenUsage(input_tokens=100, output_tokens=50, total_tokens=150)
+            return output_type.model_construct(), usage
+        return await super().dry_run(prompt)
+
+    def classify(self, exception: BaseException) -> Failure | None:
+        """By the provider's own error beneath PydanticAI's: it knows the Retry-After."""
+        cause = exception.__cause__
+        if cause is None:
+            return None
+        translated = gemini_client.translate(cause) or openai_client.translate(cause)
+        return classify(translated) if translated is not None else None
+
+
+class PydanticAIModelStrategy(PydanticAIStrategy[Any]):
+    """An agent built from names: what the registered `pydantic-ai` strategy is.
+
+    Args:
+        model: `gemini:NAME` or `openai:NAME`; called through our own clients, retries off.
+        system: instructions.
+        schema: JSON Schema of the output.
+        temperature, max_output_tokens: model settings.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        system: str | None = None,
+        schema: Mapping[str, Any] | None = None,
+        temperature: float | None = None,
+        max_output_tokens: int | None = None,
+    ) -> None:
+        self.provider, _, self.model = model.partition(":")
+        if self.provider not in ("gemini", "openai") or not self.model:
+            raise UsageError(
+                f"pydantic-ai model {model!r} must be gemini:NAME or openai:NAME "
+                f"(as in pydantic-ai:gemini:gemini-2.5-flash)"
+            )
+        self.model_name = model
+        self.max_output_tokens = max_output_tokens
+        self._system = system
+        self._schema = schema
+        settings = {"temperature": temperature, "max_tokens": max_output_tokens}
+        self._settings = {name: value for name, value in settings.items() if value is not None}
+        self._owned: ProcessResources | None = None
+
+    async def prepare(self) -> None:
+        """Open the client and build the agent.
+
+        Raises:
+            UsageError: where the `pydantic-ai` extra is not installed.
+            ProviderError: of kind `authentication` where there is no API key.
+        """
+        pydantic_ai = await asyncio.to_thread(import_pydantic_ai)
+        if self.resources is None and self._owned is None:
+            self._owned = ProcessResources()
+        model = await self._build_model(self.resources or self._owned or ProcessResources())
+        output_type = str if self._schema is None else pydantic_ai.StructuredDict(self._schema)
+        self.agent = pydantic_ai.Agent(
+            model,
+            output_type=output_type,
+            instructions=self._system,
+            model_settings=self._settings or None,
+            retries=0,
+        )
+
+    async def close(self) -> None:
+        """Close what this instance opened for itself."""
+        if self._owned is not None:
+            await self._owned.close()
+
+    async def _build_model(self, resources: ProcessResources) -> Any:
+        if self.provider == "gemini":
+            client = await gemini_client.open_client(resources)
+            provider = importlib.import_module("pydantic_ai.providers.google").GoogleProvider
+            models = importlib.import_module("pydantic_ai.models.google")
+            return models.GoogleModel(self.model, provider=provider(client=client))
+        client = await openai_client.open_client(resources)
+        provider = importlib.import_module("pydantic_ai.providers.openai").OpenAIProvider
+        models = importlib.import_module("pydantic_ai.models.openai")
+        return models.OpenAIChatModel(self.model, provider=provider(openai_client=client))
+
+
+def import_pydantic_ai() -> Any:
+    """The library.
+
+    Raises:
+        UsageError: with the command that installs it.
+    """
+    try:
+        return importlib.import_module("pydantic_ai")
+    except ImportError as error:
+        raise UsageError(
+            "pydantic-ai is not installed: pip install 'batchllm-celery[pydantic-ai]'"
+        ) from error
+
+
+def _model_name(agent: Any) -> str | None:
+    model = getattr(agent, "model", None)
+    if isinstance(model, str):
+        return model
+    system, name = getattr(model, "system", None), getattr(model, "model_name", None)
+    if not isinstance(system, str) or not isinstance(name, str):
+        return None
+    ours = {"google": "gemini", "google-gla": "gemini", "google-vertex": "gemini"}
+    return f"{ours.get(system, system)}:{name}"
+
+
+def _usage_of(result: Any, spent: Any) -> TokenUsage:
+    """What the result says (also a test double's), else what the run has added to `spent`."""
+    return read_usage(getattr(result, "usage", None)) or read_usage(spent)

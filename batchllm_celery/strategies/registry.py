@@ -1,0 +1,228 @@
+"""Names for strategies, and the one instance of each that a process holds.
+
+catalog    name -> factory; filled by `@strategy` when a module is imported
+Registry   (name, parameters) -> instance, prepared once, closed once
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias, TypeVar
+
+from batchllm_celery.errors import StrategyNotFoundError, UsageError
+from batchllm_celery.events import StrategyPrepared
+from batchllm_celery.models import StrategySpec
+from batchllm_celery.strategies.base import LLMCallStrategy, ProcessResources, close_quietly
+
+Factory: TypeAlias = Callable[..., LLMCallStrategy[Any]]
+F = TypeVar("F", bound=Factory)
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """One name: how to build it, what it draws on."""
+
+    name: str
+    factory: Factory
+    quota: str | None = None
+    provider: str | None = None
+    """Built-ins: the PROVIDER of `PROVIDER:MODEL`; the model is the parameter `model`. Empty where
+    that parameter names both."""
+
+    def model_for(self, spec: StrategySpec) -> str | None:
+        """`PROVIDER:MODEL` of a built-in; None where only the instance knows."""
+        if self.provider is None:
+            return None
+        model = str(spec.params.get("model", ""))
+        return ":".join(part for part in (self.provider, model) if part) or None
+
+    def quota_for(self, spec: StrategySpec) -> str | None:
+        """The quota's name as far as it is known without building the strategy."""
+        return self.quota or self.model_for(spec)
+
+    def build(self, spec: StrategySpec) -> LLMCallStrategy[Any]:
+        """Call the factory.
+
+        Raises:
+            UsageError: for parameters it does not take, or an answer that is not a strategy.
+        """
+        try:
+            inspect.signature(self.factory).bind(**spec.params)
+        except TypeError as error:
+            raise UsageError(
+                f"strategy {self.name!r}: {error}; it takes {_parameters(self.factory)}"
+            ) from error
+        built = self.factory(**spec.params)
+        if not isinstance(built, LLMCallStrategy):
+            raise UsageError(
+                f"strategy {self.name!r}: its factory returned {type(built).__name__}, "
+                f"not an LLMCallStrategy"
+            )
+        return built
+
+
+def _parameters(factory: Factory) -> str:
+    names = ", ".join(inspect.signature(factory).parameters)
+    return names or "no parameters"
+
+
+class StrategyCatalog:
+    """Registered names. The module-level `catalog` is the one that `@strategy` fills."""
+
+    def __init__(self) -> None:
+        self._registrations: dict[str, Registration] = {}
+
+    def register(self, registration: Registration) -> None:
+        """Add a name; importing its module again replaces it.
+
+        Raises:
+            UsageError: if another factory has the name.
+        """
+        known = self._registrations.get(registration.name)
+        if known is not None and not _same_code(known.factory, registration.factory):
+            raise UsageError(
+                f"strategy {registration.name!r} is already registered by "
+                f"{known.factory.__module__}.{known.factory.__qualname__}; choose another name"
+            )
+        self._registrations[registration.name] = registration
+
+    def lookup(self, name: str) -> Registration:
+        """The registration of `name`.
+
+        Raises:
+            StrategyNotFoundError: naming those that are known.
+        """
+        try:
+            return self._registrations[name]
+        except KeyError:
+            raise StrategyNotFoundError(
+                f"no strategy {name!r} is registered here; known are {', '.join(sorted(self))}. "
+                f"Import the module that registers it with --app MODULE (or BATCHLLM_APP)."
+            ) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._registrations)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._registrations
+
+
+def _same_code(one: Factory, other: Factory) -> bool:
+    # `python app.py` and an import of `app` are the same source under two module names.
+    return (
+        one.__qualname__ == other.__qualname__
+        and inspect.getmodule(one) is not None
+        and _file(one) == _file(other)
+    )
+
+
+def _file(factory: Factory) -> str | None:
+    try:
+        return inspect.getsourcefile(inspect.unwrap(factory))
+    except TypeError:
+        return None
+
+
+catalog = StrategyCatalog()
+
+
+def strategy(name: str, *, quota: str | None = None) -> Callable[[F], F]:
+    """Register a factory (a function or a strategy class) under a name that items can carry.
+
+        @strategy("summarise", quota="gemini")
+        def summarise(model: str = "gemini-2.5-flash") -> LLMCallStrategy[str]:
+            return GeminiStrategy(model=model)
+
+    Args:
+        name: what `submit(strategy=...)` and `--strategy` say. Workers import the same module.
+        quota: the quota its calls draw on; None: PROVIDER:MODEL of the strategy.
+
+    Raises:
+        UsageError: if another factory has the name.
+    """
+
+    def register(factory: F) -> F:
+        catalog.register(Registration(name, factory, quota))
+        return factory
+
+    return register
+
+
+@dataclass(slots=True)
+class _Held:
+    """An instance with its preparation. Holding the reference keeps its `id` unique."""
+
+    strategy: LLMCallStrategy[Any]
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    begun: bool = False
+    prepared: bool = False
+
+
+class Registry:
+    """The strategies of one process.
+
+    Not thread-safe: all calls come from the process's one event loop.
+    """
+
+    def __init__(self, resources: ProcessResources, catalog: StrategyCatalog = catalog) -> None:
+        self._resources = resources
+        self._catalog = catalog
+        self._by_spec: dict[str, LLMCallStrategy[Any]] = {}
+        self._held: dict[int, _Held] = {}
+
+    async def get(self, spec: StrategySpec) -> LLMCallStrategy[Any]:
+        """The process's one instance of `spec`, built at the first call, not yet prepared.
+
+        Raises:
+            StrategyNotFoundError: for a name that nobody registered.
+            UsageError: for parameters that the factory refuses.
+        """
+        key = json.dumps([spec.name, spec.params], sort_keys=True, default=str)
+        found = self._by_spec.get(key)
+        if found is None:
+            registration = self._catalog.lookup(spec.name)
+            found = registration.build(spec)
+            found.quota = registration.quota or found.quota or found.model_name or spec.name
+            self._by_spec[key] = found
+        return found
+
+    async def prepare(self, strategy: LLMCallStrategy[Any]) -> None:
+        """Return once `strategy` is prepared; its `prepare` runs once however many call this.
+
+        Different instances prepare in parallel. After a failure the next caller tries again.
+
+        Raises:
+            Exception: what `strategy.prepare()` raised for this caller.
+        """
+        held = self._held.get(id(strategy))
+        if held is None:
+            held = self._held[id(strategy)] = _Held(strategy)
+        if held.prepared:
+            return
+        async with held.lock:
+            if not held.prepared:
+                await self._prepare(held)
+
+    async def _prepare(self, held: _Held) -> None:
+        started = time.monotonic()
+        held.strategy.resources = self._resources
+        held.begun = True
+        await held.strategy.prepare()
+        held.prepared = True
+        seconds = time.monotonic() - started
+        self._resources.events.emit(StrategyPrepared(type(held.strategy).__name__, seconds))
+
+    async def close(self) -> None:
+        """Close all in reverse order of first use, then what they share. A failing `close` is
+        logged and does not stop the others. Repeating it is harmless."""
+        held, self._held = list(self._held.values()), {}
+        self._by_spec.clear()
+        for one in reversed(held):
+            if one.begun:
+                await close_quietly(type(one.strategy).__name__, one.strategy.close)
+        await self._resources.close()

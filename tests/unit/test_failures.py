@@ -1,0 +1,286 @@
+"""Which kind of failure an exception is, and which tokens it carries."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import socket
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from batchllm_celery.errors import (
+    FailureKind,
+    FrameworkTimeoutError,
+    ProviderError,
+    TokenTrackingError,
+)
+from batchllm_celery.models import FAILURE_POLICIES, Failure, FailurePolicy, TokenUsage
+from batchllm_celery.strategies import (
+    CallableStrategy,
+    classify,
+    classify_for,
+    extract_token_usage,
+    stamp_usage,
+)
+from batchllm_celery.strategies.failures import charged, retry_after_of
+
+K = FailureKind
+
+
+class StatusError(Exception):
+    def __init__(self, status: int, message: str = "", headers: dict[str, str] | None = None):
+        super().__init__(message)
+        self.status_code = status
+        self.response = SimpleNamespace(headers=headers or {})
+
+
+def named(name: str, base: type[Exception] = Exception, message: str = "") -> Exception:
+    """An exception of a library that need not be installed."""
+    return type(name, (base,), {})(message)
+
+
+def a_validation_error() -> ValidationError:
+    class Model(BaseModel):
+        number: int
+
+    with pytest.raises(ValidationError) as caught:
+        Model.model_validate({"number": "x"})
+    return caught.value
+
+
+CASES: list[tuple[BaseException, FailureKind]] = [
+    *((ProviderError("said so", kind=kind), kind) for kind in FailureKind),
+    (FrameworkTimeoutError("Framework timeout after 1.0s (limit: 1.0s)"), K.FRAMEWORK_TIMEOUT),
+    (asyncio.CancelledError(), K.CANCELLED),
+    (StatusError(400), K.INVALID_REQUEST),
+    (StatusError(401), K.AUTHENTICATION),
+    (StatusError(402), K.BILLING),
+    (StatusError(403), K.AUTHENTICATION),
+    (StatusError(404), K.INVALID_REQUEST),
+    (StatusError(408), K.PROVIDER_TIMEOUT),
+    (StatusError(409), K.OVERLOADED),
+    (StatusError(422), K.INVALID_REQUEST),
+    (StatusError(429), K.RATE_LIMITED),
+    (StatusError(500), K.OVERLOADED),
+    (StatusError(502), K.OVERLOADED),
+    (StatusError(503), K.OVERLOADED),
+    (StatusError(504), K.PROVIDER_TIMEOUT),
+    (StatusError(529), K.OVERLOADED),
+    (StatusError(599), K.UNKNOWN),
+    # status before text
+    (StatusError(400, "see RFC 429 about rate limit quota timeout"), K.INVALID_REQUEST),
+    (StatusError(500, "429 connection"), K.OVERLOADED),
+    # types
+    (a_validation_error(), K.VALIDATION),
+    (json.JSONDecodeError("no", "", 0), K.VALIDATION),
+    (named("UnexpectedModelBehavior"), K.VALIDATION),
+    (TimeoutError("the provider's own"), K.PROVIDER_TIMEOUT),
+    (named("ReadTimeout", type("TimeoutException", (Exception,), {})), K.PROVIDER_TIMEOUT),
+    (named("ServerTimeoutError", TimeoutError), K.PROVIDER_TIMEOUT),
+    (named("APITimeoutError", type("APIConnectionError", (Exception,), {})), K.PROVIDER_TIMEOUT),
+    (named("APIConnectionError"), K.CONNECTION),
+    (named("ConnectError", type("TransportError", (Exception,), {})), K.CONNECTION),
+    (named("ServerDisconnectedError"), K.CONNECTION),
+    (ConnectionResetError(), K.CONNECTION),
+    (socket.gaierror(-2, "unknown host"), K.CONNECTION),
+    # "Expected 4290 tokens" is neither a 429 nor worth another try
+    (ValueError("Expected 4290 tokens"), K.LOGIC_ERROR),
+    (ValueError("429 rate limit quota connection timeout"), K.LOGIC_ERROR),
+    (TypeError(), K.LOGIC_ERROR),
+    (AttributeError(), K.LOGIC_ERROR),
+    (KeyError("x"), K.LOGIC_ERROR),
+    (IndexError(), K.LOGIC_ERROR),
+    (NameError(), K.LOGIC_ERROR),
+    (ZeroDivisionError(), K.LOGIC_ERROR),
+    (AssertionError(), K.LOGIC_ERROR),
+    (NotImplementedError(), K.LOGIC_ERROR),
+    # text, last
+    (Exception("429 RESOURCE_EXHAUSTED"), K.RATE_LIMITED),
+    (RuntimeError("Rate limit exceeded"), K.RATE_LIMITED),
+    (Exception("Expected 4290 tokens"), K.UNKNOWN),
+    (Exception("the model is overloaded"), K.OVERLOADED),
+    (Exception("request timed out"), K.PROVIDER_TIMEOUT),
+    (Exception("Connection refused"), K.CONNECTION),
+    (Exception("something else"), K.UNKNOWN),
+]
+
+
+@pytest.mark.parametrize(("error", "kind"), CASES, ids=lambda value: repr(value)[:60])
+def test_every_exception_has_one_kind(error: BaseException, kind: FailureKind) -> None:
+    """Status codes come before types, types before text."""
+    assert classify(error).kind is kind
+
+
+def test_the_message_names_the_provider_s_own_exception() -> None:
+    """A translated error is shown under the SDK's name, cut to 200 characters."""
+    error = ProviderError("x" * 300, error_type="ClientError")
+    assert classify(error).message == "ClientError: " + "x" * 200
+    translated = ProviderError("down")
+    translated.__cause__ = OSError("cause")
+    assert classify(translated).message == "OSError: down"
+
+
+def test_a_key_in_a_provider_s_message_is_blanked() -> None:
+    """OpenAI's 401 quotes the key that it refused; a result must not."""
+    message = classify(Exception("Incorrect API key provided: sk-abc123***9Xyz. See docs")).message
+    assert "sk-" not in message
+    assert "[key]" in message
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({}, None),
+        ({"retry-after": "17"}, 17.0),
+        ({"retry-after": "0.25"}, 0.25),
+        ({"retry-after-ms": "250", "retry-after": "1"}, 0.25),
+        ({"retry-after": "soon"}, None),
+        ({"retry-after": "-3"}, None),
+        ({"retry-after": "inf"}, None),
+        ({"Retry-After": "2"}, 2.0),
+    ],
+)
+def test_retry_after_is_read_in_every_form(headers: dict[str, str], seconds: float | None) -> None:
+    """Milliseconds are the finer word; nonsense counts as absent."""
+    assert retry_after_of(headers) == seconds
+    assert classify(StatusError(429, headers=headers)).retry_after == seconds
+
+
+def test_retry_after_may_be_a_date() -> None:
+    """An HTTP date becomes the seconds until then, never less than none."""
+    soon = format_datetime(datetime.now(UTC) + timedelta(seconds=30), usegmt=True)
+    assert retry_after_of({"retry-after": soon}) == pytest.approx(30, abs=2)
+    assert retry_after_of({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}) == 0.0
+
+
+def test_a_strategy_s_own_translator_comes_first() -> None:
+    """What it returns wins; None, or an exception of its own, leaves it to the general rules."""
+
+    async def ask(prompt: str) -> str:
+        return prompt
+
+    class Mine(CallableStrategy[str]):
+        def classify(self, exception: BaseException) -> Failure | None:
+            if str(exception) == "boom":
+                raise RuntimeError("a translator's own bug")
+            return Failure(K.BILLING, "mine") if str(exception) == "pay" else None
+
+    strategy = Mine(ask)
+    paid = stamp_usage(Exception("pay"), TokenUsage(input_tokens=3))
+    assert classify_for(strategy, paid) == Failure(
+        K.BILLING, "mine", None, TokenUsage(input_tokens=3)
+    )
+    assert classify_for(strategy, ValueError("x")).kind is K.LOGIC_ERROR
+    assert classify_for(strategy, Exception("boom")).kind is K.UNKNOWN
+
+
+# -- tokens
+
+
+def with_usage(usage: Any) -> Exception:
+    error = Exception("failed")
+    error.__dict__["usage"] = usage
+    return error
+
+
+def caused_by_result(usage: Any) -> Exception:
+    error, cause = Exception("failed"), Exception("cause")
+    cause.__dict__["result"] = SimpleNamespace(usage=lambda: usage)
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        stamp_usage(ValueError("x"), TokenUsage(input_tokens=10, output_tokens=5)),
+        ProviderError("x", usage={"input_tokens": 10, "output_tokens": 5}),
+        TokenTrackingError("x", {"input_tokens": 10, "output_tokens": 5}),
+        with_usage({"request_tokens": 10, "response_tokens": 5}),
+        with_usage(SimpleNamespace(prompt_tokens=10, completion_tokens=5)),
+        with_usage(lambda: SimpleNamespace(input_tokens=10, output_tokens=5)),
+        caused_by_result(SimpleNamespace(request_tokens=10, response_tokens=5, total_tokens=15)),
+    ],
+    ids=str,
+)
+def test_tokens_of_a_failed_attempt_are_found(error: Exception) -> None:
+    """However an exception carries its tokens, all 15 are counted."""
+    assert extract_token_usage(error).total_tokens == 15
+    assert classify(error).usage == TokenUsage(input_tokens=10, output_tokens=5)
+
+
+def test_the_stamp_outranks_what_the_exception_says() -> None:
+    """Ours was read from the answer itself."""
+    error = with_usage({"input_tokens": 1})
+    stamp_usage(error, TokenUsage(input_tokens=10))
+    assert extract_token_usage(error).input_tokens == 10
+
+
+def test_extraction_never_raises_and_says_why_it_found_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A broken usage object gives zeros and one DEBUG line."""
+
+    def broken() -> None:
+        raise RuntimeError("no usage here")
+
+    caplog.set_level(logging.DEBUG, logger="batchllm_celery")
+    assert extract_token_usage(with_usage(broken)).total_tokens == 0
+    assert caplog.messages == [
+        "Failed to extract token usage from Exception: no usage here. Returning 0 tokens. "
+        "This is normal for non-LLM exceptions."
+    ]
+
+
+def test_an_exception_that_can_t_be_stamped_is_wrapped() -> None:
+    """`TokenTrackingError` carries the tokens, and is classified as what it stands for."""
+
+    class Slotted(ValueError):
+        def __getattribute__(self, name: str) -> Any:
+            if name == "__dict__":
+                raise AttributeError(name)  # as of an exception written in C
+            return super().__getattribute__(name)
+
+    with pytest.raises(TokenTrackingError) as caught, charged(TokenUsage(input_tokens=7)):
+        raise Slotted("parse")
+    failure = classify(caught.value)
+    assert (failure.kind, failure.usage.input_tokens) == (K.LOGIC_ERROR, 7)
+    assert failure.message == "Slotted: parse"
+
+
+# -- the table in the docs
+
+
+def yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def row(kind: FailureKind, policy: FailurePolicy) -> tuple[str, ...]:
+    wait = "at once" if policy.retried and not policy.waits else yes(policy.retried)
+    return (
+        f"`{kind.value}`",
+        wait,
+        yes(policy.uses_attempt),
+        yes(policy.cools_down),
+        yes(policy.stops_batch),
+    )
+
+
+def test_the_docs_show_the_table_that_the_code_follows() -> None:
+    """docs/failures.md and FAILURE_POLICIES say the same of every kind."""
+    text = (Path(__file__).parents[2] / "docs" / "failures.md").read_text()
+    cells = [
+        tuple(cell.strip() for cell in line.strip("|").split("|"))
+        for line in text.splitlines()
+        if line.startswith("| `")
+    ]
+    shown = {line[0]: (line[0], *line[2:6]) for line in cells}
+    assert set(FAILURE_POLICIES) == set(FailureKind)
+    assert shown == {f"`{kind.value}`": row(kind, one) for kind, one in FAILURE_POLICIES.items()}

@@ -1,0 +1,244 @@
+"""One instance per name and parameters, prepared once, closed once."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import pytest
+
+from batchllm_celery.errors import StrategyNotFoundError, UsageError
+from batchllm_celery.events import Event, Events, StrategyPrepared
+from batchllm_celery.models import RetryState, StrategySpec
+from batchllm_celery.strategies import (
+    LLMCallStrategy,
+    ProcessResources,
+    Registration,
+    Registry,
+    StrategyCatalog,
+    catalog,
+    strategy,
+)
+from batchllm_celery.strategies.base import Opened
+
+
+class Counting(LLMCallStrategy[str]):
+    """Counts its hooks; can be slow and can fail."""
+
+    def __init__(self, model: str = "m", delay: float = 0.0, failures: int = 0) -> None:
+        self.model_name = f"fake:{model}"
+        self.delay = delay
+        self.failures = failures
+        self.prepared = 0
+        self.closed = 0
+        self.log: list[str] = []
+
+    async def prepare(self) -> None:
+        self.prepared += 1
+        await asyncio.sleep(self.delay)
+        if self.prepared <= self.failures:
+            raise RuntimeError(f"prepare {self.prepared} failed")
+
+    async def execute(
+        self, prompt: str, attempt: int, timeout: float, state: RetryState | None = None
+    ) -> Any:
+        return prompt, {}
+
+    async def close(self) -> None:
+        self.closed += 1
+        self.log.append(self.model_name or "")
+
+
+@pytest.fixture
+def names() -> StrategyCatalog:
+    known = StrategyCatalog()
+    known.register(Registration("counting", Counting))
+    known.register(Registration("shared", Counting, quota="team"))
+    return known
+
+
+async def test_a_spec_is_one_instance_whatever_the_order_of_its_parameters(
+    names: StrategyCatalog,
+) -> None:
+    """The same name and parameters give the same object; others another."""
+    registry = Registry(ProcessResources(), names)
+    one = await registry.get(StrategySpec(name="counting", params={"model": "a", "delay": 0}))
+    same = await registry.get(StrategySpec(name="counting", params={"delay": 0, "model": "a"}))
+    other = await registry.get(StrategySpec(name="counting", params={"model": "b", "delay": 0}))
+    assert one is same
+    assert other is not one
+    assert vars(one)["prepared"] == 0  # built, not prepared
+
+
+async def test_the_quota_is_the_registration_s_else_the_model_s(names: StrategyCatalog) -> None:
+    """`@strategy(quota=...)` outranks PROVIDER:MODEL."""
+    registry = Registry(ProcessResources(), names)
+    assert (await registry.get(StrategySpec(name="counting"))).quota == "fake:m"
+    assert (await registry.get(StrategySpec(name="shared"))).quota == "team"
+
+
+async def test_an_unknown_name_or_parameter_is_named(names: StrategyCatalog) -> None:
+    """Both messages list what there is."""
+    registry = Registry(ProcessResources(), names)
+    with pytest.raises(StrategyNotFoundError, match=r"'nope'.*counting, shared"):
+        await registry.get(StrategySpec(name="nope"))
+    with pytest.raises(UsageError, match=r"'x'; it takes model, delay, failures"):
+        await registry.get(StrategySpec(name="counting", params={"x": 1}))
+
+
+async def test_a_factory_must_give_a_strategy() -> None:
+    """Anything else is refused in one line."""
+    names = StrategyCatalog()
+    wrong: Any = lambda: "text"  # noqa: E731 - a factory that is none
+    names.register(Registration("wrong", wrong))
+    with pytest.raises(UsageError, match="returned str, not an LLMCallStrategy"):
+        await Registry(ProcessResources(), names).get(StrategySpec(name="wrong"))
+
+
+def test_two_factories_can_t_have_one_name() -> None:
+    """A second registration of the same code replaces it, other code is refused."""
+    names = StrategyCatalog()
+    names.register(Registration("x", Counting))
+    names.register(Registration("x", Counting))
+    with pytest.raises(UsageError, match="already registered"):
+        names.register(Registration("x", lambda: Counting()))
+
+
+def test_the_decorator_registers_under_a_name() -> None:
+    """`@strategy(name)` leaves the factory usable as it is."""
+
+    @strategy("test-decorated", quota="q")
+    def decorated() -> LLMCallStrategy[str]:
+        return Counting()
+
+    found = catalog.lookup("test-decorated")
+    assert (found.factory, found.quota) == (decorated, "q")
+    assert {"gemini", "gemini-cached", "openai", "pydantic-ai", "simulated"} <= set(catalog)
+
+
+async def test_a_thousand_callers_prepare_once() -> None:
+    """However many items arrive together, `prepare` runs once, and all wait for it."""
+    registry, one = Registry(ProcessResources()), Counting(delay=0.05)
+    await asyncio.gather(*(registry.prepare(one) for _ in range(1000)))
+    await registry.prepare(one)
+    assert one.prepared == 1
+
+
+async def test_different_strategies_prepare_in_parallel() -> None:
+    """Ten strategies that take 0.1 s each are ready in under 0.5 s."""
+    registry, many = Registry(ProcessResources()), [Counting(delay=0.1) for _ in range(10)]
+    started = time.monotonic()
+    await asyncio.gather(*(registry.prepare(one) for one in many for _ in range(5)))
+    assert time.monotonic() - started < 0.5
+    assert [one.prepared for one in many] == [1] * 10
+
+
+async def test_a_failed_prepare_is_retried_by_the_next_caller() -> None:
+    """The first caller gets the error, the second succeeds, nobody else prepares again."""
+    registry, one = Registry(ProcessResources()), Counting(delay=0.01, failures=1)
+    results = await asyncio.gather(
+        *(registry.prepare(one) for _ in range(5)), return_exceptions=True
+    )
+    assert [str(result) for result in results if result] == ["prepare 1 failed"]
+    assert one.prepared == 2
+
+
+async def test_a_prepare_that_always_fails_fails_every_caller() -> None:
+    """Five items: five prepares, five errors of their own."""
+    registry, one = Registry(ProcessResources()), Counting(failures=99)
+    results = await asyncio.gather(
+        *(registry.prepare(one) for _ in range(5)), return_exceptions=True
+    )
+    assert sorted(map(str, results)) == [f"prepare {n} failed" for n in range(1, 6)]
+
+
+async def test_a_cancelled_prepare_is_taken_over_by_the_next_caller() -> None:
+    """The item that prepared may be cancelled; the others are not left waiting."""
+    registry, one = Registry(ProcessResources()), Counting(delay=0.05)
+    first = asyncio.create_task(registry.prepare(one))
+    second = asyncio.create_task(registry.prepare(one))
+    await asyncio.sleep(0)
+    first.cancel()
+    await asyncio.wait_for(second, 5)
+    assert one.prepared == 2
+
+
+async def test_fifty_fresh_instances_are_each_prepared() -> None:
+    """An instance that is forgotten by its item does not lend its identity to the next."""
+    registry, prepared = Registry(ProcessResources()), 0
+    for _ in range(50):
+        one = Counting()
+        await registry.prepare(one)
+        prepared += one.prepared
+        del one
+    assert prepared == 50
+
+
+async def test_close_goes_in_reverse_and_survives_a_failing_one(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The last prepared is closed first; shared objects come after all strategies; a second
+    close does nothing."""
+    log: list[str] = []
+
+    class Failing(Counting):
+        async def close(self) -> None:
+            await super().close()
+            raise RuntimeError("close failed")
+
+    resources = ProcessResources()
+    registry = Registry(resources)
+    strategies = [Counting("a"), Failing("b", failures=1), Counting("c")]
+    for one in strategies:
+        one.log = log
+    await registry.prepare(strategies[0])
+    with pytest.raises(RuntimeError, match="prepare 1"):
+        await registry.prepare(strategies[1])
+    await registry.prepare(strategies[2])
+
+    async def close_client() -> None:
+        log.append("client")
+
+    async def open_client() -> Opened[str]:
+        return Opened("client", close_client)
+
+    assert await resources.shared("client", open_client) == "client"
+    await registry.close()
+    await registry.close()
+    assert log == ["fake:c", "fake:b", "fake:a", "client"]
+    assert "close_failed name=Failing error=RuntimeError" in caplog.messages
+
+
+async def test_shared_objects_are_opened_once_and_again_after_a_failure() -> None:
+    """A thousand strategies share one client; a failed opening is not remembered."""
+    opened = 0
+
+    async def nothing() -> None: ...
+
+    async def open_it() -> Opened[int]:
+        nonlocal opened
+        opened += 1
+        await asyncio.sleep(0.01)
+        if opened == 1:
+            raise OSError("not yet")
+        return Opened(opened, nothing)
+
+    resources = ProcessResources()
+    with pytest.raises(OSError, match="not yet"):
+        await resources.shared("x", open_it)
+    values = await asyncio.gather(*(resources.shared("x", open_it) for _ in range(1000)))
+    assert set(values) == {2}
+    await resources.close()
+
+
+async def test_the_registry_hands_over_its_resources_and_tells() -> None:
+    """A strategy finds `resources` before `prepare`; listeners hear how long it took."""
+    heard: list[Event] = []
+    resources = ProcessResources(events=Events(heard.append))
+    one = Counting(delay=0.01)
+    await Registry(resources).prepare(one)
+    assert one.resources is resources
+    [event] = heard
+    assert isinstance(event, StrategyPrepared)
+    assert (event.strategy, event.seconds >= 0.01) == ("Counting", True)
