@@ -1,0 +1,437 @@
+"""The one place that wires the parts of a worker process: ledger, limiter, registry, runner."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from batchllm_celery.connection import Connection
+from batchllm_celery.errors import BatchNotFoundError, FailureKind, UsageError, describe
+from batchllm_celery.events import Events, WorkerStarted, WorkerStopped
+from batchllm_celery.execution import ItemJob, ItemRunner, Prices, Stopped
+from batchllm_celery.keys import Keys
+from batchllm_celery.ledger import Beat, Claim, Heartbeat, Ledger, WorkerInfo, new_process_id
+from batchllm_celery.limiter import Estimator, Limiter
+from batchllm_celery.models import (
+    BatchSpec,
+    BatchState,
+    RetryState,
+    TokenUsage,
+    WorkItemResult,
+)
+from batchllm_celery.settings import Settings
+from batchllm_celery.strategies import LLMCallStrategy, ProcessResources, Registry
+from batchllm_celery.worker.slots import Slots
+
+logger = logging.getLogger("batchllm_celery")
+
+#: A straggler must not hold up its neighbours: so many times the slots are admitted.
+ADMITTED_PER_SLOT = 4
+#: What was lost is enqueued in messages of so many items, ahead of what waits already.
+OFFERED_PER_TASK = 10
+URGENT = 9
+
+_HALTED = frozenset({BatchState.PAUSED, BatchState.PARKED})
+
+Publish = Callable[[str, Sequence[int], str, int], None]
+
+
+@dataclass(slots=True)
+class Tally:
+    """What became of the items of one message; its text is what Flower shows as the result."""
+
+    succeeded: int = 0
+    failed: int = 0
+    tokens: int = 0
+    returned: int = 0
+    kinds: dict[str, int] = field(default_factory=dict)
+
+    def add(self, result: WorkItemResult[Any, Any] | None) -> None:
+        if result is None:
+            self.returned += 1
+            return
+        self.tokens += result.token_usage.total_tokens
+        if result.success:
+            self.succeeded += 1
+            return
+        self.failed += 1
+        kind = str(result.error_kind or FailureKind.UNKNOWN)
+        self.kinds[kind] = self.kinds.get(kind, 0) + 1
+
+    def __str__(self) -> str:
+        text = f"{self.succeeded:,} ok, {self.failed:,} failed, {self.tokens:,} tokens"
+        if self.kinds:
+            text += " (" + ", ".join(f"{kind} {n}" for kind, n in sorted(self.kinds.items())) + ")"
+        return text + (f", {self.returned:,} handed back" if self.returned else "")
+
+
+@dataclass(slots=True)
+class _Running:
+    """One claimed item in this process: what a pause or a drain needs to know of it."""
+
+    claim: Claim
+    task: asyncio.Task[WorkItemResult[Any, Any] | None]
+    handed_back: bool = False
+
+    @property
+    def in_call(self) -> bool:
+        return self.claim.calling
+
+
+class _LedgerGate:
+    """Asks the ledger before each call, and keeps there what a move to another process needs."""
+
+    __slots__ = ("_claim", "_runtime")
+
+    def __init__(self, runtime: Runtime, claim: Claim) -> None:
+        self._runtime = runtime
+        self._claim = claim
+
+    async def begin(self) -> FailureKind | BatchState | None:
+        if self._runtime.draining:
+            return BatchState.PAUSED
+        return await self._runtime.ledger.begin(self._claim)
+
+    async def save(
+        self, attempts: int, refusals: int, state: RetryState, usage: TokenUsage
+    ) -> None:
+        await self._runtime.ledger.save_attempt(self._claim, attempts, refusals, state, usage)
+
+
+class Runtime:
+    """All parts of one worker process; opened on first use, closed when the process ends.
+
+    Args:
+        settings: this process' settings.
+        url: Redis.
+        publish: sends a Celery message for items that no message has brought (a blocking call).
+        slots: items in flight at once; default `settings.slots`.
+        queues: the lanes that this worker serves; default `settings.queues`.
+        events: who is told.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        url: str,
+        publish: Publish,
+        *,
+        slots: int | None = None,
+        queues: Sequence[str] | None = None,
+        events: Events | None = None,
+    ) -> None:
+        self.settings = settings
+        self.queues = list(queues or settings.queues)
+        self.events = events if events is not None else Events()
+        self.process_id = new_process_id()
+        self.draining = False
+        self._url = url
+        self._publish = publish
+        self._slots = Slots(slots or settings.slots)
+        self._admitted = self._messages = 0
+        self._message_items = 1
+        self._room = asyncio.Condition()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._running: dict[tuple[str, int], _Running] = {}
+        self._last_delivery = time.monotonic()
+        self._started_at = time.time()
+        self._opening = asyncio.Lock()
+        self._parts: contextlib.AsyncExitStack | None = None
+        self.on_room: Callable[[], None] = lambda: None
+
+    # -- lifetime ---------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Connect and start the background work; repeating it is harmless."""
+        async with self._opening:
+            if self._parts is not None:
+                return
+            async with contextlib.AsyncExitStack() as parts:
+                await self._wire(parts)
+                self._parts = parts.pop_all()
+        self.events.emit(WorkerStarted(self.process_id))
+
+    async def _wire(self, parts: contextlib.AsyncExitStack) -> None:
+        settings, keys = self.settings, Keys(self.settings.namespace)
+        connection = await parts.enter_async_context(Connection(self._url, events=self.events))
+        await connection.patiently(connection.ping)
+        self.ledger = await parts.enter_async_context(
+            Ledger(
+                connection,
+                keys,
+                process_id=self.process_id,
+                settings=settings.model_copy(update={"slots": self._slots.limit}),
+                events=self.events,
+            )
+        )
+        self.limiter = await parts.enter_async_context(
+            Limiter(connection, keys, process_id=self.process_id, events=self.events)
+        )
+        resources = ProcessResources(
+            connection=connection,
+            keys=keys,
+            settings=settings,
+            slots=self._slots.limit,
+            events=self.events,
+        )
+        self.registry = Registry(resources)
+        parts.push_async_callback(self.registry.close)
+        prices = Prices(settings.prices_file)
+        await prices.load()
+        self.runner = ItemRunner(self.limiter, Estimator(), self.events, prices)
+        self._start_heartbeat(parts, keys)
+        self._in_background(parts, self._offer_loop())
+        if settings.heartbeat_file is not None:
+            self._in_background(parts, self._touch_loop(settings.heartbeat_file))
+
+    def _start_heartbeat(self, parts: contextlib.AsyncExitStack, keys: Keys) -> None:
+        loop = asyncio.get_running_loop()
+        self._heartbeat = Heartbeat(
+            self._url,
+            keys,
+            process_id=self.process_id,
+            batches=self.ledger.holding.batches,
+            heard=lambda beats: loop.call_soon_threadsafe(self._on_beats, beats),
+            interval=self.settings.heartbeat_seconds,
+            presence=self._presence,
+        )
+        self._heartbeat.start()
+        parts.callback(self._heartbeat.stop)
+
+    def _presence(self) -> WorkerInfo:
+        return WorkerInfo(
+            worker_id=self.process_id,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            slots=self._slots.limit,
+            running=len(self._running),
+            queues=",".join(self.queues),
+            started_at=self._started_at,
+        )
+
+    def _in_background(self, parts: contextlib.AsyncExitStack, work: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(work)
+
+        async def end() -> None:
+            task.cancel()
+            await asyncio.wait([task])
+
+        parts.push_async_callback(end)
+
+    def drain(self) -> None:
+        """Start no further call: items that wait go back at once, calls in flight may end within
+        `settings.drain_seconds`."""
+        if self.draining:
+            return
+        self.draining = True
+        self._hand_back(lambda running: not running.in_call)
+        asyncio.get_running_loop().call_later(
+            self.settings.drain_seconds, self._hand_back, lambda running: True
+        )
+
+    def abandon(self) -> None:
+        """End at once: calls in flight are cut off and handed back too (a cold shutdown)."""
+        self.draining = True
+        self._hand_back(lambda running: True)
+
+    async def close(self) -> None:
+        """Hand back what still runs, then close everything in reverse order."""
+        self.draining = True
+        self._hand_back(lambda running: True)
+        tasks = [running.task for running in self._running.values()]
+        if tasks:
+            await asyncio.wait(tasks, timeout=5.0)
+        parts, self._parts = self._parts, None
+        if parts is not None:
+            await parts.aclose()
+            self.events.emit(WorkerStopped(self.process_id))
+
+    # -- work -------------------------------------------------------------------------------------
+
+    def has_room(self, in_hand: int) -> bool:
+        """Whether another message may be taken: asked by the pool before each, from its thread.
+
+        Of the messages in hand some have not reached us yet: each is taken to be as large as
+        the last one that did.
+        """
+        on_the_way = max(0, in_hand - self._messages) * self._message_items
+        return not self.draining and self._has_admission(on_the_way)
+
+    async def run_items(self, batch_id: str, indexes: Sequence[int]) -> Tally:
+        """Claim and run the items that one message names; what others hold is left to them."""
+        await self.open()
+        self._last_delivery = time.monotonic()
+        tally = Tally()
+        async with self._admission(len(indexes)):
+            if self.draining:
+                return tally
+            try:
+                reply = await self.ledger.claim(batch_id, indexes)
+            except BatchNotFoundError:
+                return tally
+            tasks = [self._start(reply.spec, claim) for claim in reply.claims]
+            try:
+                for result in await asyncio.gather(*tasks):
+                    tally.add(result)
+            except asyncio.CancelledError:  # revoked, or a cold shutdown
+                if tasks:
+                    await asyncio.wait(tasks)
+                raise
+        return tally
+
+    @contextlib.asynccontextmanager
+    async def _admission(self, items: int) -> AsyncIterator[None]:
+        async with self._room:
+            await self._room.wait_for(lambda: self.draining or self._has_admission())
+            self._admitted += items
+        self._messages += 1
+        self._message_items = items
+        try:
+            yield
+        finally:
+            self._messages -= 1
+            self._admitted -= items
+            async with self._room:
+                self._room.notify_all()
+            self.on_room()
+
+    def _has_admission(self, on_the_way: int = 0) -> bool:
+        return self._admitted + on_the_way < ADMITTED_PER_SLOT * self._slots.limit
+
+    def _start(
+        self, spec: BatchSpec, claim: Claim
+    ) -> asyncio.Task[WorkItemResult[Any, Any] | None]:
+        task = asyncio.ensure_future(self._run_claim(spec, claim))
+        self._running[claim.batch_id, claim.index] = _Running(claim, task)
+        task.add_done_callback(lambda _: self._running.pop((claim.batch_id, claim.index), None))
+        return task
+
+    async def _run_claim(self, spec: BatchSpec, claim: Claim) -> WorkItemResult[Any, Any] | None:
+        try:
+            async with self._slots.hold(spec.priority):
+                outcome = await self._run_one(spec, claim)
+                if isinstance(outcome, WorkItemResult):
+                    return await self._record(claim, outcome)
+        except asyncio.CancelledError:
+            await asyncio.shield(self.ledger.release([claim]))
+            if self._is_handed_back(claim):
+                return None
+            raise
+        if outcome.until is not None:
+            await self.ledger.park(claim.batch_id, outcome.until)
+        await self.ledger.release([claim])
+        return None
+
+    async def _run_one(self, spec: BatchSpec, claim: Claim) -> WorkItemResult[Any, Any] | Stopped:
+        chosen = claim.payload.strategy or spec.strategy
+        try:
+            strategy = await self.registry.get(chosen)
+        except UsageError as error:
+            return self._not_runnable(claim, error)
+        return await self.runner.run(self._job(spec, claim, strategy))
+
+    def _job(self, spec: BatchSpec, claim: Claim, strategy: LLMCallStrategy[Any]) -> ItemJob:
+        payload = claim.payload
+        return ItemJob(
+            batch_id=claim.batch_id,
+            item_id=payload.item_id,
+            index=claim.index,
+            prompt=payload.prompt,
+            context=payload.context,
+            strategy=strategy,
+            prepare=lambda: self.registry.prepare(strategy),
+            quota=spec.quota or strategy.quota or spec.strategy.name,
+            config=spec.config,
+            state=claim.state,
+            attempts=claim.attempts,
+            refusals=claim.refusals,
+            usage=claim.usage,
+            queued_seconds=claim.queued_seconds,
+            gate=_LedgerGate(self, claim),
+        )
+
+    def _not_runnable(self, claim: Claim, error: UsageError) -> WorkItemResult[Any, Any]:
+        return WorkItemResult(
+            item_id=claim.payload.item_id,
+            index=claim.index,
+            success=False,
+            error=describe(error),
+            error_kind=FailureKind.INVALID_REQUEST,
+            context=claim.payload.context,
+        )
+
+    async def _record(
+        self, claim: Claim, result: WorkItemResult[Any, Any]
+    ) -> WorkItemResult[Any, Any]:
+        # Shielded: a paid answer must reach the ledger although its task is cancelled now.
+        await asyncio.shield(
+            self.ledger.record(
+                claim, result, spent_tokens=result.token_usage.total_tokens, cost=result.cost
+            )
+        )
+        return result
+
+    # -- control ----------------------------------------------------------------------------------
+
+    def _on_beats(self, beats: Sequence[Beat]) -> None:
+        """Batches were paused or stopped: what waits goes back, calls in flight may end."""
+        halted = set()
+        for beat in beats:
+            if beat.state is None or beat.state in _HALTED or beat.state.stopped:
+                halted.add(beat.batch_id)
+            if beat.state is not None:
+                self._spawn(self.ledger.heard(beat.batch_id, beat.state, lost=beat.lost))
+        if halted:
+            self._hand_back(lambda one: not one.in_call and one.claim.batch_id in halted)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _hand_back(self, wanted: Callable[[_Running], bool]) -> None:
+        for running in list(self._running.values()):
+            if wanted(running):
+                running.handed_back = True
+                running.task.cancel()
+
+    def _is_handed_back(self, claim: Claim) -> bool:
+        running = self._running.get((claim.batch_id, claim.index))
+        return running is not None and running.handed_back
+
+    # -- background -------------------------------------------------------------------------------
+
+    async def _offer_loop(self) -> None:
+        """Enqueue again, as Celery tasks, what was lost and what no message ever brought."""
+        interval = min(self.settings.offer_seconds, self.settings.lease_seconds / 6)
+        while True:
+            await asyncio.sleep(interval)
+            if not self.draining:
+                for queue in self.queues:
+                    await self._offer(queue)
+
+    async def _offer(self, queue: str) -> None:
+        """What was lost must not wait for an idle worker; the rest is for those with free slots."""
+        idle = time.monotonic() - self._last_delivery >= self.settings.offer_seconds
+        wanted = self._slots.free if idle else max(1, self._slots.limit // 4)
+        priority = 0 if idle else URGENT
+        for batch_id, indexes in await self.ledger.offer(queue, wanted, lost_only=not idle):
+            for first in range(0, len(indexes), OFFERED_PER_TASK):
+                some = indexes[first : first + OFFERED_PER_TASK]
+                await asyncio.to_thread(self._publish, batch_id, some, queue, priority)
+
+    async def _touch_loop(self, path: Path) -> None:
+        """Tell a probe that the loop turns and that Redis has answered lately."""
+        while True:
+            age = time.monotonic() - self._heartbeat.last_beat
+            if age < self.settings.lease_seconds:
+                path.touch()  # noqa: ASYNC240 - microseconds, once a second
+            await asyncio.sleep(self.settings.heartbeat_seconds)
