@@ -1,0 +1,312 @@
+"""A submitted batch: follow it, steer it, take its results."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any, TypeVar
+
+from batchllm_celery.errors import FailureKind
+from batchllm_celery.ledger import Ledger, Outcome, Payload
+from batchllm_celery.models import (
+    BadRow,
+    BatchProgress,
+    BatchSpec,
+    WorkItemResult,
+)
+from batchllm_celery.producer.rows import Row, as_payload
+from batchllm_celery.producer.session import Session
+from batchllm_celery.queue import items_per_task
+
+T = TypeVar("T")
+
+#: Rows that go to the ledger together: few at first, so that work starts at once.
+FIRST_CHUNK = 20
+CHUNK = 500
+#: A chunk is sent although it is not full when its rows took this many seconds to come.
+CHUNK_SECONDS = 0.2
+READ_COUNT = 1000
+READ_BLOCK = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Delivered:
+    """One outcome, and what to acknowledge once it is safe with the consumer."""
+
+    index: int
+    line: dict[str, Any]
+    """`WorkItemResult.to_json` form."""
+    receipt: str
+
+
+class Batch:
+    """A batch in Redis. Get one from `Producer.submit`, `Producer.open` or `Producer.attach`.
+
+    Its methods may be called from any thread, from a coroutine by `asyncio.to_thread`.
+    """
+
+    def __init__(self, session: Session, spec: BatchSpec, *, resumed: bool) -> None:
+        self.id = spec.batch_id
+        self.spec = spec
+        self.resumed = resumed
+        """Whether it existed before it was opened here."""
+        self._session = session
+        self._cursor = "0"
+        self._locked = False
+
+    # -- feeding ----------------------------------------------------------------------------------
+
+    def feed(
+        self,
+        rows: Iterable[Row],
+        *,
+        stop: threading.Event | None = None,
+        on_fed: Callable[[int], None] | None = None,
+        max_outstanding: int | None = None,
+    ) -> int | None:
+        """Store all rows in the ledger and enqueue them; an index is a row's place in `rows`.
+
+        Blocks while `max_outstanding` items are unfinished (or, under `keep_results=False`,
+        unread). Feeding the same rows again is harmless: finished ones are not run again.
+
+        Args:
+            rows: strings, mappings with `prompt`, `LLMWorkItem`s, or rows that were bad already.
+            stop: set it to end the feeding early, within about 0.2 s.
+            on_fed: told the number of rows fed so far, after each chunk.
+            max_outstanding: default `settings.max_outstanding`.
+
+        Returns:
+            The total; None when it was stopped (the batch then still waits for more rows).
+
+        Raises:
+            UsageError: a row can't be taken, or names a strategy instance.
+            BatchConflictError: another process feeds this batch.
+        """
+        stop = stop or threading.Event()
+        fed = 0
+        for chunk in _chunked(rows, stop):
+            stored = [self._stored(row, fed + n) for n, row in enumerate(chunk)]
+            wake = self._until(stop, self._feed(fed, stored, max_outstanding))
+            if wake is None or not self._enqueue(wake, stop):
+                return None
+            fed += len(chunk)
+            if on_fed is not None:
+                on_fed(fed)
+        if stop.is_set():
+            return None
+        self._on_ledger(lambda ledger: ledger.seal(self.id, fed))
+        return fed
+
+    async def _feed(self, first: int, rows: list[Any], max_outstanding: int | None) -> list[int]:
+        return await self._session.ledger.feed(
+            self.id, first, rows, max_outstanding=max_outstanding
+        )
+
+    def _stored(self, row: Row, index: int) -> Payload | WorkItemResult[Any, Any]:
+        payload = as_payload(row, index, self.spec.strategy)
+        return _bad(payload, index) if isinstance(payload, BadRow) else payload
+
+    def _until(self, stop: threading.Event, work: Coroutine[Any, Any, T]) -> T | None:
+        async def watched(_: Session) -> T | None:
+            task = asyncio.ensure_future(work)
+            while not task.done():
+                await asyncio.wait([task], timeout=0.1)
+                if stop.is_set() and not task.done():
+                    task.cancel()
+                    await asyncio.wait([task])
+                    return None
+            return task.result()
+
+        return self._session.run(watched)
+
+    def _enqueue(self, indexes: list[int], stop: threading.Event | None = None) -> bool:
+        """Send the messages; False when it was stopped before all were sent."""
+        spec, done = self.spec, 0
+        give_up = stop.is_set if stop is not None else (lambda: False)
+        while done < len(indexes):
+            size = items_per_task(spec.items_per_task, indexes[done])
+            some = indexes[done : done + size]
+            if not self._session.publish(self.id, some, spec.queue, spec.priority, give_up):
+                return False
+            done += size
+        return True
+
+    # -- following --------------------------------------------------------------------------------
+
+    def progress(self) -> BatchProgress:
+        """The batch's counters at this moment.
+
+        Raises:
+            BatchNotFoundError: its keys have expired.
+        """
+        return self._on_ledger(lambda ledger: ledger.progress(self.id))
+
+    def wait(self, timeout: float | None = None) -> BatchProgress:
+        """Return when every item has its outcome.
+
+        Raises:
+            TimeoutError: after `timeout` seconds.
+        """
+        give_up = None if timeout is None else time.monotonic() + timeout
+        pause = 0.05
+        while not (progress := self.progress()).is_over:
+            if give_up is not None and time.monotonic() >= give_up:
+                raise TimeoutError(
+                    f"batch {self.id!r}: {progress.finished} of {progress.total} items "
+                    f"finished within {timeout:g} s"
+                )
+            time.sleep(pause)
+            pause = min(pause * 1.5, 0.5)
+        return progress
+
+    def results(self, *, follow: bool = True) -> Results:
+        """Results in completion order, by `for` or by `async for`.
+
+        Args:
+            follow: wait for those that are still to come; False: what there is now.
+        """
+        return Results(self, follow)
+
+    def read(
+        self, after: str = "0", max: int = READ_COUNT, timeout: float = 0.0
+    ) -> list[Delivered]:
+        """Outcomes after the receipt `after`; a look that changes nothing."""
+        return self._on_ledger(lambda ledger: _read(ledger, self.id, after, max, timeout))
+
+    def take(self, max: int = READ_COUNT, timeout: float = 0.25) -> list[Delivered]:
+        """The next outcomes, as the batch's one consumer; [] when none came in `timeout` seconds.
+
+        Raises:
+            BatchConflictError: another process is consuming this batch.
+        """
+        if not self._locked:
+            self._session.run(lambda s: s.enter(s.ledger.lock_consumer(self.id, wait=1.0)))
+            self._locked = True
+        taken = self.read(self._cursor, max, timeout)
+        if taken:
+            self._cursor = taken[-1].receipt
+        return taken
+
+    def acknowledge(self, receipt: str) -> None:
+        """Say that everything up to and including `receipt` is safe with the consumer; without
+        `keep_results` it leaves Redis now."""
+        self._on_ledger(lambda ledger: ledger.trim(self.id, receipt))
+
+    # -- steering ---------------------------------------------------------------------------------
+
+    def cancel(self) -> BatchProgress:
+        """Start no further call; what waits becomes a failure of kind `cancelled`."""
+        return self._steered(lambda ledger: ledger.cancel(self.id))
+
+    def pause(self) -> BatchProgress:
+        """Start no further call until `resume`."""
+        return self._steered(lambda ledger: ledger.pause(self.id))
+
+    def resume(self) -> BatchProgress:
+        """Go on after a pause, a parking or a stop; items that a stop ended run again.
+
+        Raises:
+            UsageError: the budget is spent.
+        """
+        return self._steered(lambda ledger: ledger.resume(self.id, self._republish))
+
+    def retry_failed(self) -> int:
+        """Run the failed items again; how many."""
+        return self._on_ledger(lambda ledger: ledger.retry_failed(self.id, self._republish)).items
+
+    async def _republish(self, indexes: list[int]) -> None:
+        await asyncio.to_thread(self._enqueue, indexes)
+
+    def _steered(self, act: Callable[[Ledger], Coroutine[Any, Any, Any]]) -> BatchProgress:
+        self._on_ledger(act)
+        return self.progress()
+
+    def _on_ledger(self, work: Callable[[Ledger], Coroutine[Any, Any, T]]) -> T:
+        return self._session.run(lambda session: work(session.ledger))
+
+
+class Results:
+    """The results of a batch as they come. Iterate once, by `for` or by `async for`."""
+
+    def __init__(self, batch: Batch, follow: bool) -> None:
+        self._batch = batch
+        self._follow = follow
+
+    def __iter__(self) -> Iterator[WorkItemResult[Any, Any]]:
+        after = "0"
+        while True:
+            found, over = self._batch._session.run(partial(self._next, after))
+            yield from map(_result, found)
+            if found:
+                after = found[-1].stream_id
+                self._batch._session.run(partial(self._acknowledge, after))
+            elif over:
+                return
+
+    async def __aiter__(self) -> AsyncIterator[WorkItemResult[Any, Any]]:
+        after, run = "0", self._batch._session.run_async
+        while True:
+            found, over = await run(partial(self._next, after))
+            for outcome in found:
+                yield _result(outcome)
+            if found:
+                after = found[-1].stream_id
+                await run(partial(self._acknowledge, after))
+            elif over:
+                return
+
+    async def _next(self, after: str, session: Session) -> tuple[list[Outcome], bool]:
+        """The next outcomes, and whether there can be no more after them.
+
+        The counters are read before the stream: an outcome and its count are written in one step.
+        """
+        over = not self._follow or (await session.ledger.progress(self._batch.id)).is_over
+        block = 0.0 if over else READ_BLOCK
+        return await session.ledger.results(self._batch.id, after, READ_COUNT, block), over
+
+    async def _acknowledge(self, receipt: str, session: Session) -> None:
+        if not self._batch.spec.keep_results:
+            await session.ledger.trim(self._batch.id, receipt)
+
+
+def _result(outcome: Outcome) -> WorkItemResult[Any, Any]:
+    return WorkItemResult.from_json(json.loads(outcome.line))
+
+
+async def _read(
+    ledger: Ledger, batch_id: str, after: str, count: int, timeout: float
+) -> list[Delivered]:
+    found = await ledger.results(batch_id, after, count, timeout)
+    return [Delivered(one.index, json.loads(one.line), one.stream_id) for one in found]
+
+
+def _bad(row: BadRow, index: int) -> WorkItemResult[Any, Any]:
+    return WorkItemResult(
+        item_id=row.item_id,
+        index=index,
+        success=False,
+        error=f"InputError: {row.message}",
+        error_kind=FailureKind.INVALID_INPUT,
+    )
+
+
+def _chunked(rows: Iterable[Row], stop: threading.Event) -> Iterator[list[Row]]:
+    """Rows in chunks that grow, cut short when the rows come slowly."""
+    iterator, size = iter(rows), FIRST_CHUNK
+    while not stop.is_set():
+        chunk: list[Row] = []
+        give_up = time.monotonic() + CHUNK_SECONDS
+        for row in islice(iterator, size):
+            chunk.append(row)
+            if time.monotonic() >= give_up:
+                break
+        if not chunk:
+            return
+        yield chunk
+        size = min(CHUNK, size * 2)

@@ -1,0 +1,290 @@
+"""The producer: streams work into a fleet, and finds its batches again."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, Self
+
+from batchllm_celery.errors import FailureKind
+from batchllm_celery.events import Events
+from batchllm_celery.ledger import WorkerInfo
+from batchllm_celery.ledger.workers import list_workers
+from batchllm_celery.limiter import QuotaState
+from batchllm_celery.models import (
+    BatchProgress,
+    BatchSpec,
+    ProcessorConfig,
+    Quota,
+    StrategySpec,
+    WorkItemResult,
+)
+from batchllm_celery.producer.batch import Batch
+from batchllm_celery.producer.rows import Row, default_strategy
+from batchllm_celery.producer.session import Session
+from batchllm_celery.queue import App
+from batchllm_celery.settings import Settings
+
+
+class Producer:
+    """Submits batches to a fleet. A context manager; every method may be called from any thread.
+
+        with Producer() as producer:
+            batch = producer.submit(["First text", "Second text"], strategy="summarise")
+            for result in batch.results():
+                ...
+
+    From a coroutine: `await asyncio.to_thread(producer.submit, ...)`, then `async for`.
+
+    Args:
+        settings: default: from the environment.
+        redis_url: in place of the settings'; with neither, the embedded Valkey.
+        namespace: in place of the settings'.
+        app: an existing Celery app (see `install`) to send the messages with.
+        events: hears of a Redis that is lost and found again.
+    """
+
+    def __init__(
+        self,
+        settings: Settings | None = None,
+        *,
+        redis_url: str | None = None,
+        namespace: str | None = None,
+        app: App | None = None,
+        events: Events | None = None,
+    ) -> None:
+        chosen = {"redis_url": redis_url, "namespace": namespace}
+        given = {name: value for name, value in chosen.items() if value is not None}
+        self.settings = (settings or Settings()).model_copy(update=given)
+        self._session = Session(self.settings, app, events if events is not None else Events())
+
+    @property
+    def url(self) -> str:
+        """The Redis in use.
+
+        Raises:
+            EmbeddedServerError: the embedded one did not start.
+        """
+        return self._session.url
+
+    def check(self) -> None:
+        """Return if Redis answers, within about 3 s.
+
+        Raises:
+            RedisUnavailableError: in one clear line.
+        """
+        self._session.run(lambda session: session.connection.ping())
+
+    # -- submitting -------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        items: Iterable[Row],
+        *,
+        strategy: str | StrategySpec | None = None,
+        params: dict[str, Any] | None = None,
+        batch_id: str | None = None,
+        quota: Quota | str | None = None,
+        quota_update: bool = False,
+        config: ProcessorConfig | None = None,
+        queue: str = "default",
+        priority: int = 0,
+        items_per_task: int | None = None,
+        deadline: float | None = None,
+        max_cost: float | None = None,
+        token_budget: int | None = None,
+        fail_fast: Iterable[FailureKind | str] = (),
+        max_outstanding: int | None = None,
+    ) -> Batch:
+        """Store and enqueue all items, and return the batch; its results stay readable for
+        `settings.result_ttl_seconds`.
+
+        Blocks while more than `max_outstanding` items are unfinished; `stream` does not.
+
+        Args:
+            items: strings, mappings with `prompt` (and `item_id`, `context`), or `LLMWorkItem`s;
+                any iterable, consumed lazily.
+            strategy: a registered name; default: the first item's own.
+            params: parameters of the strategy's factory.
+            batch_id: the same id continues a batch: finished items are not run again.
+            quota: name or `Quota` to draw on; default: the strategy's own.
+            quota_update: change a quota whose limits differ, in place of refusing.
+            config: attempts and time limits.
+            queue: lane of the fleet.
+            priority: 0 (usual) to 9 (urgent).
+            items_per_task: item indexes that one Celery message carries.
+            deadline: seconds after which no call starts.
+            max_cost: US dollars after which no call starts.
+            token_budget: tokens after which no call starts.
+            fail_fast: failure kinds that abort the batch.
+            max_outstanding: default `settings.max_outstanding`.
+
+        Raises:
+            UsageError: an item can't be taken, or a strategy is missing.
+            BatchConflictError: the id belongs to another job that is still running.
+            QuotaConflictError: the quota exists with other limits.
+        """
+        spec_of_strategy, rows = default_strategy(items, strategy)
+        if params:
+            spec_of_strategy = StrategySpec(name=spec_of_strategy.name, params=params)
+        spec = BatchSpec(
+            batch_id=batch_id or new_batch_id(),
+            strategy=spec_of_strategy,
+            quota=quota.name if isinstance(quota, Quota) else quota,
+            config=config or ProcessorConfig(),
+            queue=queue,
+            priority=priority,
+            items_per_task=items_per_task,
+            deadline=deadline,
+            max_cost=max_cost,
+            token_budget=token_budget,
+            fail_fast=tuple(FailureKind(kind) for kind in fail_fast),
+        )
+        limits = quota if isinstance(quota, Quota) else None
+        batch = self.open(spec, quota=limits, quota_update=quota_update)
+        batch.feed(rows, max_outstanding=max_outstanding)
+        return batch
+
+    def stream(
+        self, items: Iterable[Row], *, spec: BatchSpec | None = None, **options: Any
+    ) -> Iterator[WorkItemResult[Any, Any]]:
+        """Feed `items` and yield their results at the same time, in bounded memory: results leave
+        Redis when they have been yielded.
+
+        Args:
+            items: as for `submit`.
+            spec: the whole batch, in place of `options`.
+            options: as for `submit`.
+        """
+        batch, rows = self._open_stream(items, spec, options)
+        stop, failure = threading.Event(), []
+
+        def feed() -> None:
+            try:
+                batch.feed(rows, stop=stop, max_outstanding=options.get("max_outstanding"))
+            except BaseException as error:
+                failure.append(error)
+                batch.cancel()
+
+        feeder = threading.Thread(target=feed, name="batchllm-feeder", daemon=True)
+        feeder.start()
+        try:
+            yield from self._until_over(batch, feeder)
+        finally:
+            stop.set()
+            feeder.join()
+        if failure:
+            raise failure[0]
+
+    def _open_stream(
+        self, items: Iterable[Row], spec: BatchSpec | None, options: dict[str, Any]
+    ) -> tuple[Batch, Iterable[Row]]:
+        options = {name: value for name, value in options.items() if name != "max_outstanding"}
+        chosen, rows = default_strategy(
+            items, spec.strategy if spec else options.pop("strategy", None)
+        )
+        params, quota = options.pop("params", None), options.pop("quota", None)
+        update = options.pop("quota_update", False)
+        if spec is None:
+            spec = BatchSpec(
+                batch_id=options.pop("batch_id", None) or new_batch_id(),
+                strategy=StrategySpec(name=chosen.name, params=params) if params else chosen,
+                quota=quota.name if isinstance(quota, Quota) else quota,
+                keep_results=False,
+                **options,
+            )
+        limits = quota if isinstance(quota, Quota) else None
+        return self.open(spec, quota=limits, quota_update=update), rows
+
+    def _until_over(
+        self, batch: Batch, feeder: threading.Thread
+    ) -> Iterator[WorkItemResult[Any, Any]]:
+        while True:
+            fed_all = not feeder.is_alive()
+            over = fed_all and (progress := batch.progress()).finished >= progress.fed
+            taken = batch.take(timeout=0.0 if over else 0.5)
+            for delivered in taken:
+                yield WorkItemResult.from_json(delivered.line)
+            if taken:
+                batch.acknowledge(taken[-1].receipt)
+            elif over:
+                return
+
+    def open(
+        self, spec: BatchSpec, *, quota: Quota | None = None, quota_update: bool = False
+    ) -> Batch:
+        """Make a batch without rows yet, or continue the one of this id; then `feed` it.
+
+        A batch that was stopped goes on in a new round: items that the stop ended run again,
+        failed ones do not (see `Batch.retry_failed`).
+
+        Raises:
+            BatchConflictError: another process feeds it, or it runs with another strategy.
+            QuotaConflictError: the quota exists with other limits.
+        """
+
+        async def create(session: Session) -> bool:
+            if quota is not None:
+                await session.limiter.configure(quota, update=quota_update)
+            created = await session.ledger.create(spec)
+            await session.enter(session.ledger.lock_producer(spec.batch_id, wait=1.0))
+            return created.how != "new"
+
+        resumed = self._session.run(create)
+        batch = Batch(self._session, spec, resumed=resumed)
+        if resumed and batch.progress().state in ("paused", "parked"):
+            batch.resume()
+        return batch
+
+    # -- looking ----------------------------------------------------------------------------------
+
+    def attach(self, batch_id: str) -> Batch:
+        """A batch that somebody submitted.
+
+        Raises:
+            BatchNotFoundError: for an unknown id.
+        """
+        spec = self._session.run(lambda session: session.ledger.spec(batch_id))
+        return Batch(self._session, spec, resumed=True)
+
+    def batches(self) -> list[BatchProgress]:
+        """All batches of this namespace, the youngest first."""
+        return self._session.run(lambda session: session.ledger.batches())
+
+    def workers(self) -> list[WorkerInfo]:
+        """The worker processes seen within the last minute."""
+        return self._session.run(lambda session: list_workers(session.connection, session.keys))
+
+    def quotas(self) -> list[QuotaState]:
+        """The quotas in use, with their limiter's state."""
+        return self._session.run(lambda session: session.limiter.states())
+
+    def quota(self, name: str) -> QuotaState | None:
+        """One quota's limiter state; None if nobody has used it."""
+        found = [state for state in self.quotas() if state.name == name]
+        return found[0] if found else None
+
+    def set_quota(self, quota: Quota, *, update: bool = True) -> Quota:
+        """Configure a quota; a change reaches the whole fleet within a second.
+
+        Raises:
+            QuotaConflictError: it differs and `update` is false.
+        """
+        return self._session.run(lambda session: session.limiter.configure(quota, update=update))
+
+    def close(self) -> None:
+        """Give back locks and connections; batches go on without us. Idempotent."""
+        self._session.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+def new_batch_id() -> str:
+    """`b-` with the UTC time and six random digits: sorts by age, reads well in Flower."""
+    return f"b-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"

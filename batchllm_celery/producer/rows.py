@@ -1,0 +1,78 @@
+"""What people hand to a producer, turned into rows of one shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from batchllm_celery.errors import InputError, UsageError
+from batchllm_celery.ledger import Payload
+from batchllm_celery.models import BadRow, LLMWorkItem, StrategySpec
+
+Row = LLMWorkItem[Any, Any, Any] | BadRow | Mapping[str, Any] | str
+
+
+def spec_of(strategy: Any) -> StrategySpec:
+    """The registered strategy that a name or a spec means.
+
+    Raises:
+        UsageError: for an instance, which can't travel to another process.
+    """
+    if isinstance(strategy, StrategySpec):
+        return strategy
+    if isinstance(strategy, str):
+        return StrategySpec(name=strategy)
+    raise UsageError(
+        f"a {type(strategy).__name__} instance can't travel to a worker: register a factory with "
+        f'@strategy("name") in a module that the workers import (--app), and name it; '
+        f"instances are for ParallelBatchProcessor"
+    )
+
+
+def as_payload(row: Row, index: int, default: StrategySpec) -> Payload | BadRow:
+    """The row as the ledger stores it; a row that was bad when it was read stays so.
+
+    Raises:
+        InputError: for a row that is none of the accepted forms.
+    """
+    if isinstance(row, BadRow):
+        return row
+    if isinstance(row, str):
+        return Payload(item_id=str(index), prompt=row, context=None, strategy=None)
+    if isinstance(row, LLMWorkItem):
+        chosen = spec_of(row.strategy)
+        return Payload(
+            item_id=row.item_id,
+            prompt=row.prompt,
+            context=row.context,
+            strategy=None if chosen == default else chosen,
+        )
+    if isinstance(row, Mapping) and isinstance(row.get("prompt"), str):
+        item_id = str(row.get("item_id") or index)
+        return Payload(
+            item_id=item_id, prompt=row["prompt"], context=row.get("context"), strategy=None
+        )
+    raise InputError(
+        f"item {index}: a row is a string, an LLMWorkItem or a mapping with a string 'prompt', "
+        f"not {type(row).__name__}"
+    )
+
+
+def default_strategy(rows: Iterable[Row], chosen: Any) -> tuple[StrategySpec, Iterable[Row]]:
+    """The batch's strategy: the one asked for, else the first row's own.
+
+    Raises:
+        UsageError: if there is neither.
+    """
+    if chosen is not None:
+        return spec_of(chosen), rows
+    remaining: Iterator[Row] = iter(rows)
+    first = next(remaining, None)
+    if not isinstance(first, LLMWorkItem):
+        raise UsageError("name a strategy: submit(items, strategy='...')")
+    return spec_of(first.strategy), _chain(first, remaining)
+
+
+def _chain(first: Row, rest: Iterator[Row]) -> Iterator[Row]:
+    yield first
+    yield from rest

@@ -1,0 +1,106 @@
+"""What a producing process opens once: Redis, the ledger, the limiter, the Celery app."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import AsyncExitStack
+from typing import Any, TypeVar
+
+from batchllm_celery import event_loop
+from batchllm_celery.connection import Connection
+from batchllm_celery.embedded import resolve_url, revive_when_lost
+from batchllm_celery.events import Events
+from batchllm_celery.keys import Keys
+from batchllm_celery.ledger import Ledger, new_process_id
+from batchllm_celery.limiter import Limiter
+from batchllm_celery.queue import App, make_app, publish
+from batchllm_celery.settings import Settings
+
+T = TypeVar("T")
+
+
+class Session:
+    """The parts of one producer, opened at first use and closed in reverse order.
+
+    All I/O runs on the process's loop thread; `run` crosses over from any thread.
+    """
+
+    def __init__(self, settings: Settings, app: App | None, events: Events) -> None:
+        self.settings = settings
+        self._events = events
+        self._app = app
+        self._url: str | None = None
+        self._lock = threading.Lock()
+        revive_when_lost(events)
+        self._stack: AsyncExitStack | None = None
+
+    @property
+    def url(self) -> str:
+        """Redis; starts or attaches to the embedded server where none is configured."""
+        with self._lock:
+            if self._url is None:
+                self._url = resolve_url(self.settings)
+            return self._url
+
+    @property
+    def app(self) -> App:
+        """The Celery app that messages are sent with."""
+        if self._app is None:
+            self._app = make_app(self.settings, self.url)
+        return self._app
+
+    def run(self, work: Callable[[Session], Coroutine[Any, Any, T]]) -> T:
+        """Run `work(session)` on the loop thread, opening what it needs first."""
+        return event_loop.run(self.do(work))
+
+    async def run_async(self, work: Callable[[Session], Coroutine[Any, Any, T]]) -> T:
+        """The same from a coroutine of any event loop, which goes on meanwhile."""
+        return await event_loop.run_async(self.do(work))
+
+    async def do(self, work: Callable[[Session], Coroutine[Any, Any, T]]) -> T:
+        """The same from a coroutine on our own loop."""
+        await self._open()
+        return await work(self)
+
+    async def enter(self, context: Any) -> Any:
+        """Hold an async context manager until the session closes."""
+        assert self._stack is not None
+        return await self._stack.enter_async_context(context)
+
+    def publish(
+        self,
+        batch_id: str,
+        indexes: Sequence[int],
+        queue: str,
+        priority: int,
+        give_up: Callable[[], bool] = lambda: False,
+    ) -> bool:
+        """Send one message; blocks, so never on the loop thread. False where it gave up."""
+        return publish(self.app, batch_id, indexes, queue=queue, priority=priority, give_up=give_up)
+
+    async def _open(self) -> None:
+        if self._stack is not None:
+            return
+        stack = AsyncExitStack()
+        keys, process_id = Keys(self.settings.namespace), new_process_id()
+        url: str = await asyncio.to_thread(lambda: self.url)
+        connection = await stack.enter_async_context(Connection(url, events=self._events))
+        ledger = Ledger(
+            connection, keys, process_id=process_id, settings=self.settings, events=self._events
+        )
+        limiter = Limiter(connection, keys, process_id=process_id, events=self._events)
+        if self._stack is not None:  # another thread was faster
+            await stack.aclose()
+            return
+        self._stack = stack
+        self.keys, self.connection = keys, connection
+        self.ledger = await stack.enter_async_context(ledger)
+        self.limiter = limiter
+
+    def close(self) -> None:
+        """Give back locks and connections; repeating it is harmless."""
+        stack, self._stack = self._stack, None
+        if stack is not None:
+            event_loop.run(stack.aclose())
