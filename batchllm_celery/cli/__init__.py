@@ -1,0 +1,140 @@
+"""The `batchllm` command.
+
+Nothing heavy is imported here: a command's module is loaded when the command is named, and
+celery, redis and the providers' SDKs when it runs.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+import click
+
+from batchllm_celery.cli.exit_codes import INTERRUPTED, USAGE
+
+#: Command -> (module, what it does): enough to print the help without loading any of them.
+_COMMANDS = {
+    "run": ("run", "The whole job: submit, work, follow, write the results."),
+    "submit": ("submit", "Enqueue a batch to a running fleet; print its id."),
+    "worker": ("worker", "Work for a fleet with one or more processes."),
+    "status": ("status", "Batches, their counters and ETA, quotas, workers."),
+    "results": ("results", "Results of a batch, as they stand or as they come."),
+    "cancel": ("control", "End a batch; what has not started is not called."),
+    "pause": ("control", "Start no further call of a batch."),
+    "resume": ("control", "Go on with a paused or stopped batch."),
+    "retry-failed": ("control", "Run the failed items of a batch again."),
+    "estimate": ("estimate", "Items, tokens, cost and duration, before a cent is spent."),
+    "simulate": ("simulate", "A simulated provider to practise on."),
+    "doctor": ("doctor", "Is everything here that a batch needs?"),
+    "quota": ("quota", "Show the fleet's quotas, or set one."),
+    "flower": ("flower", "Watch the fleet's queue in a browser."),
+}
+
+
+class _LazyGroup(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module = import_module(f"batchllm_celery.cli.{_COMMANDS[cmd_name][0]}")
+        command: click.Command = getattr(module, cmd_name.replace("-", "_"))
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
+
+
+_EPILOG = """\b
+Try it, without a key and without a cent:
+  printf 'Why is the sky blue?\\n' | batchllm run - -o answers.jsonl --model simulated
+
+Every option has an environment variable: --redis-url is BATCHLLM_REDIS_URL, and so on.
+"""
+
+
+def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        from batchllm_celery import __version__
+
+        click.echo(f"batchllm {__version__}")
+        ctx.exit()
+
+
+@click.command(
+    cls=_LazyGroup, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]}
+)
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version,
+    help="Print the version.",
+)  # fmt: skip
+def cli() -> None:
+    """Thousands of prompts to an LLM, at the highest speed its quota allows, each answered once."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with its code; a wrong request is one line on stderr."""
+    sys.exit(_run(arguments))
+
+
+def _run(arguments: list[str] | None) -> int:
+    try:
+        code = cli.main(arguments, prog_name="batchllm", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as no_command:
+        click.echo(no_command.format_message())
+        return USAGE
+    except click.ClickException as error:
+        return _fail(f"{error.format_message()}{_see(error)}")
+    except (KeyboardInterrupt, click.Abort):
+        return INTERRUPTED
+    except BrokenPipeError:
+        return _quiet_pipe()
+    except Exception as error:
+        return _fail(_one_line(error))
+    return code if isinstance(code, int) else 0
+
+
+def _see(error: click.ClickException) -> str:
+    if isinstance(error, click.UsageError) and error.ctx is not None:
+        return f" (see: {error.ctx.command_path} --help)"
+    return ""
+
+
+def _fail(message: str) -> int:
+    click.echo(f"Error: {message}", err=True)
+    return USAGE
+
+
+def _one_line(error: Exception) -> str:
+    """Our own errors speak for themselves; of others the type is shown, and where to look."""
+    from batchllm_celery.errors import BatchLLMError
+
+    text = " ".join(str(error).split())
+    if isinstance(error, BatchLLMError):
+        return text
+    return validation_message(error) or f"{type(error).__name__}: {text}"
+
+
+def validation_message(error: Exception) -> str | None:
+    """pydantic's ValidationError as one line that names the fields; None for anything else."""
+    from pydantic import ValidationError
+
+    if not isinstance(error, ValidationError):
+        return None
+    problems = []
+    for problem in error.errors(include_url=False, include_input=False):
+        place = ".".join(str(part) for part in problem["loc"])
+        text = problem["msg"].removeprefix("Value error, ")
+        problems.append(f"{place}: {text}" if place else text)
+    return "; ".join(problems)
+
+
+def _quiet_pipe() -> int:
+    """`batchllm results B | head` ends without a word."""
+    import os
+
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0

@@ -1,0 +1,5 @@
+"""`python -m batchllm_celery.cli`."""
+
+from batchllm_celery.cli import main
+
+main()

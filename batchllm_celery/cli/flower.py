@@ -1,0 +1,52 @@
+"""`batchllm flower`: Flower against the fleet's broker, for this machine only."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+from typing import Any
+
+import click
+
+from batchllm_celery.cli import job, options
+from batchllm_celery.cli.fleet import environment_of
+from batchllm_celery.errors import UsageError
+
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+@click.command()
+@options.option("--port", type=click.IntRange(1, 65535), default=5555, show_default=True,
+                envvar="BATCHLLM_FLOWER_PORT")  # fmt: skip
+@options.option("--address", default="127.0.0.1", show_default=True,
+                envvar="BATCHLLM_FLOWER_ADDRESS",
+                help="Another than loopback needs a password of yours.")  # fmt: skip
+@options.option("--basic-auth", metavar="USER:PASSWORD", envvar="BATCHLLM_FLOWER_BASIC_AUTH",
+                help="Default: user batchllm, a random password that is printed.")  # fmt: skip
+@options.connection
+def flower(port: int, address: str, basic_auth: str | None, **chosen: Any) -> int:
+    """Watch the fleet's queue in a browser. Prompts and answers are not in it.
+
+    Flower's /metrics and /healthcheck are open to whoever can reach the port: keep it on
+    loopback, or behind a proxy.
+    """
+    if address not in _LOOPBACK and basic_auth is None:
+        raise UsageError(f"--address {address} is not loopback: choose --basic-auth USER:PASSWORD")
+    if basic_auth is not None and ":" not in basic_auth.strip(":"):
+        raise UsageError("--basic-auth must be USER:PASSWORD")
+    settings = job.settings_of(chosen)
+    from batchllm_celery.producer import Producer
+
+    with Producer(settings) as producer:
+        producer.check()
+    if basic_auth is None:
+        basic_auth = f"batchllm:{secrets.token_urlsafe(12)}"
+        click.echo(
+            f"Flower on http://{address}:{port}  user batchllm  password {basic_auth[9:]}", err=True
+        )
+    # By the environment: arguments can be read by everybody on this machine.
+    environment = environment_of(settings) | {"FLOWER_BASIC_AUTH": basic_auth}
+    arguments = ["-A", "batchllm_celery", "flower", f"--address={address}", f"--port={port}"]
+    sys.stdout.flush()
+    os.execve(sys.executable, [sys.executable, "-m", "celery", *arguments], environment)

@@ -1,0 +1,146 @@
+"""Options that several commands share; each reads `BATCHLLM_<ITS NAME>` from the environment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+FORMATS = ("auto", "jsonl", "csv", "text", "parquet", "openai")
+
+
+def option(*names: str, **settings: Any) -> Callable[[F], F]:
+    """`click.option` whose environment variable is named after the option, not the command:
+    BATCHLLM_RPM, not BATCHLLM_RUN_RPM."""
+    longest = max(names, key=len).split("/")[0].lstrip("-")
+    settings.setdefault("envvar", "BATCHLLM_" + longest.replace("-", "_").upper())
+    return click.option(*names, **settings)
+
+
+def group(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+    """Several options as one decorator, shown in this order."""
+
+    def decorate(function: F) -> F:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return decorate
+
+
+_POSITIVE = click.FloatRange(min=0, min_open=True)
+_COUNT = click.IntRange(min=1)
+
+connection = group(
+    option("--redis-url", metavar="URL", help="Redis; default: an embedded Valkey of your own."),
+    option("--namespace", help="Prefix of all keys and queues of a fleet.  [default: batchllm]"),
+    option(
+        "--state-dir",
+        type=click.Path(file_okay=False),
+        help="Where the embedded Valkey keeps its data.",
+    ),
+)
+
+limits = group(
+    option("--rpm", type=_POSITIVE, help="Requests a minute, for the whole fleet."),
+    option("--tpm", type=_POSITIVE, help="Tokens a minute, input + output."),
+    option("--input-tpm", type=_POSITIVE, help="Input tokens a minute."),
+    option("--output-tpm", type=_POSITIVE, help="Output tokens a minute."),
+    option("--rpd", type=_COUNT, help="Requests a day."),
+    option("--max-concurrency", type=_COUNT, help="Calls in flight, of the whole fleet."),
+)
+
+after_429 = option(
+    "--after-429",
+    type=click.Choice(["adaptive", "slow-start"]),
+    help="What follows a refusal: find the rate (default), or cool down and start slowly.",
+)
+
+quota = group(
+    limits,
+    option("--quota", metavar="NAME", help="Runs of one name share it.  [default: PROVIDER:MODEL]"),
+    option("--quota-update", is_flag=True, help="Change the limits of a quota that exists."),
+    after_429,
+)
+
+rows = group(
+    option("--prompt", metavar="TEMPLATE", help="'Summarise: {text}': fields of the row."),
+    option(
+        "--format",
+        "format_",
+        type=click.Choice(FORMATS),
+        default="auto",
+        help="Of the input; default: by its name, then by its first line.",
+    ),
+)
+
+model = group(
+    option(
+        "--model",
+        metavar="PROVIDER:NAME",
+        help="gemini:gemini-2.5-flash, openai:gpt-5-mini, or simulated.",
+    ),
+    option(
+        "--strategy", metavar="NAME", help="A strategy that --app registers, instead of --model."
+    ),
+    option("--params", metavar="JSON", help="Parameters of the strategy."),
+    option("--app", metavar="MODULE", help="Module(s) that register strategies."),
+    option("--system", metavar="TEXT", help="System instruction."),
+    option(
+        "--schema",
+        metavar="FILE.json",
+        type=click.Path(),
+        help="JSON Schema that every answer must meet.",
+    ),
+    option("--temperature", type=click.FloatRange(min=0)),
+    option("--max-output-tokens", type=_COUNT, help="Where an answer is cut."),
+)
+
+base_url = option(
+    "--base-url",
+    metavar="URL",
+    envvar=["BATCHLLM_BASE_URL", "BATCHLLM_OPENAI_BASE_URL"],
+    help="An OpenAI-compatible server, for --model openai:NAME.",
+)
+
+bounds = group(
+    option("--max-attempts", type=_COUNT, help="Calls for one item at most.  [default: 3]"),
+    option("--attempt-timeout", type=_POSITIVE, help="Seconds for one call.  [default: 120]"),
+    option(
+        "--item-timeout", type=_POSITIVE, help="Seconds for one item, retries and waits included."
+    ),
+    option("--deadline", type=_POSITIVE, help="Seconds from now after which no call starts."),
+    option("--max-cost", type=_POSITIVE, metavar="USD", help="No call starts once it is spent."),
+    option("--token-budget", type=_COUNT, help="No call starts once these tokens are spent."),
+    option(
+        "--fail-fast",
+        metavar="KIND,...",
+        help="Failure kinds that end the batch (authentication,billing,...).",
+    ),
+)
+
+batch = group(
+    option(
+        "--batch-id", metavar="ID", help="The same id resumes: finished items are not run again."
+    ),
+    option("--items-per-task", type=click.IntRange(1, 1000), help="Items in one Celery message."),
+    option("--queue", metavar="LANE", help="Lane of the fleet that runs it."),
+    option("--priority", type=click.IntRange(0, 9), help="0 (usual) to 9 (urgent)."),
+    option(
+        "--strict", is_flag=True, help="Check every row first; a bad one stops before any call."
+    ),
+    option("--dry-run", is_flag=True, help="Everything but the provider's calls."),
+)
+
+out = group(
+    option("-o", "--out", metavar="OUT.jsonl", help="Result file; - for standard output."),
+    option("--ordered", is_flag=True, help="Results in the order of the input."),
+    option("--overwrite", is_flag=True, help="Replace an OUT that holds something else."),
+)
+
+as_json = option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
+quiet = option("--quiet", "-q", is_flag=True, help="No progress, no summary.")
+verbose = option("--verbose", "-v", is_flag=True, help="Also what happens inside.")

@@ -1,0 +1,426 @@
+"""The result file: the consumer's memory. One line for every item, whatever is killed and when.
+
+    OUT.jsonl            results, nothing else: no header, one line for each index
+    .OUT.jsonl.batch     whose results they are (the batch id); locked while somebody writes
+    .OUT.jsonl.retried   second outcomes of items that have a line already; merged at the end
+
+Whose file it is stands beside the file and not in it, because every line of OUT is a result, and
+not in Redis, because the file outlives it. A result is acknowledged only after it has been fsynced;
+what was written but not acknowledged before a crash comes again, and is merged like any second
+outcome.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from batchllm_celery.errors import UsageError
+
+#: `WorkItemResult.to_json` begins so; other lines are parsed in full.
+_START = re.compile(rb'\{"item_id": "(?:[^"\\]|\\.)*", "index": (\d+),')
+_CHUNK = 1024 * 1024
+
+
+class OutputError(UsageError):
+    """The result file can't be used, or can't be written any further."""
+
+
+class Delivered(Protocol):
+    """One result as it comes from the ledger."""
+
+    @property
+    def index(self) -> int: ...
+    @property
+    def line(self) -> dict[str, Any]: ...
+    @property
+    def receipt(self) -> str: ...
+
+
+class Sink(Protocol):
+    """Where results go."""
+
+    def write(self, results: Sequence[Delivered]) -> None:
+        """Take results; they are not durable yet."""
+
+    def sync(self) -> str | None:
+        """Make them durable; the receipt up to which all may be acknowledged, if that moved."""
+
+    def finish(self, *, complete: bool = True) -> None:
+        """Write what waits for its turn if the batch is `complete`, merge, close."""
+
+
+class IndexSet:
+    """A set of item indexes, one bit each."""
+
+    def __init__(self) -> None:
+        self._bits = bytearray()
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __contains__(self, index: int) -> bool:
+        byte = index >> 3
+        return byte < len(self._bits) and bool(self._bits[byte] >> (index & 7) & 1)
+
+    def add(self, index: int) -> None:
+        if index in self:
+            return
+        if (byte := index >> 3) >= len(self._bits):
+            self._bits.extend(bytes(max(byte + 1 - len(self._bits), len(self._bits) // 8 + 1024)))
+        self._bits[byte] |= 1 << (index & 7)
+        self._count += 1
+
+
+class _Turns:
+    """Which results may be written now, and up to which receipt all are.
+
+    In order of completion: all, at once. In order of input: what is contiguous from the first index
+    that has no line; the rest waits. It stays unacknowledged meanwhile, so the producer's
+    `max_outstanding` bounds it.
+    """
+
+    def __init__(self, written: IndexSet, *, ordered: bool) -> None:
+        self._written = written
+        self._ordered = ordered
+        self._next = 0
+        self._waiting: dict[int, Delivered] = {}
+        self._receipts: deque[tuple[int, str]] = deque()
+
+    def take(self, results: Iterable[Delivered]) -> Iterator[Delivered]:
+        for result in results:
+            self._receipts.append((result.index, result.receipt))
+            if not self._ordered or result.index in self._written:
+                yield result
+            else:
+                self._waiting[result.index] = result
+        yield from self._in_turn()
+
+    def _in_turn(self) -> Iterator[Delivered]:
+        while self._waiting:
+            if self._next in self._waiting:
+                yield self._waiting.pop(self._next)
+            elif self._next not in self._written:
+                return
+            self._next += 1
+
+    def rest(self) -> list[Delivered]:
+        """What still waits, in order: for a batch that will bring nothing more."""
+        waiting, self._waiting = self._waiting, {}
+        return [waiting[index] for index in sorted(waiting)]
+
+    def settled(self) -> str | None:
+        """The last receipt before which everything has been written."""
+        receipt = None
+        while self._receipts and self._receipts[0][0] not in self._waiting:
+            receipt = self._receipts.popleft()[1]
+        return receipt
+
+
+class StreamSink:
+    """Results to a pipe or a terminal, in order of completion: it has no memory."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self._receipt: str | None = None
+
+    def write(self, results: Sequence[Delivered]) -> None:
+        self._stream.write(b"".join(to_line(result.line) for result in results))
+        if results:
+            self._receipt = results[-1].receipt
+
+    def sync(self) -> str | None:
+        self._stream.flush()
+        receipt, self._receipt = self._receipt, None
+        return receipt
+
+    def finish(self, *, complete: bool = True) -> None:
+        self._stream.flush()
+
+
+class ResultFile:
+    """A result file, opened for one batch by one process.
+
+    Raises:
+        OutputError: for a file of another batch (unless `overwrite`), a file that somebody else is
+            writing, a folder, no permission; later, when the disk is full.
+    """
+
+    def __init__(
+        self, path: Path, batch_id: str, *, overwrite: bool = False, ordered: bool = False
+    ) -> None:
+        self.path = path
+        self.written = IndexSet()
+        self._retried = path.with_name(f".{path.name}.retried")
+        self._owner = path.with_name(f".{path.name}.batch")
+        self._turns = _Turns(self.written, ordered=ordered)
+        self._journal: IO[bytes] | None = None
+        with _explained(path):
+            self._lock = _locked(self._owner, path)
+            try:
+                self._claim(batch_id, overwrite)
+                self._recover()
+                self._file = path.open("ab", buffering=0)
+            except BaseException:
+                self._lock.close()
+                raise
+
+    # -- opening ----------------------------------------------------------------------------------
+
+    def _claim(self, batch_id: str, overwrite: bool) -> None:
+        owner = _read_owner(self._lock)
+        has_results = self.path.exists() and self.path.stat().st_size > 0
+        if owner == batch_id:
+            return
+        if has_results and not overwrite:
+            raise OutputError(refusal(self.path, owner, batch_id))
+        # First the old results go, then the name changes: never old results under a new name.
+        self.path.open("wb").close()
+        self._retried.unlink(missing_ok=True)
+        self._lock.seek(0)
+        self._lock.truncate()
+        self._lock.write(json.dumps({"batch_id": batch_id, "version": 1}).encode() + b"\n")
+        self._lock.flush()
+        os.fsync(self._lock.fileno())
+        _sync_folder(self.path)
+
+    def _recover(self) -> None:
+        if not self.path.exists():
+            self.path.touch()
+        cut_torn_line(self.path)
+        for index, _, _ in _lines(self.path):
+            self.written.add(index)
+        self._size = self.path.stat().st_size
+        if self._retried.exists():
+            self._merge()
+
+    # -- writing ----------------------------------------------------------------------------------
+
+    def write(self, results: Sequence[Delivered]) -> None:
+        """Write those whose turn it is; second outcomes go to the journal."""
+        new: list[bytes] = []
+        again: list[bytes] = []
+        for result in self._turns.take(results):
+            (again if result.index in self.written else new).append(to_line(result.line))
+            self.written.add(result.index)
+        with _explained(self.path):
+            self._append(new)
+            self._append_again(again)
+
+    def _append(self, lines: list[bytes]) -> None:
+        data = b"".join(lines)
+        try:
+            _write_all(self._file, data)
+        except OSError:
+            os.ftruncate(self._file.fileno(), self._size)  # no torn line, even on a full disk
+            raise
+        self._size += len(data)
+
+    def _append_again(self, lines: list[bytes]) -> None:
+        if lines:
+            self._journal = self._journal or self._retried.open("ab", buffering=0)
+            _write_all(self._journal, b"".join(lines))
+
+    def sync(self) -> str | None:
+        """fsync; the receipt up to which every result is on disk."""
+        receipt = self._turns.settled()
+        if receipt is None:
+            return None
+        with _explained(self.path):
+            os.fsync(self._file.fileno())
+            if self._journal is not None:
+                os.fsync(self._journal.fileno())
+        return receipt
+
+    def finish(self, *, complete: bool = True) -> None:
+        """Close; second outcomes replace the lines of the first."""
+        try:
+            with _explained(self.path):
+                if complete:
+                    rest = self._turns.rest()
+                    self._append([to_line(result.line) for result in rest])
+                    for result in rest:
+                        self.written.add(result.index)
+                os.fsync(self._file.fileno())
+                if self._journal is not None:
+                    self._journal.close()
+                    self._journal = None
+                    self._merge()
+        finally:
+            self._file.close()
+            self._lock.close()
+
+    def _merge(self) -> None:
+        """Rewrite the file with the journal's lines in the places of the first ones."""
+        cut_torn_line(self._retried)
+        latest = {index: (start, len(line)) for index, start, line in _lines(self._retried)}
+        temporary = self.path.with_name(f".{self.path.name}.new")
+        try:
+            with self._retried.open("rb") as journal, temporary.open("wb") as target:
+                for index, _, line in _lines(self.path):
+                    place = latest.pop(index, None)
+                    target.write(line if place is None else _read_at(journal, *place))
+                for index, place in latest.items():
+                    target.write(_read_at(journal, *place))
+                    self.written.add(index)
+                target.flush()
+                os.fsync(target.fileno())
+            shutil.copymode(self.path, temporary)
+            temporary.replace(self.path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync_folder(self.path)
+        self._retried.unlink()
+        self._size = self.path.stat().st_size
+
+
+def open_sink(
+    out: str | None, batch_id: str, *, overwrite: bool = False, ordered: bool = False
+) -> Sink:
+    """The sink for `-o OUT`: a result file, or a stream for `-`, a pipe or a device."""
+    if out in (None, "-"):
+        return StreamSink(sys.stdout.buffer)
+    path = Path(str(out))
+    if path.exists() and not path.is_dir() and not path.is_file():
+        return StreamSink(path.open("wb"))
+    return ResultFile(path, batch_id, overwrite=overwrite, ordered=ordered)
+
+
+def check_out(out: str, batch_id: str, *, overwrite: bool) -> None:
+    """Refuse an unusable OUT before anything is enqueued, touching nothing.
+
+    Raises:
+        OutputError: as `ResultFile` would.
+    """
+    path = Path(out)
+    if out == "-" or (path.exists() and not path.is_dir() and not path.is_file()):
+        return
+    if path.is_dir():
+        raise OutputError(f"{out} is a folder, not a file")
+    if not path.parent.is_dir():
+        raise OutputError(f"{out} can't be written: there is no folder {path.parent}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise OutputError(f"{out} can't be written: Permission denied")
+    if overwrite or not path.exists() or not path.stat().st_size:
+        return
+    owner_file = path.with_name(f".{path.name}.batch")
+    owner = _parse_owner(owner_file.read_bytes()) if owner_file.exists() else None
+    if owner != batch_id:
+        raise OutputError(refusal(path, owner, batch_id))
+
+
+def refusal(path: Path, owner: str | None, batch_id: str) -> str:
+    """Why the file is not touched, and what to do instead."""
+    if owner is None:
+        whose = f"{path} exists and is not known to be of batch {batch_id}"
+        return f"{whose}; choose another file with -o, or replace it with --overwrite"
+    return (
+        f"{path} holds the results of batch {owner}; go on with it (--batch-id {owner}), "
+        "choose another file with -o, or replace it with --overwrite"
+    )
+
+
+def to_line(result: dict[str, Any]) -> bytes:
+    """One line of the file."""
+    try:
+        return (json.dumps(result, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:  # half a surrogate pair in an answer
+        return (json.dumps(result) + "\n").encode()
+
+
+def cut_torn_line(path: Path) -> int:
+    """Cut what follows the last line end (a write that a crash cut short); the bytes cut."""
+    with path.open("rb+") as file:
+        size = position = file.seek(0, os.SEEK_END)
+        while position > 0:
+            start = max(0, position - _CHUNK)
+            file.seek(start)
+            if (end := file.read(position - start).rfind(b"\n")) >= 0:
+                position = start + end + 1
+                break
+            position = start
+        file.truncate(position)
+    return size - position
+
+
+def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
+    """Index, place and text of every line."""
+    start = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            yield _index(line, path, number), start, line
+            start += len(line)
+
+
+def _index(line: bytes, path: Path, number: int) -> int:
+    if match := _START.match(line):
+        return int(match[1])
+    try:
+        return int(json.loads(line)["index"])
+    except (ValueError, KeyError, TypeError):
+        raise OutputError(
+            f"{path}: line {number} is not a result; move the file away or choose another with -o"
+        ) from None
+
+
+def _read_at(file: IO[bytes], start: int, length: int) -> bytes:
+    file.seek(start)
+    return file.read(length)
+
+
+def _write_all(file: IO[bytes], data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
+
+
+def _locked(owner: Path, path: Path) -> IO[bytes]:
+    lock = owner.open("ab+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise OutputError(
+            f"{path} is being written by another batchllm; wait for it, or use -o"
+        ) from None
+    return lock
+
+
+def _read_owner(lock: IO[bytes]) -> str | None:
+    lock.seek(0)
+    return _parse_owner(lock.read())
+
+
+def _parse_owner(content: bytes) -> str | None:
+    try:
+        owner = json.loads(content)["batch_id"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return str(owner)
+
+
+def _sync_folder(path: Path) -> None:
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """An OSError as one clear line."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{path} can't be written: {error.strerror or error}") from error

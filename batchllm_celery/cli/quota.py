@@ -1,0 +1,90 @@
+"""`batchllm quota [show | set]`: the limits that a fleet shares."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from batchllm_celery.cli import exit_codes, job, options
+from batchllm_celery.cli.console import print_json, to_stdout
+from batchllm_celery.errors import UsageError
+from batchllm_celery.models import Quota, QuotaLimits
+
+if TYPE_CHECKING:
+    from batchllm_celery.limiter import QuotaState
+
+
+@click.group(invoke_without_command=True)
+@click.pass_context
+def quota(ctx: click.Context) -> int | None:
+    """Show the fleet's quotas, or set one."""
+    if ctx.invoked_subcommand is None:
+        return int(ctx.invoke(show, as_json=False) or 0)
+    return None
+
+
+@quota.command()
+@click.argument("name", required=False)
+@options.as_json
+@options.connection
+def show(name: str | None = None, as_json: bool = False, **chosen: Any) -> int:
+    """Show all quotas, or NAME alone: limits, what is used, cooldown."""
+    from batchllm_celery.cli.status import quota_table
+    from batchllm_celery.producer import Producer
+
+    with Producer(job.settings_of(chosen)) as producer:
+        producer.check()
+        states = producer.quotas() if name is None else [_one(producer.quota(name), name)]
+    if as_json:
+        print_json({"quotas": [state.model_dump(mode="json") for state in states]})
+    elif states:
+        to_stdout().print(quota_table(states))
+    else:
+        click.echo("No quota yet; set one: batchllm quota set gemini:gemini-2.5-flash --rpm 600")
+    return exit_codes.OK
+
+
+def _one(state: QuotaState | None, name: str) -> QuotaState:
+    if state is None:
+        raise UsageError(f"no quota {name!r} is known; see: batchllm quota show")
+    return state
+
+
+@quota.command("set")
+@click.argument("name")
+@options.limits
+@options.after_429
+@options.option("--day-exhausted", type=click.Choice(["park", "fail"]),
+                help="Wait for the day's reset, or fail the items.")  # fmt: skip
+@options.connection
+def set_(name: str, **chosen: Any) -> int:
+    """Set the limits of NAME, for batches that are running too; limits not named stay."""
+    from batchllm_celery.producer import Producer
+
+    given = job.limits_of(chosen).given()
+    if not given and not chosen["after_429"] and not chosen["day_exhausted"]:
+        raise UsageError("say what to set, as in: batchllm quota set NAME --rpm 600")
+    with Producer(job.settings_of(chosen)) as producer:
+        producer.check()
+        changed = producer.set_quota(
+            _changed(name, producer.quota(name), given, chosen), update=True
+        )
+    from batchllm_celery.cli.quota_view import limits_words
+
+    click.echo(f"{changed.name}: {limits_words(changed.limits)}", err=True)
+    return exit_codes.OK
+
+
+def _changed(
+    name: str, known: QuotaState | None, given: dict[str, float], chosen: dict[str, Any]
+) -> Quota:
+    before = known.limits.given() if known is not None else {}
+    policy = known.policy if known is not None else job.policy_of(None)
+    extra = {"day_exhausted": chosen["day_exhausted"]} if chosen["day_exhausted"] else {}
+    return Quota(
+        name=name,
+        limits=QuotaLimits.model_validate(before | given),
+        policy=job.policy_of(chosen["after_429"]) if chosen["after_429"] else policy,
+        **extra,
+    )

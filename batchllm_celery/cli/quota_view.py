@@ -1,0 +1,53 @@
+"""What a quota is doing, in a few words or in a table row."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from batchllm_celery.cli.wording import count, duration, short
+from batchllm_celery.models import BatchProgress, BatchState, QuotaLimits
+
+if TYPE_CHECKING:
+    from batchllm_celery.limiter import QuotaState
+
+_SHORT_NAMES = {
+    "requests_per_minute": "rpm",
+    "tokens_per_minute": "tpm",
+    "input_tokens_per_minute": "input tpm",
+    "output_tokens_per_minute": "output tpm",
+    "requests_per_day": "a day",
+    "max_concurrency": "at once",
+}
+
+
+def limits_words(limits: QuotaLimits) -> str:
+    """`600 rpm, 1.0M tpm`, or `none set`."""
+    given = [f"{short(value)} {_SHORT_NAMES[name]}" for name, value in limits.given().items()]
+    return ", ".join(given) or "none set"
+
+
+def quota_words(state: QuotaState, now: float) -> str:
+    """What the quota makes everybody wait for; empty when nothing."""
+    if state.exhausted_until is not None and state.exhausted_until > now:
+        return f"the day's quota is used up, {duration(state.exhausted_until - now)} to its reset"
+    if state.cooldown_remaining > 0:
+        return f"cooling down for {duration(state.cooldown_remaining)} after a refusal"
+    if state.probing:
+        return "the provider is refusing; trying one call at a time"
+    if state.ramp_position is not None:
+        return f"starting slowly after a refusal ({count(state.ramp_position)} starts)"
+    if state.waiting and state.rate_factor < 0.99:
+        return f"at {state.rate_factor:.0%} of the quota after refusals"
+    return "at the quota's speed" if state.waiting else ""
+
+
+def doing(progress: BatchProgress, quota: QuotaState | None, now: float) -> str:
+    """What a batch waits for, in a few words."""
+    if progress.state is BatchState.PAUSED:
+        return "paused"
+    if progress.state is BatchState.PARKED:
+        until = f" for {duration(progress.parked_until - now)}" if progress.parked_until else ""
+        return f"parked{until}: the day's quota is used up"
+    if progress.state.stopped:
+        return f"{progress.state}: ending what is left"
+    return quota_words(quota, now) if quota is not None else ""

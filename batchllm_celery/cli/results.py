@@ -1,0 +1,77 @@
+"""`batchllm results`: what a batch has answered, as it stands or as it comes."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from batchllm_celery.cli import exit_codes, job, options
+from batchllm_celery.cli.console import to_stderr
+from batchllm_celery.cli.outfile import Sink, open_sink
+from batchllm_celery.cli.progress_display import Display, RateMeter, View, open_display
+from batchllm_celery.cli.session import Interrupts, no_more
+from batchllm_celery.cli.summary import exit_code
+
+if TYPE_CHECKING:
+    from batchllm_celery.models import BatchProgress
+    from batchllm_celery.producer import Batch
+
+CHUNK = 1000
+LOOK_SECONDS = 0.5
+
+
+@click.command()
+@click.argument("batch_id", metavar="BATCH")
+@options.option("--follow", "-f", is_flag=True, help="Until the batch is over.")
+@options.out
+@options.connection
+@options.quiet
+def results(batch_id: str, follow: bool, **chosen: Any) -> int:
+    """Print the results of BATCH, one JSON object a line, or write them to -o OUT.jsonl.
+
+    Reading takes nothing away: results stay readable until the batch expires. Exit code: 0;
+    with --follow as `run` ends.
+    """
+    from batchllm_celery.producer import Producer
+
+    with contextlib.ExitStack() as stack, Interrupts().counted() as interrupts:
+        producer = stack.enter_context(Producer(job.settings_of(chosen)))
+        producer.check()
+        batch = producer.attach(batch_id)
+        sink = open_sink(
+            chosen["out"], batch.id, overwrite=chosen["overwrite"], ordered=chosen["ordered"]
+        )
+        shows = follow and chosen["out"] not in (None, "-")
+        display = open_display(to_stderr(), quiet=chosen["quiet"] or not shows)
+        try:
+            progress = _copy(batch, sink, display, interrupts, follow=follow)
+        finally:
+            display.close()
+        sink.finish(complete=not follow or no_more(progress))
+    if interrupts.count:
+        return exit_codes.INTERRUPTED
+    return exit_code(progress) if follow else exit_codes.OK
+
+
+def _copy(
+    batch: Batch, sink: Sink, display: Display, interrupts: Interrupts, *, follow: bool
+) -> BatchProgress:
+    """Write results until there are no more (`follow`), or no more yet."""
+    meter, after = RateMeter(), "0-0"
+    progress, looked = batch.progress(), time.monotonic()
+    while not interrupts.count:
+        ending = not follow or no_more(progress)
+        found = batch.read(after, CHUNK, 0.0 if ending else LOOK_SECONDS)
+        if found:
+            after = found[-1].receipt
+            sink.write(found)
+            sink.sync()
+        elif ending:
+            break
+        if not found or time.monotonic() - looked > LOOK_SECONDS:
+            progress, looked = batch.progress(), time.monotonic()
+        display.update(View(progress, progress.total, meter.update(progress.finished)))
+    return progress

@@ -1,0 +1,246 @@
+"""A wrong request is one clear line and exit 2, before anything is enqueued."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from batchllm_celery.cli import _COMMANDS, cli, estimate, job, main
+from batchllm_celery.cli.doctor import check_server
+from batchllm_celery.cli.fleet import Fleet, FleetError, environment_of
+from batchllm_celery.cli.run import default_out, resume_command
+from batchllm_celery.errors import FailureKind, UsageError
+from batchllm_celery.models import QuotaLimits
+from batchllm_celery.settings import Settings
+from tests.support import wait_until
+
+
+@pytest.fixture(autouse=True)
+def _clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith("BATCHLLM_") or name.endswith("_API_KEY"):
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BATCHLLM_STATE_DIR", str(tmp_path / "state"))
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "hello"}\n')
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "other.jsonl").write_text("my notes\n")
+    (tmp_path / "bad.json").write_text("{")
+    (tmp_path / "broken_app.py").write_text("1 / 0\n")
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as end:
+        main(list(arguments))
+    said = capsys.readouterr()
+    return int(end.value.code or 0), said.out, said.err
+
+
+RUN = ("run", "rows.jsonl")
+SIMULATED = (*RUN, "--model", "simulated")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("nonsense",), "No such command"),
+        (("run",), "Missing argument 'INPUT'"),
+        (RUN, "--model PROVIDER:NAME"),
+        ((*RUN, "--model", "acme:big"), "unknown provider 'acme'"),
+        ((*RUN, "--model", "gemini"), "names no model"),
+        ((*RUN, "--model", "gemini:x", "--strategy", "y"), "exclude each other"),
+        ((*RUN, "--model", "gemini:x"), "set GEMINI_API_KEY"),
+        ((*RUN, "--strategy", "nope"), "no strategy 'nope' is registered"),
+        ((*RUN, "--strategy", "nope", "--app", "no_such_module"), "--app no_such_module"),
+        ((*RUN, "--strategy", "nope", "--app", "broken_app"), "--app broken_app failed"),
+        ((*RUN, "--model", "gemini:x", "--params", "{"), "--params is not JSON"),
+        ((*RUN, "--model", "gemini:x", "--params", '{"nope": 1}'), "nope"),
+        ((*RUN, "--model", "gemini:x", "--base-url", "http://x"), "--base-url goes with"),
+        ((*SIMULATED, "--schema", "missing.json"), "--schema missing.json"),
+        ((*SIMULATED, "--schema", "bad.json"), "is not JSON"),
+        ((*SIMULATED, "--rpm", "0"), "--rpm"),
+        ((*SIMULATED, "--fail-fast", "nonsense"), "unknown kind 'nonsense'"),
+        ((*SIMULATED, "--batch-id", "a b"), "--batch-id 'a b'"),
+        ((*SIMULATED, "--prompt", "the same for all"), "names no field"),
+        ((*SIMULATED, "-o", "other.jsonl"), "--overwrite"),
+        ((*SIMULATED, "-o", "rows.jsonl"), "the input itself"),
+        ((*SIMULATED, "-o", "missing/out.jsonl"), "no folder"),
+        ((*SIMULATED, "--namespace", "a b"), "namespace"),
+        ((*SIMULATED, "--redis-url", "redis://127.0.0.1:1/0"), "127.0.0.1:1"),
+        (("run", "empty.jsonl", "--model", "simulated"), "has no rows"),
+        (("run", "missing.jsonl", "--model", "simulated"), "no such file"),
+        (("estimate", "missing.jsonl", "--model", "simulated"), "no such file"),
+        (("quota", "set", "q"), "say what to set"),
+        (("simulate", "--error-rate", "2"), "error_rate"),
+        (("flower", "--address", "0.0.0.0"), "not loopback"),
+        (("status", "--redis-url", "redis://127.0.0.1:1/0"), "127.0.0.1:1"),
+        (("worker", "--app", "no_such_module"), "--app no_such_module"),
+    ],
+)
+def test_a_wrong_request_is_one_line_and_exit_2(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], words: str
+) -> None:
+    """`Error: ...` on standard error, nothing on standard output, within 5 s, and no file."""
+    started = time.monotonic()
+    code, out, err = call(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert words in err
+    assert err.startswith("Error: ")
+    assert err.count("\n") == 1
+    assert time.monotonic() - started < 5
+    assert not Path("rows.jsonl.results.jsonl").exists()
+
+
+def test_every_command_has_its_help() -> None:
+    """No command fails to load, and each says what it does."""
+    for name in _COMMANDS:
+        result = CliRunner().invoke(cli, [name, "--help"])
+        assert result.exit_code == 0, result.output
+        assert "--redis-url" in result.output or name in ("simulate", "estimate", "quota")
+
+
+def test_the_help_is_quick_because_nothing_heavy_is_imported() -> None:
+    """`batchllm --help` loads neither celery nor redis nor pydantic nor a provider's SDK."""
+    code = (
+        "import sys; from batchllm_celery.cli import _run; _run(['--help']);"
+        "heavy = {'celery', 'redis', 'pydantic', 'google.genai', 'rich'} & set(sys.modules);"
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_options_of_all_commands_share_their_environment_variables() -> None:
+    """--rpm is BATCHLLM_RPM for run, submit, estimate, simulate and quota set alike."""
+    for name in ("run", "submit", "estimate", "simulate", "quota set"):
+        command: Any = cli
+        for part in name.split():
+            command = command.get_command(None, part)
+        (rpm,) = (option for option in command.params if option.name == "rpm")
+        assert rpm.envvar == "BATCHLLM_RPM"
+
+
+def test_every_option_of_run_has_an_environment_variable() -> None:
+    """BATCHLLM_ and the option's name."""
+    run: Any = cli.get_command(None, "run")  # type: ignore[arg-type]  # our group needs no context
+    for option in run.params:
+        if option.param_type_name == "option" and option.name != "help":
+            assert option.envvar, option.name
+
+
+def test_the_estimate_counts_items_tokens_cost_and_time(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """From the rows, the bundled prices and the quota; nobody is called."""
+    Path("many.txt").write_text("x" * 300 + "\n" + ("y" * 300 + "\n") * 99)
+    arguments = ("many.txt", "--model", "gemini:gemini-2.5-flash", "--rpm", "10", "--json")
+    code, out, _ = call(capsys, "estimate", *arguments, "--output-tokens", "50")
+    found = json.loads(out)
+    assert code == 0
+    assert found["size"]["items"] == 100
+    assert found["size"]["input_tokens"] == 10_000
+    assert found["size"]["output_tokens"] == 5_000
+    assert found["cost"] == pytest.approx(0.0155)  # 0.30 and 2.50 dollars per million
+    assert found["seconds"] == pytest.approx(602)
+    assert found["bound_by"] == "requests per minute"
+
+
+def test_the_duration_is_that_of_the_narrowest_limit() -> None:
+    """Requests a day count in days, slots in rounds, a single call in its own time."""
+    size = estimate.Size(items=1000, input_tokens=100_000, output_tokens=50_000)
+    for limits, expected in (
+        (QuotaLimits(), 10.0),
+        (QuotaLimits(max_concurrency=10), 200.0),
+        (QuotaLimits(tokens_per_minute=15_000), 602.0),
+        (QuotaLimits(requests_per_day=400), 2 * 86_400.0),
+    ):
+        assert estimate.duration_of(size, limits, 200, 2.0)[0] == expected
+
+
+def test_the_resume_command_is_what_was_typed_with_the_batch_id() -> None:
+    """Quotes survive; an id given before is replaced; --overwrite is not repeated."""
+    typed = ["run", "my rows.jsonl", "--prompt", "Say {x}", "--batch-id", "old", "--overwrite"]
+    command = resume_command("b1", typed)
+    assert command == "batchllm run 'my rows.jsonl' --prompt 'Say {x}' --batch-id b1"
+    assert resume_command("b1", ["run", "x", "--batch-id=old"]) == "batchllm run x --batch-id b1"
+
+
+def test_the_default_output_stands_beside_the_input() -> None:
+    """INPUT.results.jsonl."""
+    assert default_out("a/rows.jsonl") == "a/rows.jsonl.results.jsonl"
+    assert default_out("-") == "stdin.results.jsonl"
+
+
+def test_options_become_models() -> None:
+    """Model, limits, bounds and ids as they were asked for."""
+    options: dict[str, Any] = {
+        "model": "gemini:gemini-2.5-flash", "system": "Be kind", "temperature": 0.0, "rpm": 600.0,
+        "max_attempts": 5, "attempt_timeout": 7.0, "fail_fast": "billing, authentication",
+        "after_429": "slow-start", "max_cost": 2.0,
+    }  # fmt: skip
+    strategy = job.strategy_of(options)
+    assert strategy.params == {"model": "gemini-2.5-flash", "system": "Be kind", "temperature": 0.0}
+    spec = job.spec_of(options, strategy, source="my rows.jsonl", queue=None, keep_results=False)
+    assert spec.queue == f"run.{spec.batch_id}"
+    assert spec.batch_id.startswith("my-rows-")
+    assert spec.model == "gemini:gemini-2.5-flash"
+    assert (spec.config.retry.max_attempts, spec.config.timeout_per_item) == (5, 7.0)
+    assert spec.fail_fast == (FailureKind.BILLING, FailureKind.AUTHENTICATION)
+    quota = job.quota_of(options, "gemini:gemini-2.5-flash")
+    assert quota is not None
+    assert quota.limits.given() == {"requests_per_minute": 600.0}
+    assert quota.policy.kind == "slow_start"
+
+
+def test_no_limit_given_leaves_the_quota_as_it_is() -> None:
+    """A run without --rpm and the like configures nothing."""
+    assert job.quota_of({}, "q") is None
+
+
+def test_a_key_is_asked_for_where_one_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for the simulated provider, not for an OpenAI-compatible server of one's own."""
+    gemini = job.strategy_of({"model": "gemini:x"})
+    with pytest.raises(UsageError, match="aistudio"):
+        job.check_key(gemini, Settings())
+    monkeypatch.setenv("GOOGLE_API_KEY", "secret")
+    job.check_key(gemini, Settings())
+    own = Settings(openai_base_url="http://localhost:8000/v1")
+    job.check_key(job.strategy_of({"model": "openai:x"}), own)
+
+
+def test_workers_hear_settings_through_the_environment() -> None:
+    """Unset ones are removed: without a Redis URL a worker attaches to the embedded server."""
+    settings = Settings(queue="run.b", slots=7)
+    environment = environment_of(settings)
+    assert environment["BATCHLLM_QUEUE"] == "run.b"
+    assert environment["BATCHLLM_SLOTS"] == "7"
+    assert "BATCHLLM_REDIS_URL" not in environment
+
+
+def test_workers_that_never_get_ready_are_given_up(tmp_path: Path) -> None:
+    """A set-up that can't work ends after a few tries, with the worker's last words."""
+    bad = dict(os.environ) | {"BATCHLLM_SLOTS": "none at all"}
+    fleet = Fleet(2, lambda _: bad, log_dir=tmp_path / "logs")
+    try:
+        fleet.start()
+        with pytest.raises(FleetError, match=r"worker-\d.log"):
+            wait_until(fleet.poll, timeout=60)
+    finally:
+        fleet.kill()
+    assert fleet.ended()
+
+
+def test_the_doctor_knows_settings_of_redis_that_lose_batches() -> None:
+    """Eviction, no persistence, a full memory and a replica are named."""
+    good = {"maxmemory_policy": "noeviction", "aof_enabled": 1, "role": "master", "used_memory": 1}
+    assert {finding.verdict for finding in check_server(good)} == {"ok"}
+    bad = {"maxmemory_policy": "allkeys-lru", "maxmemory": 10, "used_memory": 9, "role": "slave"}
+    assert [finding.verdict for finding in check_server(bad)] == ["bad"] * 4
