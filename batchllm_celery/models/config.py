@@ -164,6 +164,6 @@ class ProcessorConfig(Model):
         """Check all fields again.
 
         Raises:
-            ValueError: as the constructor does. (Kept for batch-llm's users: construction validates.)
+            ValueError: as the constructor does. (For batch-llm's users: construction validates.)
         """
         type(self).model_validate(self.model_dump())

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic
 
 from pydantic import Field
+from typing_extensions import TypeVar
 
 from batchllm_celery.errors import FailureKind
 from batchllm_celery.models.base import Model
@@ -15,9 +16,10 @@ from batchllm_celery.models.usage import NO_TOKENS, TokenUsage
 
 logger = logging.getLogger("batchllm_celery")
 
-TInput = TypeVar("TInput")
-TOutput = TypeVar("TOutput")
-TContext = TypeVar("TContext")
+# Defaults, so that `LLMWorkItem(...)` needs no annotation in typed code.
+TInput = TypeVar("TInput", default=Any)
+TOutput = TypeVar("TOutput", default=Any)
+TContext = TypeVar("TContext", default=Any)
 
 LARGE_PROMPT_CHARACTERS = 1_000_000
 

@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -51,12 +52,20 @@ class Batch:
     Its methods may be called from any thread, from a coroutine by `asyncio.to_thread`.
     """
 
-    def __init__(self, session: Session, spec: BatchSpec, *, resumed: bool) -> None:
+    def __init__(
+        self,
+        session: Session,
+        spec: BatchSpec,
+        *,
+        resumed: bool,
+        feeding: AsyncExitStack | None = None,
+    ) -> None:
         self.id = spec.batch_id
         self.spec = spec
         self.resumed = resumed
         """Whether it existed before it was opened here."""
         self._session = session
+        self._feeding = feeding  # the right to feed, given back when all is fed
         self._cursor = "0"
         self._locked = False
 
@@ -88,7 +97,19 @@ class Batch:
             UsageError: a row can't be taken, or names a strategy instance.
             BatchConflictError: another process feeds this batch.
         """
-        stop = stop or threading.Event()
+        try:
+            return self._feed_all(rows, stop or threading.Event(), on_fed, max_outstanding)
+        finally:
+            if (feeding := self._feeding) is not None:
+                self._session.run(lambda _: feeding.aclose())
+
+    def _feed_all(
+        self,
+        rows: Iterable[Row],
+        stop: threading.Event,
+        on_fed: Callable[[int], None] | None,
+        max_outstanding: int | None,
+    ) -> int | None:
         fed = 0
         for chunk in _chunked(rows, stop):
             stored = [self._stored(row, fed + n) for n, row in enumerate(chunk)]
@@ -166,7 +187,7 @@ class Batch:
         return progress
 
     def results(self, *, follow: bool = True) -> Results:
-        """Results in completion order, by `for` or by `async for`.
+        """Results in completion order, by `for` or by `async for`; reading takes nothing away.
 
         Args:
             follow: wait for those that are still to come; False: what there is now.
@@ -245,7 +266,6 @@ class Results:
             yield from map(_result, found)
             if found:
                 after = found[-1].stream_id
-                self._batch._session.run(partial(self._acknowledge, after))
             elif over:
                 return
 
@@ -257,7 +277,6 @@ class Results:
                 yield _result(outcome)
             if found:
                 after = found[-1].stream_id
-                await run(partial(self._acknowledge, after))
             elif over:
                 return
 
@@ -269,10 +288,6 @@ class Results:
         over = not self._follow or (await session.ledger.progress(self._batch.id)).is_over
         block = 0.0 if over else READ_BLOCK
         return await session.ledger.results(self._batch.id, after, READ_COUNT, block), over
-
-    async def _acknowledge(self, receipt: str, session: Session) -> None:
-        if not self._batch.spec.keep_results:
-            await session.ledger.trim(self._batch.id, receipt)
 
 
 def _result(outcome: Outcome) -> WorkItemResult[Any, Any]:

@@ -6,6 +6,7 @@ import secrets
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import AsyncExitStack
 from typing import Any, Self
 
 from batchllm_celery.errors import FailureKind
@@ -229,11 +230,13 @@ class Producer:
             if quota is not None:
                 await session.limiter.configure(quota, update=quota_update)
             created = await session.ledger.create(spec)
-            await session.enter(session.ledger.lock_producer(spec.batch_id, wait=1.0))
+            await session.enter(feeding)
+            await feeding.enter_async_context(session.ledger.lock_producer(spec.batch_id, wait=1.0))
             return created.how != "new"
 
+        feeding = AsyncExitStack()
         resumed = self._session.run(create)
-        batch = Batch(self._session, spec, resumed=resumed)
+        batch = Batch(self._session, spec, resumed=resumed, feeding=feeding)
         if resumed and batch.progress().state in ("paused", "parked"):
             batch.resume()
         return batch

@@ -26,7 +26,7 @@ TEMPLATE = "Say {text}, please"
 
 class Stdin:
     def __init__(self, content: bytes) -> None:
-        self.buffer = io.BufferedReader(io.BytesIO(content))  # type: ignore[arg-type]  # a raw stream
+        self.buffer = io.BufferedReader(io.BytesIO(content))
 
 
 AnyRow = LLMWorkItem[Any, Any, Any] | BadRow
