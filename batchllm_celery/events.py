@@ -157,6 +157,15 @@ class Events:
         """Whether anybody listens: lets hot paths skip building an event."""
         return bool(self._listeners)
 
+    def wants(self, kind: type[Event]) -> bool:
+        """Whether anybody listens to events of `kind`; a listener may say so by a `wants` of its
+        own, else it gets all."""
+        for listener in self._listeners:
+            wants = getattr(listener, "wants", None)
+            if wants is None or wants(kind):
+                return True
+        return False
+
     def listen(self, listener: Listener) -> None:
         self._listeners.append(listener)
 

@@ -13,6 +13,7 @@ from typing import Any, Final, TypeAlias
 from celery import Celery
 from kombu import Queue
 from kombu.exceptions import OperationalError
+from kombu.utils.uuid import uuid
 
 from batchllm_celery.connection import broker_url
 from batchllm_celery.settings import Settings
@@ -23,7 +24,10 @@ App: TypeAlias = Celery
 """A Celery app, for those who only hand one on."""
 
 RUN_ITEMS: Final = "batchllm.run_items"
+#: Ids of messages begin so that a worker sent for items which no message had brought.
+OFFERED: Final = "offered-"
 DEFAULT_QUEUE: Final = "default"
+AMQP: Final = "batchllm_celery.worker.broker:Amqp"
 POOL: Final = "batchllm_celery.worker.pool:AsyncioPool"
 
 #: A message unacknowledged for so long is delivered again. A duplicate costs one claim, which
@@ -33,7 +37,7 @@ VISIBILITY_TIMEOUT_SECONDS: Final = 120
 
 def make_app(settings: Settings, url: str) -> Celery:
     """The Celery app of a fleet on the Redis at `url`; a worker installs the tasks."""
-    app = Celery("batchllm", set_as_current=False)
+    app = Celery("batchllm", set_as_current=False, amqp=AMQP)
     app.conf.update(
         broker_url=broker_url(url),
         broker_transport_options=_transport_options(settings),
@@ -81,6 +85,7 @@ def publish(
     queue: str = DEFAULT_QUEUE,
     priority: int = 0,
     give_up: Callable[[], bool] = lambda: False,
+    offered: bool = False,
 ) -> bool:
     """Send one message. While the broker is away, try again until it is back or `give_up()`.
 
@@ -95,6 +100,7 @@ def publish(
             app.send_task(
                 RUN_ITEMS,
                 args=(batch_id, list(indexes)),
+                task_id=f"{OFFERED}{uuid()}" if offered else None,
                 queue=app.conf.task_default_queue if queue == DEFAULT_QUEUE else queue,
                 # Celery on Redis serves 0 first; ours is 0 for usual, 9 for urgent.
                 priority=9 - priority,

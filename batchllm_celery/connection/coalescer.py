@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeVar
@@ -15,14 +16,15 @@ class Coalescer(Generic[T, R]):
     """Gathers the items of many callers and flushes them together.
 
     The first item goes at once, with all that are asked for in the same tick of the loop; those
-    that arrive while a flush is under way go with the next one. So an idle process waits for
-    nothing, and a busy one makes few, large calls.
+    that arrive while a flush is under way, or within `gap` of its start, go with the next one. So
+    an idle process waits for nothing, and a busy one makes few, large calls.
 
     Args:
         flush: takes the items, gives one answer for each in the same order; an exception among
             the answers is raised to that item's caller, a raised one to all callers of the flush.
         max_batch: items in one flush at most.
         concurrency: flushes under way at the same time at most.
+        gap: seconds between the starts of two flushes at least, unless one is full.
     """
 
     def __init__(
@@ -31,10 +33,13 @@ class Coalescer(Generic[T, R]):
         *,
         max_batch: int = 500,
         concurrency: int = 1,
+        gap: float = 0.0,
     ) -> None:
         self._flush = flush
         self._max_batch = max_batch
         self._concurrency = concurrency
+        self._gap = gap
+        self._started = -math.inf
         self._waiting: deque[tuple[T, asyncio.Future[R]]] = deque()
         self._flushes: set[asyncio.Task[None]] = set()
         self._scheduled = False
@@ -45,11 +50,15 @@ class Coalescer(Generic[T, R]):
         Cancelled while it waits, the item is dropped; cancelled while its flush is under way,
         the flush goes on for the others and this answer is lost.
         """
+        return await self.submit(item)
+
+    def submit(self, item: T) -> asyncio.Future[R]:
+        """The future answer to `item`; cancelling it while it waits drops the item."""
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[R] = loop.create_future()
         self._waiting.append((item, answer))
         self._schedule(loop)
-        return await answer
+        return answer
 
     async def drain(self) -> None:
         """Return when nothing waits and no flush is under way."""
@@ -57,15 +66,21 @@ class Coalescer(Generic[T, R]):
             if self._flushes:
                 await asyncio.wait(self._flushes)
             else:
-                await asyncio.sleep(0)
+                await asyncio.sleep(self._gap)
 
     def _schedule(self, loop: asyncio.AbstractEventLoop) -> None:
-        if not self._scheduled and len(self._flushes) < self._concurrency:
-            self._scheduled = True
+        if self._scheduled or len(self._flushes) >= self._concurrency:
+            return
+        self._scheduled = True
+        early = self._started + self._gap - loop.time()
+        if early > 0 and len(self._waiting) < self._max_batch:
+            loop.call_later(early, self._start, loop)
+        else:
             loop.call_soon(self._start, loop)  # after everything else of this tick has asked
 
     def _start(self, loop: asyncio.AbstractEventLoop) -> None:
         self._scheduled = False
+        self._started = loop.time()
         while len(self._flushes) < self._concurrency and (batch := self._next_batch()):
             task = loop.create_task(self._run(batch))
             self._flushes.add(task)
@@ -99,7 +114,7 @@ class Coalescer(Generic[T, R]):
     def _finished(self, task: asyncio.Task[None]) -> None:
         self._flushes.discard(task)
         if self._waiting:
-            self._start(task.get_loop())
+            self._schedule(task.get_loop())
 
 
 def _settle(answer: asyncio.Future[R], reply: R | BaseException) -> None:

@@ -26,6 +26,7 @@ from batchllm_celery.errors import (
 from batchllm_celery.events import AttemptFailed, AttemptStarted, Events, ItemFinished, ItemStarted
 from batchllm_celery.execution.pricing import Prices
 from batchllm_celery.execution.retry import delay_before_next, refused_too_often
+from batchllm_celery.execution.turns import Turns
 from batchllm_celery.limiter import CallOutcome, Estimator, Limiter, Permit
 from batchllm_celery.models import (
     FAILURE_POLICIES,
@@ -40,13 +41,14 @@ from batchllm_celery.models import (
     WorkItemResult,
 )
 from batchllm_celery.strategies.base import LLMCallStrategy, as_completion
-from batchllm_celery.strategies.failures import classify, classify_for
+from batchllm_celery.strategies.failures import classify, classify_for, priced_as
 
 logger = logging.getLogger("batchllm_celery")
 
-#: Permits that an item gives back because asking the gate took too long; then it calls all the
-#: same, or a slow Redis would keep it from ever calling.
-LATE_PERMITS = 3
+#: The word of the gate holds so many seconds. A permit may go stale (250 ms) while it is asked: the
+#: item then takes another one, at the head of the line, and if that comes soon, calls at once. So
+#: no call ever starts without a fresh permit, and a slow Redis delays it, but not for ever.
+GATE_HOLDS = 2.0
 
 _OUTCOMES = {
     FailureKind.RATE_LIMITED: CallOutcome.REFUSED,
@@ -87,7 +89,9 @@ class ItemJob:
     Args:
         prepare: brings the strategy into service, once per process (`Registry.prepare`).
         quota: name of the quota that its calls draw on.
-        parks: whether the day's exhausted quota sends the item back (else it fails).
+        priority: 0 for usual; higher ones get this process' permits first.
+        parks: whether the day's exhausted quota sends the item back (else it fails); a function is
+            asked when that happens, because the quota's setting may change in mid-run.
     """
 
     batch_id: str
@@ -105,7 +109,8 @@ class ItemJob:
     refusals: int = 0
     usage: TokenUsage = NO_TOKENS
     queued_seconds: float = 0.0
-    parks: bool = True
+    priority: int = 0
+    parks: bool | Callable[[], Awaitable[bool]] = True
     error: Exception | None = None
     """The last exception of the strategy, for whoever runs in the same process."""
 
@@ -148,6 +153,7 @@ class ItemRunner:
         json_output: bool = True,
     ) -> None:
         self.limiter = limiter
+        self.turns = Turns(limiter)
         self.estimator = estimator
         self.events = events
         self.prices = prices
@@ -161,7 +167,7 @@ class ItemRunner:
         Raises:
             asyncio.CancelledError: when cancelled; the permit is settled and `cleanup` run.
         """
-        if self.events:
+        if self.events.wants(ItemStarted):
             self.events.emit(ItemStarted(job.batch_id, job.item_id))
         run = _Run(self, job)
         try:
@@ -171,7 +177,7 @@ class ItemRunner:
         if isinstance(outcome, Stopped):
             return outcome
         result = run.result(outcome)
-        if self.events:
+        if self.events.wants(ItemFinished):
             self.events.emit(_finished(job.batch_id, result))
         return result
 
@@ -190,9 +196,10 @@ class _Run:
         "baseline",
         "cost",
         "executed",
+        "had_turn",
         "job",
         "last",
-        "late",
+        "let_in",
         "limit",
         "runner",
         "started",
@@ -208,7 +215,8 @@ class _Run:
         self.limit = job.config.timeout_per_item
         self.last: Failure | None = None
         self.baseline: int | None = None
-        self.late = 0
+        self.had_turn = job.refusals > 0
+        self.let_in = -math.inf
         self.cost = self._price(job.usage) if job.usage else None
 
     async def within_item_timeout(self) -> _Outcome:
@@ -271,12 +279,14 @@ class _Run:
         try:
             permit = await self._permit()
         except QuotaUnavailableError as error:
-            return self._day_is_over(classify(error), error.until)
-        refusal = await self._ask_gate(permit)
-        if refusal is not None:
-            return refusal
+            return await self._day_is_over(classify(error), error.until)
+        if time.monotonic() - self.let_in > GATE_HOLDS:
+            refusal = await self._ask_gate(permit)
+            if refusal is not None:
+                return refusal
         if self._too_late(permit):
             return None
+        self.let_in = -math.inf
         answer = await self._call(permit)
         if isinstance(answer, Completion):
             self._succeeded(permit, answer)
@@ -291,7 +301,9 @@ class _Run:
         )
         asked = time.monotonic()
         try:
-            return await runner.limiter.acquire(job.quota, estimate)
+            return await runner.turns.acquire(
+                job.quota, estimate, job.priority, again=self.had_turn
+            )
         finally:
             self.waited += time.monotonic() - asked
 
@@ -303,21 +315,22 @@ class _Run:
             raise
         if refusal is not None:
             self.runner.limiter.settle(permit, CallOutcome.UNUSED)
+        self.let_in = time.monotonic()
         return refusal
 
     def _too_late(self, permit: Permit) -> bool:
         """Give a permit back that went stale (or void, by a cooldown) while the gate was asked."""
         limiter = self.runner.limiter
-        if self.late >= LATE_PERMITS or limiter.may_start(permit):
+        if limiter.may_start(permit):
             return False
-        self.late += 1
+        self.had_turn = True
         limiter.settle(permit, CallOutcome.UNUSED)
         return True
 
     async def _call(self, permit: Permit) -> Completion[Any] | Exception:
         """Execute once. Our own time limit is told from the provider's by whose clock ran out."""
         job = self.job
-        if self.runner.events:
+        if self.runner.events.wants(AttemptStarted):
             self.runner.events.emit(AttemptStarted(job.batch_id, job.item_id, job.attempts + 1))
         started = time.monotonic()
         scope = asyncio.timeout(self.limit)
@@ -373,7 +386,7 @@ class _Run:
         failure = classify_for(self.job.strategy, error)
         self.last = failure
         self.job.error = error
-        self._spend(failure.usage)
+        self._spend(failure.usage, priced_as(error))
         return failure
 
     def _count(self, failure: Failure) -> None:
@@ -381,6 +394,7 @@ class _Run:
             self.job.attempts += 1
         elif failure.kind is FailureKind.RATE_LIMITED:
             self.job.refusals += 1
+            self.had_turn = True
             if self.baseline is None:
                 self.baseline = self.runner.successes.get(self.job.quota, 0)
 
@@ -397,13 +411,11 @@ class _Run:
             others = self.runner.successes.get(job.quota, 0) > (self.baseline or 0)
             if refused_too_often(job.refusals, job.config.max_rate_limit_retries, others):
                 return None
-        if failure.kind is FailureKind.QUOTA_EXHAUSTED and not job.parks:
-            return None
         return delay_before_next(failure, job.attempts, job.config.retry)
 
     def _tell(self, failure: Failure, attempt: int, wait: float | None) -> None:
         job = self.job
-        if self.runner.events:
+        if self.runner.events.wants(AttemptFailed):
             name = _type_of(failure.message)
             self.runner.events.emit(
                 AttemptFailed(job.batch_id, job.item_id, attempt, failure.kind, name, wait)
@@ -420,16 +432,18 @@ class _Run:
             )
         if failure.kind is FailureKind.QUOTA_EXHAUSTED:
             asked = failure.retry_after
-            return self._day_is_over(failure, None if asked is None else time.time() + asked)
+            until = None if asked is None else time.time() + asked
+            return await self._day_is_over(failure, until)
         if delay:
             await asyncio.sleep(delay)
             self.waited += delay
         return None
 
-    def _day_is_over(self, failure: Failure, until: float | None) -> Failure | Stopped:
-        if not self.job.parks:
-            return Failure(FailureKind.QUOTA_EXHAUSTED, failure.message)
-        return Stopped(BatchState.PARKED, until)
+    async def _day_is_over(self, failure: Failure, until: float | None) -> Failure | Stopped:
+        parks = self.job.parks
+        if parks if isinstance(parks, bool) else await parks():
+            return Stopped(BatchState.PARKED, until)
+        return Failure(FailureKind.QUOTA_EXHAUSTED, failure.message)
 
     def _spend(self, usage: TokenUsage, model: str | None = None) -> None:
         # Each call is priced by itself: some prices depend on the size of the one request.

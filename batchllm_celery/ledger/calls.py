@@ -59,7 +59,7 @@ class LedgerCalls:
         self._settings = settings
         self._events = Events() if events is None else events
         self._sweeping: dict[str, asyncio.Task[None]] = {}
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks: set[asyncio.Future[Any]] = set()
 
     async def close(self) -> None:
         """Let outcomes that are on their way arrive, for some seconds; stop sweeps (anybody may
@@ -99,9 +99,13 @@ class LedgerCalls:
 
     def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task: asyncio.Task[T] = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._outlive(task)
         return task
+
+    def _outlive(self, work: asyncio.Future[Any]) -> None:
+        """Let `work` end although whoever asked for it is cancelled; `close` waits for it."""
+        self._tasks.add(work)
+        work.add_done_callback(self._tasks.discard)
 
     async def _run(self, script: Script, batch_id: str, args: Sequence[Argument] = ()) -> Any:
         keys, client = key_list(self._keys, batch_id), self._connection.client

@@ -23,9 +23,12 @@ local function admits(losses)
   return true
 end
 
-local holders = call('HMGET', HELD, unpack(indexes))
-local scores = call('ZMSCORE', READY, unpack(indexes))
-local entries = call('HMGET', TRY, unpack(indexes))
+local holders, scores, entries = {}, {}, {}
+if #indexes > 0 then -- none: the process holds all that the message names, and asks for the spec
+  holders = call('HMGET', HELD, unpack(indexes))
+  scores = call('ZMSCORE', READY, unpack(indexes))
+  entries = call('HMGET', TRY, unpack(indexes))
+end
 for n, index in ipairs(indexes) do
   local holder, entry = holders[n], entries[n]
   local losses, round, rest = tries(entry)

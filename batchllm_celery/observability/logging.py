@@ -28,6 +28,8 @@ _LINES: dict[type[Event], tuple[str, int]] = {
     events.WorkerStopped: ("worker.stopped", logging.INFO),
 }
 
+_OTHER = ("", logging.DEBUG)
+
 
 class LogListener:
     """Writes each event to a logger; whole-item events at DEBUG, trouble at WARNING.
@@ -40,6 +42,12 @@ class LogListener:
     def __init__(self, logger: logging.Logger | None = None, level: int = logging.NOTSET) -> None:
         self._logger = logger or logging.getLogger("batchllm_celery")
         self._level = level
+
+    def wants(self, kind: type[Event]) -> bool:
+        """Whether events of `kind` are logged at the present level: spares building those that
+        are not."""
+        level = _LINES.get(kind, _OTHER)[1]
+        return level >= self._level and self._logger.isEnabledFor(level)
 
     def __call__(self, event: Event) -> None:
         """Log `event`."""

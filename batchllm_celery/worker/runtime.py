@@ -23,6 +23,7 @@ from batchllm_celery.limiter import Estimator, Limiter
 from batchllm_celery.models import (
     BatchSpec,
     BatchState,
+    Quota,
     RetryState,
     TokenUsage,
     WorkItemResult,
@@ -35,9 +36,17 @@ logger = logging.getLogger("batchllm_celery")
 
 #: A straggler must not hold up its neighbours: so many times the slots are admitted.
 ADMITTED_PER_SLOT = 4
+#: Items that a message is taken to name until the first one has come: a process that takes more
+#: than it can run keeps them from its neighbours.
+LARGE_MESSAGE = 100
 #: What was lost is enqueued in messages of so many items, ahead of what waits already.
 OFFERED_PER_TASK = 10
 URGENT = 9
+#: How often a worker that lives on offers asks for more, while each brings as much as it asked for.
+HUNGRY_SECONDS = 0.25
+
+#: A shorter wait for the quota is not worth a word in a task's result.
+SHOWN_WAIT_SECONDS = 1.0
 
 _HALTED = frozenset({BatchState.PAUSED, BatchState.PARKED})
 
@@ -52,6 +61,8 @@ class Tally:
     failed: int = 0
     tokens: int = 0
     returned: int = 0
+    waited: float = 0.0
+    """Seconds that the one of them waited for the quota which waited longest."""
     kinds: dict[str, int] = field(default_factory=dict)
 
     def add(self, result: WorkItemResult[Any, Any] | None) -> None:
@@ -59,6 +70,7 @@ class Tally:
             self.returned += 1
             return
         self.tokens += result.token_usage.total_tokens
+        self.waited = max(self.waited, result.timing.waited)
         if result.success:
             self.succeeded += 1
             return
@@ -70,6 +82,8 @@ class Tally:
         text = f"{self.succeeded:,} ok, {self.failed:,} failed, {self.tokens:,} tokens"
         if self.kinds:
             text += " (" + ", ".join(f"{kind} {n}" for kind, n in sorted(self.kinds.items())) + ")"
+        if self.waited >= SHOWN_WAIT_SECONDS:
+            text += f", waited {self.waited:.1f} s for the quota"
         return text + (f", {self.returned:,} handed back" if self.returned else "")
 
 
@@ -84,6 +98,23 @@ class _Running:
     @property
     def in_call(self) -> bool:
         return self.claim.calling
+
+
+@dataclass(slots=True)
+class _Admission:
+    """The items of one message that are not done yet."""
+
+    items: int
+    on_left: Callable[[int], None]
+
+    def leave(self, items: int) -> None:
+        items = min(items, self.items)  # after an error some end when all have been left
+        if items:
+            self.items -= items
+            self.on_left(items)
+
+    def leave_one(self, _: object) -> None:
+        self.leave(1)
 
 
 class _LedgerGate:
@@ -137,11 +168,12 @@ class Runtime:
         self._publish = publish
         self._slots = Slots(slots or settings.slots)
         self._admitted = self._messages = 0
-        self._message_items = 1
+        self._message_items = LARGE_MESSAGE
         self._room = asyncio.Condition()
         self._tasks: set[asyncio.Task[None]] = set()
         self._running: dict[tuple[str, int], _Running] = {}
         self._last_delivery = time.monotonic()
+        self._hungry = False
         self._started_at = time.time()
         self._opening = asyncio.Lock()
         self._parts: contextlib.AsyncExitStack | None = None
@@ -182,6 +214,7 @@ class Runtime:
             slots=self._slots.limit,
             events=self.events,
         )
+        self._resources = resources
         self.registry = Registry(resources)
         parts.push_async_callback(self.registry.close)
         prices = Prices(settings.prices_file)
@@ -265,43 +298,75 @@ class Runtime:
         on_the_way = max(0, in_hand - self._messages) * self._message_items
         return not self.draining and self._has_admission(on_the_way)
 
-    async def run_items(self, batch_id: str, indexes: Sequence[int]) -> Tally:
-        """Claim and run the items that one message names; what others hold is left to them."""
+    async def run_items(
+        self, batch_id: str, indexes: Sequence[int], *, offered: bool = False
+    ) -> Tally:
+        """Claim and run the items that one message names; what others hold is left to them.
+
+        `offered`: a worker sent it for items that no message had brought.
+        """
         await self.open()
-        self._last_delivery = time.monotonic()
+        if not offered:
+            self._last_delivery, self._hungry = time.monotonic(), False
         tally = Tally()
-        async with self._admission(len(indexes)):
+        async with self._admission(len(indexes)) as admission:
             if self.draining:
                 return tally
             try:
                 reply = await self.ledger.claim(batch_id, indexes)
             except BatchNotFoundError:
                 return tally
+            admission.leave(len(indexes) - len(reply.claims))
             tasks = [self._start(reply.spec, claim) for claim in reply.claims]
+            for task in tasks:
+                task.add_done_callback(admission.leave_one)
             try:
-                for result in await asyncio.gather(*tasks):
-                    tally.add(result)
+                ended = await asyncio.gather(*tasks, return_exceptions=True)
             except asyncio.CancelledError:  # revoked, or a cold shutdown
                 if tasks:
                     await asyncio.wait(tasks)
                 raise
+        for result in ended:
+            if isinstance(result, BaseException):
+                raise result  # shows in Celery; the item itself went back
+            tally.add(result)
         return tally
 
     @contextlib.asynccontextmanager
-    async def _admission(self, items: int) -> AsyncIterator[None]:
-        async with self._room:
-            await self._room.wait_for(lambda: self.draining or self._has_admission())
-            self._admitted += items
+    async def _admission(self, items: int) -> AsyncIterator[_Admission]:
+        if not self._may_enter():
+            async with self._room:
+                await self._room.wait_for(self._may_enter)
+        self._admitted += items
         self._messages += 1
-        self._message_items = items
+        if items != self._message_items:
+            self._message_items = items
+            self.on_room()
+        admission = _Admission(items, self._on_left)
         try:
-            yield
+            yield admission
         finally:
             self._messages -= 1
-            self._admitted -= items
+            admission.leave(admission.items)
             async with self._room:
                 self._room.notify_all()
             self.on_room()
+
+    def _on_left(self, items: int) -> None:
+        """Items have ended, or were not ours to run: the next message need not wait for the last
+        of their neighbours."""
+        was_full = not self._has_admission()
+        self._admitted -= items
+        if was_full and self._has_admission():
+            self._spawn(self._announce_room())
+
+    async def _announce_room(self) -> None:
+        async with self._room:
+            self._room.notify_all()
+        self.on_room()
+
+    def _may_enter(self) -> bool:
+        return self.draining or self._has_admission()
 
     def _has_admission(self, on_the_way: int = 0) -> bool:
         return self._admitted + on_the_way < ADMITTED_PER_SLOT * self._slots.limit
@@ -318,12 +383,17 @@ class Runtime:
         try:
             async with self._slots.hold(spec.priority):
                 outcome = await self._run_one(spec, claim)
+                # Inside: what a budget can be overshot by is what the slots hold.
                 if isinstance(outcome, WorkItemResult):
                     return await self._record(claim, outcome)
         except asyncio.CancelledError:
             await asyncio.shield(self.ledger.release([claim]))
             if self._is_handed_back(claim):
                 return None
+            raise
+        except Exception:
+            # A fault of ours or of Redis, not the item's: held any longer it would hang for ever.
+            await asyncio.shield(self.ledger.release([claim]))
             raise
         if outcome.until is not None:
             await self.ledger.park(claim.batch_id, outcome.until)
@@ -336,10 +406,14 @@ class Runtime:
             strategy = await self.registry.get(chosen)
         except UsageError as error:
             return self._not_runnable(claim, error)
-        return await self.runner.run(self._job(spec, claim, strategy))
+        with self.registry.using(strategy):
+            outcome = await self.runner.run(self._job(spec, claim, strategy))
+        await self.registry.close_surplus()
+        return outcome
 
     def _job(self, spec: BatchSpec, claim: Claim, strategy: LLMCallStrategy[Any]) -> ItemJob:
         payload = claim.payload
+        quota = spec.quota or strategy.quota or spec.strategy.name
         return ItemJob(
             batch_id=claim.batch_id,
             item_id=payload.item_id,
@@ -348,15 +422,25 @@ class Runtime:
             context=payload.context,
             strategy=strategy,
             prepare=lambda: self.registry.prepare(strategy),
-            quota=spec.quota or strategy.quota or spec.strategy.name,
+            quota=quota,
             config=spec.config,
             state=claim.state,
             attempts=claim.attempts,
             refusals=claim.refusals,
             usage=claim.usage,
             queued_seconds=claim.queued_seconds,
+            priority=spec.priority,
             gate=_LedgerGate(self, claim),
+            parks=lambda: self._parks(quota),
         )
+
+    async def _parks(self, quota: str) -> bool:
+        """What the quota says when its day is over; one that nobody configured parks."""
+        connection, key = self._resources.connection, self._resources.keys.quota(quota).state
+        assert connection is not None
+        client: Any = connection.client
+        config: bytes | None = await connection.patiently(lambda: client.hget(key, "config"))
+        return config is None or Quota.model_validate_json(config).day_exhausted == "park"
 
     def _not_runnable(self, claim: Claim, error: UsageError) -> WorkItemResult[Any, Any]:
         return WorkItemResult(
@@ -371,11 +455,9 @@ class Runtime:
     async def _record(
         self, claim: Claim, result: WorkItemResult[Any, Any]
     ) -> WorkItemResult[Any, Any]:
-        # Shielded: a paid answer must reach the ledger although its task is cancelled now.
-        await asyncio.shield(
-            self.ledger.record(
-                claim, result, spent_tokens=result.token_usage.total_tokens, cost=result.cost
-            )
+        # It arrives even if this task is cancelled now: the answer is paid for.
+        await self.ledger.record(
+            claim, result, spent_tokens=result.token_usage.total_tokens, cost=result.cost
         )
         return result
 
@@ -413,7 +495,7 @@ class Runtime:
         """Enqueue again, as Celery tasks, what was lost and what no message ever brought."""
         interval = min(self.settings.offer_seconds, self.settings.lease_seconds / 6)
         while True:
-            await asyncio.sleep(interval)
+            await asyncio.sleep(min(interval, HUNGRY_SECONDS) if self._hungry else interval)
             if not self.draining:
                 for queue in self.queues:
                     await self._offer(queue)
@@ -423,7 +505,10 @@ class Runtime:
         idle = time.monotonic() - self._last_delivery >= self.settings.offer_seconds
         wanted = self._slots.free if idle else max(1, self._slots.limit // 4)
         priority = 0 if idle else URGENT
-        for batch_id, indexes in await self.ledger.offer(queue, wanted, lost_only=not idle):
+        offered = await self.ledger.offer(queue, wanted, lost_only=not idle)
+        if idle and wanted:  # nothing but offers brings work, after a pause for instance
+            self._hungry = sum(len(indexes) for _, indexes in offered) >= wanted
+        for batch_id, indexes in offered:
             for first in range(0, len(indexes), OFFERED_PER_TASK):
                 some = indexes[first : first + OFFERED_PER_TASK]
                 await asyncio.to_thread(self._publish, batch_id, some, queue, priority)

@@ -7,6 +7,7 @@ import importlib
 import logging
 import os
 import threading
+from dataclasses import dataclass
 from typing import Any
 
 from celery import Celery, signals
@@ -15,16 +16,31 @@ from batchllm_celery import event_loop
 from batchllm_celery.embedded import resolve_url, revive_when_lost
 from batchllm_celery.events import Events
 from batchllm_celery.observability import LogListener
-from batchllm_celery.queue import DEFAULT_QUEUE, RUN_ITEMS, make_app, publish
+from batchllm_celery.queue import DEFAULT_QUEUE, OFFERED, RUN_ITEMS, make_app, publish
 from batchllm_celery.settings import Settings
 from batchllm_celery.worker import watchdog
+from batchllm_celery.worker.retry_events import RetryEvents
 from batchllm_celery.worker.runtime import Runtime
+from batchllm_celery.worker.task_events import gather_task_events
 
 logger = logging.getLogger("batchllm_celery")
 
 
 class ItemsFailed(Exception):
     """Shows a message some of whose items failed for good as failed, in Celery and in Flower."""
+
+    def __repr__(self) -> str:
+        return str(self)  # what Flower shows
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A task's result, which is shown and never stored. Not a string: Flower would quote it."""
+
+    text: str
+
+    def __repr__(self) -> str:
+        return self.text
 
 
 def worker_app() -> Celery:
@@ -55,9 +71,10 @@ def install(
     settings = settings or Settings()
     process = _Process(app, settings, redis_url)
 
-    @app.task(name=RUN_ITEMS, acks_late=True, ignore_result=True, throws=(ItemsFailed,))
-    def run_items(batch_id: str, indexes: list[int]) -> str:
-        return event_loop.run(process.run_items(batch_id, indexes))
+    @app.task(name=RUN_ITEMS, bind=True, acks_late=True, ignore_result=True, throws=(ItemsFailed,))
+    def run_items(self: Any, batch_id: str, indexes: list[int]) -> Outcome:
+        request = self.request
+        return event_loop.run(process.run_items(request.id, request.hostname, batch_id, indexes))
 
     process.connect()
     return app
@@ -76,12 +93,18 @@ class _Process:
         self._pid = 0
         self._pool: Any = None
         self._slots: int | None = None
+        self._task_events = False
+        self._retry_events = RetryEvents(app, lambda: self._task_events)
 
-    async def run_items(self, batch_id: str, indexes: list[int]) -> str:
-        tally = await self._current().run_items(batch_id, indexes)
+    async def run_items(
+        self, task_id: str, hostname: str | None, batch_id: str, indexes: list[int]
+    ) -> Outcome:
+        runtime = self._current()
+        async with self._retry_events.of(task_id, hostname) as retries:
+            tally = await runtime.run_items(batch_id, indexes, offered=task_id.startswith(OFFERED))
         if tally.failed:
-            raise ItemsFailed(str(tally))
-        return str(tally)
+            raise ItemsFailed(f"{tally}{retries}")
+        return Outcome(f"{tally}{retries}")
 
     def connect(self) -> None:
         """Listen to the worker's signals, which reach this process only if it is a worker."""
@@ -111,7 +134,7 @@ class _Process:
             self._redis_url or self._own_redis(),
             self._publish,
             slots=self._slots,
-            events=Events(LogListener()),
+            events=Events(LogListener(), self._retry_events),
             queues=self._lanes(),
         )
         if self._pool is not None:
@@ -134,12 +157,13 @@ class _Process:
         return [DEFAULT_QUEUE if name == default else name for name in consumed]
 
     def _publish(self, batch_id: str, indexes: Any, queue: str, priority: int) -> None:
-        publish(self._app, batch_id, indexes, queue=queue, priority=priority)
+        publish(self._app, batch_id, indexes, queue=queue, priority=priority, offered=True)
 
     # -- signals ----------------------------------------------------------------------------------
 
     def _on_init(self, sender: Any, **_: Any) -> None:
         """Import the modules that register strategies, before the first message comes."""
+        self._task_events = bool(sender.task_events)
         for name in filter(None, (self._settings.app or "").split(",")):
             try:
                 importlib.import_module(name.strip())
@@ -150,6 +174,7 @@ class _Process:
         pool = sender.pool
         if type(pool).__module__ == "celery.concurrency.prefork":
             return  # its children open their own; a thread or a loop before a fork is trouble
+        gather_task_events(sender)
         if hasattr(pool, "admit"):
             self._pool, self._slots = pool, pool.limit
             pool.admit = lambda in_hand: self._current().has_room(in_hand)

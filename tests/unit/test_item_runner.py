@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -38,6 +40,7 @@ from batchllm_celery.models import (
     WorkItemResult,
 )
 from batchllm_celery.strategies.base import LLMCallStrategy
+from batchllm_celery.strategies.failures import stamp_model
 from tests.support import wait_until_async
 
 FAST = RetryConfig(initial_wait=0.001, max_wait=0.001, jitter=False)
@@ -60,12 +63,14 @@ class FakeLimiter:
     wait: float = 0.0
     open: int = 0
     stale: int = 0
+    agains: list[bool] = field(default_factory=list)
 
     def may_start(self, permit: FakePermit) -> bool:
         self.stale -= 1
         return self.stale < 0
 
-    async def acquire(self, quota: str, estimate: Any) -> FakePermit:
+    async def acquire(self, quota: str, estimate: Any, *, again: bool = False) -> FakePermit:
+        self.agains.append(again)
         if self.wait:
             await asyncio.sleep(self.wait)
         if self.error is not None:
@@ -232,6 +237,20 @@ async def test_each_attempt_that_fails_costs_as_well() -> None:
     dear = (await Bench().result(twice)).cost
     assert cheap is not None
     assert dear == pytest.approx(2 * cheap)
+
+
+async def test_tokens_cost_what_the_model_costs_that_spent_them(tmp_path: Path) -> None:
+    """A strategy of several models says which one failed, and which one answered."""
+    file = tmp_path / "prices.json"
+    prices = {"fake:good": {"input": 0, "output": 1000}, "fake:weak": {"input": 0, "output": 1}}
+    file.write_text(json.dumps(prices))
+    bench = Bench()
+    bench.runner.prices = Prices(file)
+    failed = ProviderError("bad", kind=FailureKind.VALIDATION, usage=FIFTEEN)
+    stamp_model(failed, "fake:good")
+    answer = Completion("ok", TokenUsage.of(FIFTEEN), {"model": "fake:weak"})
+    result = await bench.result(Scripted(failed, answer))
+    assert result.cost == pytest.approx(5 * 0.001 + 5 * 0.000001)
 
 
 async def test_a_429_uses_up_no_attempt() -> None:
@@ -444,11 +463,20 @@ async def test_a_permit_that_went_stale_at_the_gate_is_given_back() -> None:
     assert bench.limiter.settled == [CallOutcome.UNUSED] * 2 + [CallOutcome.SUCCEEDED]
 
 
-async def test_a_slow_redis_does_not_keep_an_item_from_ever_calling() -> None:
-    """After a few stale permits the call is made all the same."""
-    bench, strategy = Bench(FakeLimiter(stale=1_000)), Scripted(("ok", {}))
+async def test_a_slow_gate_delays_a_call_and_never_makes_it_late() -> None:
+    """Stale permits all go back; the gate's word holds for the next one, and is asked once."""
+    bench, strategy = Bench(FakeLimiter(stale=50)), Scripted(("ok", {}))
+    gate = ToldGate(FailureKind.CANCELLED, when=2)  # the second question would end it
+    assert (await bench.result(strategy, gate=gate)).success
+    assert bench.limiter.settled == [CallOutcome.UNUSED] * 50 + [CallOutcome.SUCCEEDED]
+    assert bench.limiter.agains == [False] + [True] * 50
+
+
+async def test_a_refused_item_goes_before_those_that_had_no_turn() -> None:
+    """Its first place is at the end of the line, the later ones are at its head."""
+    bench, strategy = Bench(), Scripted(refused(), refused(), ("ok", {}))
     assert (await bench.result(strategy)).success
-    assert len(bench.limiter.settled) == 4
+    assert bench.limiter.agains == [False, True, True]
 
 
 @pytest.mark.parametrize("known", [False, True])
@@ -458,6 +486,19 @@ async def test_a_days_quota_fails_the_item_by_choice(known: bool) -> None:
     gone = ProviderError("per day", kind=FailureKind.QUOTA_EXHAUSTED)
     result = await Bench(FakeLimiter(error=error)).result(Scripted(gone), parks=False)
     assert result.error_kind is FailureKind.QUOTA_EXHAUSTED
+
+
+async def test_what_happens_at_the_days_end_is_asked_when_it_comes() -> None:
+    """The quota's setting may have been changed since the item was claimed."""
+    answers = [False, True]
+
+    async def parks() -> bool:
+        return answers.pop(0)
+
+    error = QuotaUnavailableError("q", 1e9)
+    bench = Bench(FakeLimiter(error=error))
+    assert (await bench.result(Scripted(("ok", {})), parks=parks)).error_kind == "quota_exhausted"
+    assert isinstance(await bench.run(Scripted(("ok", {})), parks=parks), Stopped)
 
 
 async def test_cancellation_passes_settles_and_cleans_up() -> None:

@@ -1,0 +1,172 @@
+"""Our own app's workers: admission by items, revoke, a cold shutdown, other pools."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from batchllm_celery import Batch, Producer
+from batchllm_celery.keys import Keys
+from batchllm_celery.queue import make_app
+from batchllm_celery.settings import Settings
+from batchllm_celery.worker.runtime import Runtime
+from batchllm_celery.worker.slots import Slots
+from tests.support import wait_until
+
+ROOT = Path(__file__).parents[2]
+Start = Callable[..., "subprocess.Popen[bytes]"]
+
+
+@pytest.fixture
+def producer(redis_url: str, namespace: str) -> Iterator[Producer]:
+    with Producer(redis_url=redis_url, namespace=namespace) as opened:
+        yield opened
+
+
+@pytest.fixture
+def start(redis_url: str, namespace: str, tmp_path: Path) -> Iterator[Start]:
+    """Starts plain `celery -A batchllm_celery worker`s."""
+    workers: list[subprocess.Popen[bytes]] = []
+
+    def worker(*options: str, slots: int = 4) -> subprocess.Popen[bytes]:
+        name = f"w{len(workers)}@{namespace}"
+        command = [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-m",
+            "celery",
+            "-A",
+            "batchllm_celery",
+            "worker",
+        ]
+        quiet = ("--without-mingle", "--without-gossip", "--without-heartbeat", "-n", name)
+        process = subprocess.Popen(
+            [*command, *quiet, *options],
+            cwd=tmp_path,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            env=os.environ
+            | {
+                "BATCHLLM_REDIS_URL": redis_url,
+                "BATCHLLM_NAMESPACE": namespace,
+                "BATCHLLM_APP": "tests.integration.worker_app",
+                "BATCHLLM_SLOTS": str(slots),
+                "BATCHLLM_LEASE_SECONDS": "3",
+                "BATCHLLM_HEARTBEAT_SECONDS": "0.3",
+                "BATCHLLM_OFFER_SECONDS": "0.5",
+                "PYTHONPATH": str(ROOT),
+            },
+        )
+        workers.append(process)
+        return process
+
+    yield worker
+    for process in workers:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _submit(producer: Producer, count: int, seconds: float, **options: Any) -> Batch:
+    return producer.submit(
+        [f"prompt {n}" for n in range(count)],
+        strategy="napping",
+        params={"seconds": seconds},
+        **options,
+    )
+
+
+def _calling(url: str, namespace: str, batch: Batch) -> int:
+    with redis.Redis.from_url(url) as client:
+        holders = client.hvals(Keys(namespace).batch(batch.id).held)
+    return sum(holder.startswith(b"p ") for holder in holders)
+
+
+async def test_urgent_items_take_the_next_free_slot() -> None:
+    """The highest priority goes first, and first come first served within one."""
+    slots, order = Slots(1), []
+
+    async def use(name: str, priority: int) -> None:
+        async with slots.hold(priority):
+            order.append(name)
+            await asyncio.sleep(0)
+
+    async with slots.hold():
+        waiting = [
+            asyncio.create_task(use(name, priority))
+            for name, priority in (("usual", 0), ("later", 0), ("urgent", 9))
+        ]
+        await asyncio.sleep(0)
+    await asyncio.gather(*waiting)
+    assert order == ["urgent", "usual", "later"]
+
+
+async def test_about_four_items_a_slot_are_admitted(redis_url: str, namespace: str) -> None:
+    """A process takes messages until four times its slots are admitted, not more; before it has
+    seen one it takes each to be large."""
+    settings = Settings(redis_url=redis_url, namespace=namespace)
+    runtime = Runtime(settings, redis_url, lambda *_: None, slots=50)
+    assert runtime.has_room(1)
+    assert not runtime.has_room(2)  # of a hundred items each
+    async with runtime._admission(50):
+        assert runtime.has_room(1)
+        assert runtime.has_room(3)  # one is known, two of fifty are on their way
+        assert not runtime.has_room(4)
+    assert runtime.has_room(3)
+
+
+def test_a_straggler_does_not_hold_up_its_neighbours(producer: Producer, start: Start) -> None:
+    """While one item of a message takes long, items of other messages use the other slots."""
+    slow = _submit(producer, 1, 30.0)
+    quick = _submit(producer, 40, 0.01, items_per_task=10)
+    start(slots=2)
+    assert quick.wait(timeout=40).finished == 40
+    assert slow.progress().finished == 0
+
+
+def test_a_revoked_task_is_cancelled_and_its_items_run_elsewhere(
+    producer: Producer, start: Start, redis_url: str, namespace: str
+) -> None:
+    """`revoke(terminate=True)` gives the item back within a second; it is offered again."""
+    batch = _submit(producer, 1, 3.0)
+    start()
+    app = make_app(Settings(redis_url=redis_url, namespace=namespace), redis_url)
+    wait_until(lambda: _calling(redis_url, namespace, batch) == 1)
+    active = wait_until(lambda: app.control.inspect(timeout=0.5).active())
+    (task,) = [task for tasks in active.values() for task in tasks]
+    app.control.revoke(task["id"], terminate=True)
+    wait_until(lambda: _calling(redis_url, namespace, batch) == 0, timeout=1.0)
+    assert batch.wait(timeout=30).succeeded == 1
+    app.close()
+
+
+def test_a_cold_shutdown_is_quick_and_loses_nothing(
+    producer: Producer, start: Start, redis_url: str, namespace: str
+) -> None:
+    """SIGQUIT ends a worker with calls in flight within 5 s; their items run elsewhere."""
+    batch = _submit(producer, 4, 6.0)
+    first = start()
+    wait_until(lambda: _calling(redis_url, namespace, batch) == 4)
+    first.send_signal(signal.SIGQUIT)
+    first.wait(timeout=5)
+    start()
+    assert batch.wait(timeout=40).succeeded == 4
+
+
+@pytest.mark.parametrize("pool", ["threads", "solo", "prefork"])
+def test_other_pools_answer_too(producer: Producer, start: Start, pool: str) -> None:
+    """Celery's own pools run our items through one loop thread per process."""
+    batch = _submit(producer, 6, 0.01, items_per_task=2)
+    start("-P", pool, "-c", "2")
+    assert batch.wait(timeout=40).succeeded == 6
