@@ -13,7 +13,7 @@ from batchllm_celery.strategies.base import (
     as_completion,
     close_quietly,
 )
-from batchllm_celery.strategies.failures import charged, classify_for
+from batchllm_celery.strategies.failures import charged, classify_for, stamp_model
 
 _LEVEL = "escalation_level"
 
@@ -89,15 +89,16 @@ class EscalatingStrategy(LLMCallStrategy[TOutput]):
             ProviderError: of kind `validation` where the next attempt goes one level up.
         """
         level = self._level(state)
+        model = self.levels[level].model_name
         try:
             answer = await self.levels[level].execute(prompt, attempt, timeout, state)
             completion = as_completion(answer)
             with charged(completion.usage):
                 self._check(completion)
         except Exception as error:
+            stamp_model(error, model)
             self._escalate(error, level, state)
             raise
-        model = self.levels[level].model_name
         metadata = {**completion.metadata, **({"model": model} if model else {})}
         return Completion(completion.output, completion.usage, metadata)
 
@@ -131,9 +132,11 @@ class EscalatingStrategy(LLMCallStrategy[TOutput]):
             return
         state.set(_LEVEL, level + 1)
         shown, _, message = failure.message.partition(": ")
-        raise ProviderError(
+        escalated = ProviderError(
             message,
             kind=FailureKind.VALIDATION,
             usage=dict(failure.usage.items()),
             error_type=shown,
-        ) from error
+        )
+        stamp_model(escalated, self.levels[level].model_name)
+        raise escalated from error

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("batchllm_celery")
 
 _STAMP = "_failed_token_usage"
+_MODEL_STAMP = "_priced_as"
 
 _STATUS_KINDS = {
     401: FailureKind.AUTHENTICATION,
@@ -241,6 +242,18 @@ def stamp_usage(exception: Exception, usage: TokenUsage) -> Exception:
         stand_in.__cause__ = exception
         return stand_in
     return exception
+
+
+def stamp_model(exception: BaseException, model: str | None) -> None:
+    """Say whose price the tokens of a failed call have, where a strategy asks several models."""
+    if model is not None and hasattr(exception, "__dict__"):
+        exception.__dict__[_MODEL_STAMP] = model
+
+
+def priced_as(exception: BaseException) -> str | None:
+    """The model that `stamp_model` named; None: the strategy's own."""
+    model = getattr(exception, "__dict__", {}).get(_MODEL_STAMP)
+    return model if isinstance(model, str) else None
 
 
 @contextmanager

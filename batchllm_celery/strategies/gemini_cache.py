@@ -12,7 +12,6 @@ import hashlib
 import importlib
 import json
 import logging
-import os
 import time
 import warnings
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -26,7 +25,7 @@ from batchllm_celery.connection import Connection
 from batchllm_celery.errors import ProviderError, UsageError, describe
 from batchllm_celery.models import TOutput
 from batchllm_celery.strategies import gemini_client
-from batchllm_celery.strategies.base import Opened, ProcessResources
+from batchllm_celery.strategies.base import Opened
 from batchllm_celery.strategies.gemini import GeminiStrategy
 from batchllm_celery.strategies.structured import Schema
 
@@ -314,7 +313,7 @@ class GeminiCachedStrategy(GeminiStrategy[TOutput]):
 
     async def _record(self) -> CacheRecord:
         resources = self._resources()
-        identity = self._identity(resources)
+        identity = self._identity()
         if resources.connection is not None:
             keys = resources.keys
             return FleetRecord(
@@ -322,13 +321,13 @@ class GeminiCachedStrategy(GeminiStrategy[TOutput]):
             )
         return await resources.shared(f"gemini cache {identity}", _open_local_record)
 
-    def _identity(self, resources: ProcessResources) -> str:
-        # The server is part of it: a cache of the simulated provider is unknown to Google.
-        parts = [self._endpoint(resources), _bare(self.model), self.fingerprint, self.cache_tags]
-        return fingerprint_of(parts, length=32)
-
-    def _endpoint(self, resources: ProcessResources) -> str:
-        return os.environ.get("GOOGLE_GEMINI_BASE_URL", "")
+    def _identity(self) -> str:
+        # A cache belongs to a server and an account there: another key's would be "not found". Only
+        # this hash of it all goes to Redis, and an API key has too many bits to be guessed from it.
+        account = gemini_client.account_of(self.client)
+        return fingerprint_of(
+            [account, _bare(self.model), self.fingerprint, self.cache_tags], length=32
+        )
 
 
 class CacheRecord(Protocol):

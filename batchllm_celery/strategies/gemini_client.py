@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from datetime import datetime, timedelta
@@ -53,7 +54,8 @@ async def open_client(
         ProviderError: of kind `authentication` where there is no key.
     """
     opener = partial(_open, resources.slots, base_url, api_key)
-    return await resources.shared(f"gemini client of {base_url}", opener)
+    # Two keys at one server are two clients; the name may be logged, so it holds a hash.
+    return await resources.shared(f"gemini client {hash(api_key)} of {base_url}", opener)
 
 
 async def _open(slots: int, base_url: str | None, api_key: str | None) -> Opened[Any]:
@@ -61,6 +63,8 @@ async def _open(slots: int, base_url: str | None, api_key: str | None) -> Opened
     genai = await asyncio.to_thread(importlib.import_module, "google.genai")
     aiohttp = importlib.import_module("aiohttp")
     types = genai.types
+    # It says "AFC is enabled" for each call, at INFO.
+    logging.getLogger("google_genai.models").setLevel(logging.WARNING)
     connector = aiohttp.TCPConnector(limit=slots + SPARE_CONNECTIONS, keepalive_timeout=60)
     session = aiohttp.ClientSession(connector=connector, trust_env=True)
     options = types.HttpOptions(
@@ -83,6 +87,16 @@ async def _open(slots: int, base_url: str | None, api_key: str | None) -> Opened
         await session.close()
 
     return Opened(client, close)
+
+
+def account_of(client: Any) -> list[str]:
+    """Server, project, location and key that a client calls with: what a context cache belongs to.
+    For hashing only, since the key is among them. A stranger's client may tell nothing."""
+    inner = getattr(client, "_api_client", None)
+    options = getattr(inner, "_http_options", None)
+    parts = [getattr(options, "base_url", None)]
+    parts += [getattr(inner, name, None) for name in ("project", "location", "api_key")]
+    return [part if isinstance(part, str) else "" for part in parts]
 
 
 # -- answers

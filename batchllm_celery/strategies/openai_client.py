@@ -42,7 +42,8 @@ async def open_client(
     """
     url = base_url or resources.settings.openai_base_url
     opener = partial(_open, resources.slots, url, api_key)
-    return await resources.shared(f"openai client of {url}", opener)
+    # Two keys at one server are two clients; the name may be logged, so it holds a hash.
+    return await resources.shared(f"openai client {hash(api_key)} of {url}", opener)
 
 
 async def _open(slots: int, base_url: str | None, api_key: str | None) -> Opened[Any]:

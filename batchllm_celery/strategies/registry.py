@@ -10,14 +10,21 @@ import asyncio
 import inspect
 import json
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, TypeAlias, TypeVar
 
 from batchllm_celery.errors import StrategyNotFoundError, UsageError
 from batchllm_celery.events import StrategyPrepared
 from batchllm_celery.models import StrategySpec
 from batchllm_celery.strategies.base import LLMCallStrategy, ProcessResources, close_quietly
+
+#: Strategies built from names that a process keeps open; of more, idle ones are closed. A fleet has
+#: a handful, but items may each bring parameters of their own.
+MOST_KEPT = 200
 
 Factory: TypeAlias = Callable[..., LLMCallStrategy[Any]]
 F = TypeVar("F", bound=Factory)
@@ -161,18 +168,31 @@ class _Held:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     begun: bool = False
     prepared: bool = False
+    users: int = 0
 
 
 class Registry:
     """The strategies of one process.
 
     Not thread-safe: all calls come from the process's one event loop.
+
+    Args:
+        resources: handed to every strategy before its `prepare`.
+        catalog: the names it knows.
+        most_kept: instances built from names that stay open; see `close_surplus`.
     """
 
-    def __init__(self, resources: ProcessResources, catalog: StrategyCatalog = catalog) -> None:
+    def __init__(
+        self,
+        resources: ProcessResources,
+        catalog: StrategyCatalog = catalog,
+        *,
+        most_kept: int = MOST_KEPT,
+    ) -> None:
         self._resources = resources
         self._catalog = catalog
-        self._by_spec: dict[str, LLMCallStrategy[Any]] = {}
+        self._most_kept = most_kept
+        self._by_spec: OrderedDict[str, LLMCallStrategy[Any]] = OrderedDict()
         self._held: dict[int, _Held] = {}
 
     async def get(self, spec: StrategySpec) -> LLMCallStrategy[Any]:
@@ -189,7 +209,28 @@ class Registry:
             found = registration.build(spec)
             found.quota = registration.quota or found.quota or found.model_name or spec.name
             self._by_spec[key] = found
+        self._by_spec.move_to_end(key)
         return found
+
+    @contextmanager
+    def using(self, strategy: LLMCallStrategy[Any]) -> Iterator[None]:
+        """Nobody closes `strategy` inside the block. Enter it without an `await` after `get`."""
+        held = self._hold(strategy)
+        held.users += 1
+        try:
+            yield
+        finally:
+            held.users -= 1
+
+    async def close_surplus(self) -> None:
+        """Close instances built from names, the longest unused first, down to `most_kept`; those in
+        use stay. An item that needs a closed one again has it built and prepared anew."""
+        surplus = len(self._by_spec) - self._most_kept
+        if surplus <= 0:
+            return
+        idle = (key for key, one in self._by_spec.items() if not self._hold(one).users)
+        for key in list(islice(idle, surplus)):
+            await self._close(self._held.pop(id(self._by_spec.pop(key))))
 
     async def prepare(self, strategy: LLMCallStrategy[Any]) -> None:
         """Return once `strategy` is prepared; its `prepare` runs once however many call this.
@@ -199,14 +240,18 @@ class Registry:
         Raises:
             Exception: what `strategy.prepare()` raised for this caller.
         """
-        held = self._held.get(id(strategy))
-        if held is None:
-            held = self._held[id(strategy)] = _Held(strategy)
+        held = self._hold(strategy)
         if held.prepared:
             return
         async with held.lock:
             if not held.prepared:
                 await self._prepare(held)
+
+    def _hold(self, strategy: LLMCallStrategy[Any]) -> _Held:
+        held = self._held.get(id(strategy))
+        if held is None:
+            held = self._held[id(strategy)] = _Held(strategy)
+        return held
 
     async def _prepare(self, held: _Held) -> None:
         started = time.monotonic()
@@ -223,6 +268,9 @@ class Registry:
         held, self._held = list(self._held.values()), {}
         self._by_spec.clear()
         for one in reversed(held):
-            if one.begun:
-                await close_quietly(type(one.strategy).__name__, one.strategy.close)
+            await self._close(one)
         await self._resources.close()
+
+    async def _close(self, held: _Held) -> None:
+        if held.begun:
+            await close_quietly(type(held.strategy).__name__, held.strategy.close)

@@ -34,9 +34,6 @@ class Cached(GeminiCachedStrategy[str]):
     async def _open_client(self, resources: ProcessResources) -> Any:
         return await open_simulated_client(resources)
 
-    def _endpoint(self, resources: ProcessResources) -> str:
-        return str(resources.settings.simulated_url)
-
 
 def cached(**options: Any) -> Cached:
     return Cached("m", cached_content=CONTENT, **options)
@@ -133,6 +130,22 @@ async def test_a_later_run_finds_the_cache_again(redis_url: str, namespace: str)
                     await connection.client.delete(*keys)
         await running.prepare(cache_tags={"v": 2})
         assert running.counts == (2, 0)
+
+
+def test_another_server_project_or_key_is_another_cache() -> None:
+    """What the fleet remembers of a cache is bound to the account that owns it, by a hash that
+    gives no key away."""
+    from google import genai
+
+    def identity(key: str, url: str = "http://a") -> str:
+        strategy = cached()
+        strategy.client = genai.Client(api_key=key, http_options={"base_url": url})
+        return strategy._identity()
+
+    identities = [identity("KEY-1"), identity("KEY-2"), identity("KEY-1", "http://b")]
+    assert len(set(identities)) == 3
+    assert identity("KEY-1") == identities[0]
+    assert not any("KEY" in one for one in identities)
 
 
 async def test_a_cache_near_its_end_is_renewed_in_place_once(

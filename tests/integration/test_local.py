@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -31,6 +34,7 @@ from batchllm_celery.limiter import FixedDelayStrategy
 from batchllm_celery.models import RateLimitConfig
 from batchllm_celery.observability import BaseObserver, ProcessingEvent
 from batchllm_celery.testing import MockAgent, MockStrategy, mock_strategy
+from tests.acceptance.fleet import ROOT, assert_nothing_left
 
 FAST = RetryConfig(initial_wait=0.001, max_wait=0.001)
 
@@ -441,6 +445,38 @@ async def test_an_unreachable_redis_is_one_clear_error(tmp_path: Path) -> None:
         with pytest.raises(RedisUnavailableError, match=r"absent\.sock"):
             await processor.process_all()
     assert time.monotonic() - started < 5
+
+
+NOTEBOOK = """
+import asyncio
+from batchllm_celery import CallableStrategy, LLMWorkItem, ParallelBatchProcessor
+
+async def shout(prompt):
+    return prompt.upper()
+
+async def main():
+    async with ParallelBatchProcessor() as processor:
+        for n in range(20):
+            item = LLMWorkItem(item_id=f"i{n}", strategy=CallableStrategy(shout), prompt=f"p{n}")
+            await processor.add_work(item)
+        result = await processor.process_all()
+    print(sorted(one.output for one in result.results) == sorted(f"P{n}" for n in range(20)))
+
+asyncio.run(main())
+"""
+
+
+def test_without_a_redis_url_it_brings_its_own_server(tmp_path: Path) -> None:
+    """A notebook needs nothing installed or started beside it, and leaves nothing running."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("BATCHLLM_")}
+    environ = {**kept, "BATCHLLM_STATE_DIR": str(tmp_path / "state"), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", NOTEBOOK],
+        env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.stdout.strip() == "True", done.stderr
+    assert (tmp_path / "state").is_dir()
+    assert_nothing_left(tmp_path, timeout=10)
 
 
 async def test_mock_agents_play_what_a_test_asks_for(settings: Settings) -> None:

@@ -78,6 +78,33 @@ async def test_the_quota_is_the_registration_s_else_the_model_s(names: StrategyC
     assert (await registry.get(StrategySpec(name="shared"))).quota == "team"
 
 
+async def test_a_million_parameter_sets_don_t_stay_open(names: StrategyCatalog) -> None:
+    """Beyond `most_kept`, the longest unused are closed; one in use never is, and one that comes
+    back is built and prepared anew."""
+    registry = Registry(ProcessResources(), names, most_kept=3)
+
+    async def use(model: str) -> Counting:
+        one = await registry.get(StrategySpec(name="counting", params={"model": model}))
+        assert isinstance(one, Counting)
+        with registry.using(one):
+            await registry.prepare(one)
+        await registry.close_surplus()
+        return one
+
+    busy = await registry.get(StrategySpec(name="counting", params={"model": "busy"}))
+    assert isinstance(busy, Counting)
+    with registry.using(busy):
+        await registry.prepare(busy)
+        first, *others = [await use(f"m{n}") for n in range(100)]
+        assert busy.closed == 0
+    assert [one.closed for one in (first, *others)] == [1] * 98 + [0] * 2
+    again = await use("m0")
+    assert again is not first
+    assert (again.prepared, again.closed) == (1, 0)
+    await registry.close()
+    assert [one.closed for one in (busy, first, again, *others)] == [1] * 102
+
+
 async def test_an_unknown_name_or_parameter_is_named(names: StrategyCatalog) -> None:
     """Both messages list what there is."""
     registry = Registry(ProcessResources(), names)

@@ -19,6 +19,7 @@ from batchllm_celery.strategies import (
     classify_for,
     spec_for_model,
 )
+from batchllm_celery.strategies.failures import priced_as
 
 TOKENS = {"input_tokens": 10, "output_tokens": 5}
 
@@ -124,6 +125,7 @@ async def test_tokens_of_a_level_that_failed_are_kept() -> None:
     with pytest.raises(ProviderError) as caught:
         await strategy.execute("q", 1, 9, RetryState())
     assert classify_for(strategy, caught.value).usage == TokenUsage.of(TOKENS)
+    assert priced_as(caught.value) == "fake:weak"
 
 
 async def test_an_answer_that_is_not_good_enough_escalates() -> None:
