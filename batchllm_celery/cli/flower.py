@@ -13,6 +13,8 @@ from batchllm_celery.cli import job, options
 from batchllm_celery.cli.fleet import environment_of
 from batchllm_celery.errors import UsageError
 
+#: What the list of tasks shows; Flower's own choice leaves out the arguments and the result.
+COLUMNS = "uuid,name,args,state,received,runtime,worker,result,exception"
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -46,7 +48,8 @@ def flower(port: int, address: str, basic_auth: str | None, **chosen: Any) -> in
             f"Flower on http://{address}:{port}  user batchllm  password {basic_auth[9:]}", err=True
         )
     # By the environment: arguments can be read by everybody on this machine.
-    environment = environment_of(settings) | {"FLOWER_BASIC_AUTH": basic_auth}
+    environment = {"FLOWER_TASKS_COLUMNS": COLUMNS} | environment_of(settings)
+    environment["FLOWER_BASIC_AUTH"] = basic_auth
     arguments = ["-A", "batchllm_celery", "flower", f"--address={address}", f"--port={port}"]
     sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, "-m", "celery", *arguments], environment)

