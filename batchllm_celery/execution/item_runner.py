@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 from pydantic_core import PydanticSerializationError, from_json, to_json, to_jsonable_python
@@ -296,8 +297,8 @@ class _Run:
     async def _permit(self) -> Permit:
         job, runner = self.job, self.runner
         strategy = job.strategy
-        estimate = runner.estimator.estimate(
-            _estimate_key(job), job.prompt, strategy.max_output_tokens
+        estimate = partial(
+            runner.estimator.estimate, _estimate_key(job), job.prompt, strategy.max_output_tokens
         )
         asked = time.monotonic()
         try:

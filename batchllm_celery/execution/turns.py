@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
+from typing import TypeAlias
 
 from batchllm_celery.limiter import CallOutcome, Estimate, Limiter, Permit
+
+#: What a call will probably use, or who knows it.
+Guess: TypeAlias = Estimate | Callable[[], Estimate]
 
 
 @dataclass(order=True, slots=True)
@@ -32,7 +37,7 @@ class Turns:
         self._order = count()
 
     async def acquire(
-        self, quota: str, estimate: Estimate, priority: int = 0, *, again: bool = False
+        self, quota: str, estimate: Guess, priority: int = 0, *, again: bool = False
     ) -> Permit:
         """`Limiter.acquire`, with a priority: 0 is usual, higher ones go first."""
         if priority <= 0:
@@ -55,7 +60,7 @@ class Turns:
     async def _usual(
         self,
         quota: str,
-        estimate: Estimate,
+        estimate: Guess,
         rank: tuple[int, int] = (1, 0),
         *,
         again: bool = False,

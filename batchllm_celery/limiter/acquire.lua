@@ -1,415 +1,469 @@
 -- acquire.lua: settle what one process has finished, then give start times to its oldest waiters.
 --
--- KEYS     1 hash  the quota: limits, buckets, cooldown, curve
---          2 hash  process -> sequence|lease|in flight|reply
+-- KEYS     1 hash  the quota: `setup` and `live` (msgpack maps), `cooldowns`, `ramp`
+--          2 hash  process -> sequence, lease, in flight, reply (packed: STORED, REPLY)
 --          3 zset  process -> since when it waits
 --          4 channel  "g:generation" and "f:process" (a slot is free for it)
--- ARGV     1 process   2 sequence   3 tickets it holds   4 permits it holds (tickets included)
---          5 tickets wanted by waiters   6 tickets wanted for waiters to come
---          7 generation of 8   8 successes that began in it   9 successes that began before it
---          10 sum of the latencies of 8 and 9 (us)   11 tickets given back
---          12 input and 13 output tokens used beyond the reserved ones (negative: a refund)
---          14 generation of the newest refused call, or -1   15 its Retry-After (us), or -1
---          16 overloads   17 day exhausted: -1, or its Retry-After (us, 0: not told)
---          18 the probe has ended (0, 1)
---          19 tickets dropped because their generation had passed (step 3 has freed them already)
---          20 input and 21 output tokens of a ticket for waiters to come
---          22.. input, output tokens of each waiter, oldest first (none: no tokens are limited)
--- returns  generation|now|cooldown until|ask again in|day exhausted until|flags|consecutive|version
---          |start times after now, separated by commas.  All times in microseconds.
+-- ARGV     1 process   2 the numbers named below, as doubles
+--          3 input, output tokens of each waiter, oldest first, as uint32 (empty: not limited)
+-- returns  REPLY: generation, now, cooldown until, ask again in, day exhausted until (doubles),
+--          flags, consecutive, version, then each start after now (uint32).  Times in microseconds.
 --          flags: 1 tokens are limited, 2 concurrency is, 4 probe, 8 plain (nothing but rates),
 --          16 a request is larger than a minute's worth, 32 waiters are held up by a limit
 --
 -- The same process and sequence again: the reply is repeated and nothing is done twice.
 
 local Q, PROCS, WAIT, CHANNEL = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
-local me, sequence = ARGV[1], ARGV[2]
+local me, estimates = ARGV[1], ARGV[3]
+local sequence,
+  held,                         -- tickets it holds
+  mine,                         -- permits it holds, tickets included
+  want, spare,                  -- tickets wanted by waiters, and by waiters to come
+  known_gen, ok, late, latency, -- successes begun in known_gen and before it, sum of their latencies
+  unused,                       -- tickets given back
+  owed_input, owed_output,      -- tokens used beyond the reserved ones (negative: a refund)
+  refused_gen, retry_after,     -- generation of the newest refused call, its Retry-After; or -1
+  overloads,
+  day,                          -- the day is exhausted: its Retry-After, 0: not told; or -1
+  probe_ended,                  -- 0, 1
+  void,                         -- tickets dropped for an old generation: freed here already
+  spare_input, spare_output     -- tokens of a ticket for waiters to come
+  = struct.unpack('<dddddddddddddddddddd', ARGV[2])
+local max, min, ceil = math.max, math.min, math.ceil
 
+local STORED, REPLY = '<ddI4', '<dddddI4I4I4'
 local LOOK = 500000             -- starts are handed out this far ahead: a proof lasts 250 ms anyway
 local SPARE_LOOK = 50000
 local AGAIN = 900000            -- a waiter asks again by then, whatever it was told
 local LEASE = 10000000          -- a process not heard of for so long has lost its calls in flight
 local WAIT_LEASE = 3000000      -- ... and does not count as waiting
+local SECOND = 800000           -- providers look at seconds too: burst or credit, and one request
 local HEADROOM = 0.995          -- of a known rate: lets the provider's bucket fill up again
 local BETA, C = 0.75, 1e-5      -- CUBIC: what is left after a cut, and how fast it comes back
 local K = ((1 - BETA) / C) ^ (1 / 3)
 local START_RATE = 10           -- a second, of a quota that nobody knows
-local GAIN = 1                  -- such a rate grows by GAIN starts per success and latency
+local GAIN = 0.25               -- it grows by so much per success: doubles in three seconds
+local LULL = 60000000           -- after so long without load a rate that was found is approached anew
 local BREAKER = 5               -- cooldowns or overloads in a row that leave one probe at a time
 local DAY = 86400000000
+local TTL = 172800
 
-local seen = redis.call('HGET', PROCS, me)
-if seen then
-  local last = string.match(seen, '^([^|]*)|')
-  if last == sequence then
-    return (string.gsub(seen, '^[^|]*|[^|]*|[^|]*|', '', 1))
+local c, s                      -- setup and live state
+local rates, look, now, before, known
+local bumped, sweep = false, false
+local dims, cost_of = {}, {}    -- limited dimensions (1 requests, 2 tokens, 3 input, 4 output)
+
+local function load()
+  local packed = redis.call('HMGET', Q, 'setup', 'live')
+  c = packed[1] and cmsgpack.unpack(packed[1]) or {
+    version = 0, rate_r = 0, rate_t = 0, rate_i = 0, rate_o = 0, per_day = 0, concurrency = 0,
+    burst = 100000, horizon = 2000000, adaptive = 1, max_cooldown = 600000000,
+    ramp_n = 0, ramp_repeats = 0,
+  }
+  rates, look = {c.rate_r, c.rate_t, c.rate_i, c.rate_o}, min(c.horizon, LOOK)
+  known = rates[1] + rates[2] + rates[3] + rates[4] > 0
+  s = packed[2] and cmsgpack.unpack(packed[2]) or {
+    now = 0, gen = 0, run_id = '', saved = 0, cool_until = 0, consecutive = 0, success = true,
+    fails = 0, probe = '', probe_at = 0, ramp_i = -1, ramp_next = 0,
+    tat = {0, 0, 0, 0}, credit = {0, 0, 0, 0}, day_used = 0, day_reset = 0, day_until = 0,
+    ceiling = 0, active = 0, limited = 0, rate = START_RATE, cycle_ok = 0, pace = 0,
+    in_flight = 0, swept = 0, busy_since = 0,
+  }
+end
+
+-- Clock and restarts -----------------------------------------------------------------------------
+
+local function new_generation()
+  s.gen, bumped = max(s.gen + 1, now), true
+end
+
+local function read_clock()
+  -- Redis may have forgotten its last second: void all tickets, wait until none of them counts.
+  local function hold()
+    new_generation()
+    s.cool_until = max(s.cool_until, now + c.horizon + 1000000)
+    s.tat, s.credit = {0, 0, 0, 0}, {0, 0, 0, 0}
   end
+
+  local time = redis.call('TIME')
+  before = s.now
+  now = max(time[1] * 1000000 + time[2], before)   -- it never goes back
+  if s.gen == 0 then
+    s.gen = now
+    if known_gen > 0 then hold() end      -- the process knows a quota that Redis has lost
+  end
+  if now - before > 20000 then            -- no Redis restarts faster than that
+    -- INFO is dear. LASTSAVE begins anew with the server too, but has whole seconds only.
+    local saved = redis.pcall('LASTSAVE')
+    if saved ~= s.saved or now / 1000000 - saved < 5 then
+      local info = redis.pcall('INFO', 'server')
+      local id = type(info) == 'string' and string.match(info, 'run_id:(%w+)') or s.run_id
+      if s.run_id ~= '' and id ~= s.run_id then hold() end
+      s.saved, s.run_id = type(saved) == 'number' and saved or 0, id
+    end
+  end
+  -- the curve advances only while somebody waits for the rate
+  local since, till = max(before > 0 and before or now, s.cool_until), min(now, s.limited)
+  if till > since then s.active = s.active + (till - since) / 1000000 end
+  s.now = now
 end
 
-local q = redis.call('HMGET', Q,
-  'version', 'rate_r', 'rate_t', 'rate_i', 'rate_o', 'per_day', 'concurrency', 'burst', 'horizon',
-  'adaptive', 'max_cooldown', 'ramp_n', 'ramp_repeats',
-  'now', 'run_id', 'gen', 'cool_until', 'consecutive', 'success', 'fails', 'probe', 'probe_at',
-  'ramp_i', 'ramp_next', 'tat_r', 'tat_t', 'tat_i', 'tat_o', 'cr_r', 'cr_t', 'cr_i', 'cr_o',
-  'day_used', 'day_reset', 'day_until', 'ceiling', 'active', 'limited', 'rate', 'cycle_ok',
-  'in_flight', 'swept', 'pace', 'busy_since')
-local num = tonumber
-local version = num(q[1]) or 0
-local rates = {num(q[2]) or 0, num(q[3]) or 0, num(q[4]) or 0, num(q[5]) or 0}
-local per_day, concurrency = num(q[6]) or 0, num(q[7]) or 0
-local tau, look = num(q[8]) or 100000, num(q[9]) or 2000000
-local horizon = look
-local adaptive, max_cooldown = (q[10] or '1') == '1', num(q[11]) or 600000000
-local ramp_n, ramp_repeats = num(q[12]) or 0, q[13] == '1'
-local before, run_id, gen = num(q[14]), q[15] or '', num(q[16])
-local cool_until, consecutive, success = num(q[17]) or 0, num(q[18]) or 0, q[19] ~= '0'
-local fails, probe, probe_at = num(q[20]) or 0, q[21] or '', num(q[22]) or 0
-local ramp_i, ramp_next = num(q[23]) or -1, num(q[24]) or 0
-local tat = {num(q[25]), num(q[26]), num(q[27]), num(q[28])}
-local credit = {num(q[29]) or 0, num(q[30]) or 0, num(q[31]) or 0, num(q[32]) or 0}
-local day_used, day_reset, day_until = num(q[33]) or 0, num(q[34]) or 0, num(q[35]) or 0
-local ceiling, active, limited = num(q[36]) or 0, num(q[37]) or 0, num(q[38]) or 0
-local rate, cycle_ok = num(q[39]) or START_RATE, num(q[40]) or 0
-local in_flight, swept, busy_since = num(q[41]) or 0, num(q[42]) or 0, num(q[44]) or 0
-if look > LOOK then look = LOOK end
+-- The rate ---------------------------------------------------------------------------------------
 
--- 1. The clock never goes back; a Redis that restarted has forgotten up to a second.
-local time = redis.call('TIME')
-local now = time[1] * 1000000 + time[2]
-if before and now < before then now = before end
-local known_gen = num(ARGV[7])
-local bumped = false
-local function hold()
-  if gen and now > gen then gen = now else gen = (gen or now) + 1 end
-  cool_until = math.max(cool_until, now + horizon + 1000000)
-  tat, credit = {}, {0, 0, 0, 0}
-  bumped = true
-end
-if not gen then
-  gen = now
-  if known_gen > 0 then hold() end        -- the process knows a quota that Redis has lost
-end
-if not before or now - before > 20000 then  -- no Redis restarts faster than that
-  local info = redis.pcall('INFO', 'server')
-  local id = type(info) == 'string' and string.match(info, 'run_id:(%w+)') or ''
-  if run_id ~= '' and id ~= '' and id ~= run_id then hold() end
-  if id ~= '' then run_id = id end
-end
-local since = math.max(before or now, cool_until)
-if math.min(now, limited) > since then                    -- only time in which somebody waits for the rate counts
-  active = active + (math.min(now, limited) - since) / 1000000
-end
-
--- 2. Settle.
-local ok, late = num(ARGV[8]), num(ARGV[9])
-if known_gen ~= gen then ok, late = 0, ok + late end
-local refused = num(ARGV[14])
-if probe == me and (num(ARGV[18]) == 1 or num(ARGV[4]) == 0) then probe = '' end
-if ok > 0 then consecutive, fails, success = 0, 0, true end
-local rate_known = rates[1] + rates[2] + rates[3] + rates[4] > 0
-
+-- Of a known rate the share that is allowed, else starts a second.
 local function pace()
-  if not adaptive then return rate_known and 1 or 0 end
-  local p = rate_known and 1 or rate
-  if ceiling > 0 then
-    p = ceiling * math.max(BETA, 1 + C * (active - K) ^ 3)
-    if rate_known and p > 1 then p = 1 end
-  end
-  return p
+  if c.adaptive == 0 then return known and 1 or 0 end
+  if s.ceiling == 0 then return known and 1 or s.rate end
+  local p = s.ceiling * max(BETA, 1 + C * (s.active - K) ^ 3)
+  return known and min(p, 1) or p
 end
 
-if ok + late > 0 then
-  cycle_ok = cycle_ok + ok + late
-  if adaptive and ceiling == 0 and not rate_known and now - limited < 1000000 then
-    local latency = num(ARGV[10]) / (ok + late) / 1000000
-    latency = math.min(math.max(latency, 0.25), 2)
-    rate = math.min(rate + GAIN * (ok + late) / latency, rate * 2)
-  end
-end
-if refused >= gen and not bumped then
-  local asked = num(ARGV[15])
-  consecutive, fails = consecutive + 1, fails + 1
-  local wait = math.max(asked, 0)
-  if not adaptive or asked < 0 or consecutive > 2 then
-    local row = adaptive and asked >= 0 and consecutive - 2 or consecutive
+-- Settling ---------------------------------------------------------------------------------------
+
+-- (What is rarely needed is a function inside a function: making one costs 0.2 us.)
+local function cool_down()
+  -- the `row`-th of the quota's cooldowns; the last one repeats
+  local function listed_cooldown(row)
     local listed = redis.call('HGET', Q, 'cooldowns') or '1,2,4,8,16,32,60'
-    local i = 0
+    local i, found = 0, 0
     for seconds in string.gmatch(listed, '[^,]+') do
       i = i + 1
-      if i <= row then asked = num(seconds) * 1000000 end
+      if i <= row then found = tonumber(seconds) * 1000000 end
     end
-    wait = math.max(wait, asked)
+    return found
   end
-  wait = math.min(wait, max_cooldown)
-  if adaptive and success then             -- one cut for a burst of refusals
-    local cut = pace()
-    if ceiling == 0 and not rate_known then cut = cut * 0.6 end
-    if ceiling > 0 and active < 3 then cut = cut * 0.7 end   -- the last cut was not enough
-    if not rate_known and wait >= 2000000 then   -- a window is used up: its average is the quota
-      local average = cycle_ok / (active + wait / 1000000)
-      if cut > 2 * average then cut = average end
+
+  local function cooldown_time()
+    local wait = max(retry_after, 0)
+    if c.adaptive == 0 or retry_after < 0 then
+      wait = max(wait, listed_cooldown(s.consecutive))
+    elseif s.consecutive > 2 then         -- it asked for too little twice
+      wait = max(wait, listed_cooldown(s.consecutive - 2))
     end
-    ceiling, active, cycle_ok, success = math.max(cut, 0.01), 0, 0, false
+    return min(wait, c.max_cooldown)
   end
-  gen = math.max(gen + 1, now)
-  cool_until = math.max(cool_until, now + wait)
+
+  local function cut(wait)
+    local rate = pace()
+    if not known then
+      if s.ceiling == 0 then rate = rate * 0.6 end
+      if wait >= 2000000 then             -- a window is used up: its average is the quota
+        local average = s.cycle_ok / (s.active + wait / 1000000)
+        if rate > 2 * average then rate = average end
+      end
+    end
+    s.ceiling, s.active, s.cycle_ok, s.success = max(rate, 0.01), 0, 0, false
+  end
+
   -- What was handed out ahead is void. No burst follows, and the first start comes a spacing after
   -- the end: the provider counts to the request that it refused, not to those sent meanwhile.
-  local first = cool_until
-  if adaptive then
-    local per_second = pace()
-    if rate_known then per_second = per_second * rates[1] end
-    if per_second > 0 then first = first + math.min(1000000 / per_second, 1000000) end
+  local function void_tickets()
+    local first = s.cool_until
+    if c.adaptive == 1 then
+      local per_second = known and pace() * rates[1] or pace()
+      if per_second > 0 then first = first + min(1000000 / per_second, 1000000) end
+    end
+    for d = 1, 4 do
+      if s.tat[d] > 0 then s.tat[d] = max(first, s.tat[d] - look) end
+    end
   end
+
+  s.consecutive, s.fails = s.consecutive + 1, s.fails + 1
+  local wait = cooldown_time()
+  if c.adaptive == 1 and s.success then cut(wait) end   -- one cut for a burst of refusals
+  new_generation()
+  s.cool_until = max(s.cool_until, now + wait)
+  void_tickets()
+  s.ramp_i, s.ramp_next, s.limited = 0, s.cool_until, s.cool_until
+end
+
+local function settle_day()
+  if day >= 0 then
+    local midnight = now - now % DAY + DAY
+    if day < 600000000 then day = min(midnight - now, 3600000000) end
+    s.day_until = max(s.day_until, now + day)
+  end
+  if c.per_day > 0 then
+    if now >= s.day_reset then s.day_used, s.day_reset = 0, now - now % DAY + DAY end
+    s.day_used = max(s.day_used - unused - void, 0)
+  end
+end
+
+local function settle()
+  if known_gen ~= s.gen then ok, late = 0, ok + late end
+  if s.probe == me and (probe_ended == 1 or mine == 0) then s.probe = '' end
+  if ok > 0 then s.consecutive, s.fails, s.success = 0, 0, true end
+  if ok + late > 0 then
+    s.cycle_ok = s.cycle_ok + ok + late
+    if c.adaptive == 1 and s.ceiling == 0 and not known and now - s.limited < 1000000 then
+      s.rate = min(s.rate + GAIN * (ok + late), s.rate * 2)
+    end
+  end
+  -- only a call that began after the last cooldown opens another one
+  if refused_gen >= s.gen and not bumped then cool_down() end
+  if ok == 0 and overloads > 0 then
+    s.fails = s.fails + overloads
+    if s.fails >= BREAKER then
+      s.probe_at = max(s.probe_at, now + min(1000000 * 2 ^ (s.fails - BREAKER), 30000000))
+    end
+  end
+  if day >= 0 or c.per_day > 0 then settle_day() end
+end
+
+-- What is owed moves the next start, what is given back makes later ones cheaper.
+local function refill()
+  local p = pace()
+  s.pace = p
+  local factor = known and p * HEADROOM or 1
+  if not known then rates[1] = p end
+  local owed = {-unused, owed_input + owed_output, owed_input, owed_output}
   for d = 1, 4 do
-    if tat[d] then tat[d] = math.max(first, tat[d] - look) end
+    if rates[d] > 0 then
+      local per = 1000000 / (rates[d] * factor)
+      dims[#dims + 1], cost_of[d] = d, per
+      local at = s.tat[d]
+      at = max(at > 0 and at or now, now - c.burst)
+      local back = s.credit[d]
+      if owed[d] < 0 then back = back - owed[d] * per else at = at + owed[d] * per end
+      s.tat[d], s.credit[d] = at, max(min(back, at - now + c.burst), 0)
+    end
   end
-  ramp_i, ramp_next, bumped = 0, cool_until, true
-  limited = 0
-end
-if ok == 0 and num(ARGV[16]) > 0 then
-  fails = fails + num(ARGV[16])
-  if fails >= BREAKER then
-    probe_at = math.max(probe_at, now + math.min(1000000 * 2 ^ (fails - BREAKER), 30000000))
-  end
-end
-local day = num(ARGV[17])
-if day >= 0 then
-  local midnight = now - now % DAY + DAY
-  if day < 600000000 then day = math.min(midnight - now, 3600000000) end
-  day_until = math.max(day_until, now + day)
-end
-local unused = num(ARGV[11])
-if per_day > 0 then
-  if now >= day_reset then day_used, day_reset = 0, now - now % DAY + DAY end
-  day_used = math.max(day_used - unused - num(ARGV[19]), 0)
 end
 
--- 3. Buckets: what is owed moves the next start, what is given back makes later ones cheaper.
-local p = pace()
-if rate_known then
-  for d = 1, 4 do rates[d] = rates[d] * p * HEADROOM end
-else
-  rates[1] = p
-end
-local din, dout = num(ARGV[12]), num(ARGV[13])
-local owed = {-unused, din + dout, din, dout}
-local dims, cost_of = {}, {}
-for d = 1, 4 do
-  if rates[d] > 0 then
-    dims[#dims + 1] = d
-    local per = 1000000 / rates[d]
-    cost_of[d] = per
-    local at = math.max(tat[d] or now, now - tau)
-    local back = credit[d]
-    if owed[d] < 0 then back = back - owed[d] * per else at = at + owed[d] * per end
-    tat[d], credit[d] = at, math.max(math.min(back, at - now + tau), 0)
-  end
-end
-local by_tokens = rates[2] + rates[3] + rates[4] > 0
+-- Processes --------------------------------------------------------------------------------------
 
--- 4. Who waits, and whose lease has ended.
-local want, spare = num(ARGV[5]), num(ARGV[6])
-local held, mine = num(ARGV[3]), num(ARGV[4])
-local was_mine = seen and num(string.match(seen, '^[^|]*|[^|]*|([^|]*)|')) or 0
-in_flight = in_flight - was_mine
-local sweep = now - swept >= 1000000
-if sweep then
-  swept = now
+-- Once a second: whose lease has ended, and how many calls are in flight.
+local function sweep_processes()
+  if now - s.swept < 1000000 then return end
+  s.swept, sweep = now, true
   local all, total = redis.call('HGETALL', PROCS), 0
   for i = 1, #all, 2 do
     if all[i] ~= me then
-      local lease, calls = string.match(all[i + 1], '^[^|]*|([^|]*)|([^|]*)|')
-      if now > num(lease) + LEASE then
+      local _, lease, calls = struct.unpack(STORED, all[i + 1])
+      if now > lease + LEASE then
         redis.call('HDEL', PROCS, all[i])
-        if probe == all[i] then probe = '' end
+        if s.probe == all[i] then s.probe = '' end
       else
-        total = total + num(calls)
+        total = total + calls
       end
-      if now > num(lease) + WAIT_LEASE then redis.call('ZREM', WAIT, all[i]) end
+      if now > lease + WAIT_LEASE then redis.call('ZREM', WAIT, all[i]) end
     end
   end
-  in_flight = total
-end
-in_flight = math.max(in_flight, 0)
-local waiting, added = 1, 0
-if want > 0 then
-  added = redis.call('ZADD', WAIT, 'NX', now, me)
-  waiting = redis.call('ZCARD', WAIT)
+  s.in_flight = total
 end
 
--- 5. Give start times.
-local room = want + spare
-local behind = true
-for i = 1, #dims do
-  if tat[dims[i]] > now then behind = false end
+-- A slot is free, or the breaker has closed.
+local function tell_first_waiter()
+  local first = redis.call('ZRANGE', WAIT, 0, 0)[1]
+  if first and first ~= me then redis.call('PUBLISH', CHANNEL, 'f:' .. first) end
 end
-if behind or cool_until > now then
-  busy_since = math.max(now, cool_until)
-  -- Probing beyond the ceiling begins anew after a lull: what was found then holds no more.
-  if behind and active > K then active = K end
-end
-local why = 0                               -- 1 rate, 2 slots, 3 day, 4 cooldown or probe
-local base = math.max(now, cool_until, ramp_next)  -- nobody overtakes a slow start
-if per_day > 0 and per_day - day_used < room then
-  room, why = math.max(per_day - day_used, 0), 3
-end
-local exhausted = day_until
-if day_until > now then room, why = 0, 3
-elseif why == 3 and room < want then exhausted = day_reset
-else exhausted = 0 end
-if concurrency > 0 then
-  local free = concurrency - in_flight - mine
-  if waiting > 1 then
-    local ahead = redis.call('ZRANK', WAIT, me) or 0
-    free = math.min(free - math.min(ahead, free), math.max(math.ceil(concurrency / waiting), 1) - mine)
+
+-- Start times ------------------------------------------------------------------------------------
+
+local waiting, queued, open = 1, false, false   -- processes that wait; we among them already
+local has_share = false         -- we have our share of the slots: let others pass
+local why = 0                   -- what holds waiters up: 1 rate, 2 slots, 3 day, 4 cooldown or probe
+local exhausted, again, oversize = 0, AGAIN, false
+local starts, n, last, spent = {}, 0, 0, 0
+
+-- How many tickets the day, the slots and the breaker leave.
+local function room_for(wanted)
+  local room = wanted
+  if c.per_day > 0 and c.per_day - s.day_used < room then
+    room, why = max(c.per_day - s.day_used, 0), 3
+    if room < want then exhausted = s.day_reset end
   end
-  if free < room then room, why = math.max(free, 0), 2 end
+  if s.day_until > now then room, why, exhausted = 0, 3, s.day_until end
+  if c.concurrency > 0 then
+    local free = c.concurrency - s.in_flight - mine
+    if waiting > 1 then
+      local ahead = queued and redis.call('ZRANK', WAIT, me) or waiting - 1
+      local share = max(ceil(c.concurrency / waiting), 1) - mine
+      has_share = share <= 0
+      free = min(free - min(ahead, free), share)
+    end
+    if free < room then room, why = max(free, 0), 2 end
+  end
+  return room
 end
-local open = fails >= BREAKER
-if open then
-  base = math.max(base, probe_at)
-  if probe ~= '' or base > now + look then room, why = 0, 4 else room = math.min(room, 1) end
-end
-local ramp
-if ramp_i >= 0 and not adaptive and ramp_n > 0 and (ramp_i < ramp_n or ramp_repeats) then
-  ramp = {}
+
+-- The spacings (us) of a slow start that is under way.
+local function slow_start()
+  if s.ramp_i >= c.ramp_n and c.ramp_repeats == 0 then return nil end
+  local ramp = {}
   for seconds in string.gmatch(redis.call('HGET', Q, 'ramp') or '', '[^,]+') do
-    ramp[#ramp + 1] = num(seconds) * 1000000
+    ramp[#ramp + 1] = tonumber(seconds) * 1000000
   end
+  return ramp
 end
-local share = look / waiting
-local starts, n, first_at, oversize, again = {}, 0, now, false, AGAIN
-local last, spent = now, 0
-local tokens = ARGV[22] ~= nil
-while n < room do
-  local input, output
-  if n < want and tokens then
-    input, output = num(ARGV[22 + 2 * n]) or 0, num(ARGV[23 + 2 * n]) or 0
-  else
-    input, output = num(ARGV[20]), num(ARGV[21])
-  end
-  local start = base
-  for i = 1, #dims do
-    local at = tat[dims[i]]
-    if at > start then start = at end
-  end
-  local delay = 0
-  if ramp then
-    if ramp_i >= ramp_n and not ramp_repeats then
-      ramp = nil
-    else
-      delay = ramp_i == 0 and 0 or ramp[math.min(ramp_i + 1, #ramp)]
-      start = math.max(start, ramp_next + delay)
-    end
-  end
-  if n >= want and start > now + SPARE_LOOK then break end
-  if start > now + look then
-    why, again = start > base and 1 or 4, start - look - now
-    break
-  end
-  local step = 0
-  for i = 1, #dims do
-    local d = dims[i]
-    local c = (d == 1 and 1 or d == 2 and input + output or d == 3 and input or output) * cost_of[d]
-    if c > 60000000 then oversize = true end
-    if c > step then step = c end
-  end
-  if waiting > 1 and n + held > 0 and (n + held) * (spent + step) / (n + 1) >= share then
-    why, again = 1, share / 2
-    break
-  end
-  spent = spent + step
-  for i = 1, #dims do
-    local d = dims[i]
-    local c = (d == 1 and 1 or d == 2 and input + output or d == 3 and input or output) * cost_of[d]
-    local back = math.min(credit[d], c * (d == 1 and 0.5 or 0.75))
-    credit[d] = credit[d] - back
-    tat[d] = math.max(tat[d], start - tau) + c - back
-  end
-  if ramp then ramp_i, ramp_next = ramp_i + 1, start end
-  n = n + 1
-  starts[n] = math.ceil(start - now)
-  if n <= want then last = start end
-end
-if open and n > 0 then probe = me end
-if per_day > 0 then day_used = day_used + n end
-mine = mine + n
-local given = math.min(n, want)
-if given == want then
-  if waiting > 1 or added == 1 or seen then redis.call('ZREM', WAIT, me) end
-elseif concurrency > 0 and given > 0 then
-  redis.call('ZADD', WAIT, 'XX', now, me)   -- served: to the end of the line
-end
--- The rate is what holds the fleet up if starts have lain ahead for a while without a gap: a pair of
--- requests that came together is no sign of it.
-if given > 0 and last <= now + 1000 and why ~= 1 then busy_since = now end
-if want > 0 and now - busy_since >= math.max(250000, 4 * spent / math.max(n, 1)) then
-  for i = 1, #dims do
-    if tat[dims[i]] > limited then limited = tat[dims[i]] end
-  end
-end
-in_flight = in_flight + mine
 
--- 6. Tell the others, remember, answer.
-if bumped then redis.call('PUBLISH', CHANNEL, string.format('g:%.0f', gen)) end
-if concurrency > 0 and in_flight < concurrency and mine < was_mine + n then
-  local first = redis.call('ZRANGE', WAIT, 0, 0)[1]
-  if first and first ~= me then redis.call('PUBLISH', CHANNEL, 'f:' .. first) end
+-- Start, then pay: the start is when all buckets allow it, whatever the request costs.
+-- (The one hot loop: comparisons in place of calls of min and max.)
+local function grant(room, base, ramp)
+  local tat, credit, burst, count = s.tat, s.credit, c.burst, #dims
+  local costs, share, max_ahead = {}, look / waiting, max(burst, SECOND)
+  local tokens, input, output = nil, spare_input, spare_output
+  if #estimates > 0 then
+    tokens = {struct.unpack('<' .. string.rep('I4', #estimates / 4), estimates)}
+  end
+  while n < room do
+    if tokens then
+      if n < want then
+        input, output = tokens[2 * n + 1], tokens[2 * n + 2]
+      else
+        input, output = spare_input, spare_output
+      end
+    end
+    local start, step = base, 0
+    for i = 1, count do
+      local d = dims[i]
+      local at, cost = tat[d], cost_of[d]
+      if at > start then start = at end
+      if d == 2 then cost = cost * (input + output) elseif d == 3 then cost = cost * input
+      elseif d == 4 then cost = cost * output end
+      costs[i] = cost
+      if cost > step then step = cost end
+    end
+    if ramp then
+      if s.ramp_i >= c.ramp_n and c.ramp_repeats == 0 then
+        ramp = nil
+      elseif s.ramp_i > 0 then
+        start = max(start, s.ramp_next + ramp[min(s.ramp_i + 1, #ramp)])
+      end
+    end
+    if n >= want and start > now + SPARE_LOOK then break end
+    if start > now + look then
+      why, again = start > base and 1 or 4, start - look - now
+      break
+    end
+    if waiting > 1 and n + held > 0 and (n + held) * (spent + step) / (n + 1) >= share then
+      why, again = 1, share / 2
+      break
+    end
+    if step > 60000000 then oversize = true end
+    spent = spent + step
+    for i = 1, count do
+      local d, cost = dims[i], costs[i]
+      local at, back, ahead = tat[d], credit[d], max_ahead - cost
+      if ahead < 0 then ahead = 0 end
+      local earliest = start - (ahead < burst and ahead or burst)
+      if at < earliest then at = earliest end
+      if back > 0 then
+        back = min(back, ahead, cost * (d == 1 and 0.5 or 0.75))
+        credit[d], cost = credit[d] - back, cost - back
+      end
+      tat[d] = at + cost
+    end
+    if ramp then s.ramp_i, s.ramp_next = s.ramp_i + 1, start end
+    n = n + 1
+    starts[n] = start - now + 1           -- whole microseconds, never early
+    if n <= want then last = start end
+  end
+  return ramp
 end
-if open and probe == '' or (fails == 0 and q[20] and q[20] ~= '0') then
-  local first = redis.call('ZRANGE', WAIT, 0, 0)[1]
-  if first and first ~= me then redis.call('PUBLISH', CHANNEL, 'f:' .. first) end
+
+local function note_lull()
+  local idle = true                       -- nothing is owed: the fleet asks for less than the rate
+  for i = 1, #dims do
+    if s.tat[dims[i]] > now then idle = false end
+  end
+  if not idle and s.cool_until <= now then return end
+  s.busy_since = max(now, s.cool_until)
+  -- Probing beyond the ceiling begins anew after a lull: what was found then holds no more.
+  if idle and s.active > K then s.active = K end
 end
+
+-- The rate is what holds the fleet up if starts have lain ahead for a while without a gap: a pair
+-- of requests that came together is no sign of it.
+local function note_limited(given)
+  if given > 0 and last <= now + 1000 and why ~= 1 then s.busy_since = now end
+  if want == 0 or now - s.busy_since < max(250000, 4 * spent / max(n, 1)) then return end
+  if not known and s.limited > 0 and now > s.limited then
+    s.active = min(s.active, max(K * (1 - (now - s.limited) / LULL), 0))
+  end
+  for i = 1, #dims do s.limited = max(s.limited, s.tat[dims[i]]) end
+end
+
+local function stay_or_leave(given)
+  if given == want then
+    if queued then redis.call('ZREM', WAIT, me) end
+  elseif not queued or has_share or c.concurrency > 0 and given > 0 then
+    redis.call('ZADD', WAIT, now, me)     -- served: to the end of the line
+  end
+end
+
+-- Remember and answer ----------------------------------------------------------------------------
+
+local function reply_for(given, ramp)
+  local plain = c.concurrency == 0 and c.per_day == 0 and not open and not ramp
+    and s.cool_until <= now
+  local flags = (rates[2] + rates[3] + rates[4] > 0 and 1 or 0) + (c.concurrency > 0 and 2 or 0)
+    + (open and 4 or 0) + (plain and 8 or 0) + (oversize and 16 or 0) + (given < want and 32 or 0)
+  return struct.pack(REPLY .. string.rep('I4', n), s.gen, now, s.cool_until,
+    max(min(again, AGAIN), 1000), exhausted, flags, s.consecutive, c.version, unpack(starts))
+end
+
+local function remember(reply, given)
+  local new = redis.call('HSET', PROCS, me, struct.pack(STORED, sequence, now, mine) .. reply)
+  redis.call('HSET', Q, 'live', cmsgpack.pack(s))
+  if sweep or new == 1 or given < want and not queued then
+    local ttl = TTL + max(ceil((s.day_until - now) / 1000000), 0)
+    redis.call('EXPIRE', Q, ttl)
+    redis.call('EXPIRE', PROCS, ttl)
+    redis.call('EXPIRE', WAIT, ttl)
+  end
+end
+
+-- What is asked ----------------------------------------------------------------------------------
+
+local stored, was_mine = redis.call('HGET', PROCS, me), 0
+if stored then
+  local done, _, calls, at = struct.unpack(STORED, stored)
+  if done == sequence then return string.sub(stored, at) end
+  was_mine = calls
+end
+load()
+read_clock()
+local failing = s.fails > 0
+settle()
+refill()
+s.in_flight = s.in_flight - was_mine
+sweep_processes()
+s.in_flight = max(s.in_flight, 0)
+if want > 0 then
+  waiting = redis.call('ZCARD', WAIT)     -- mostly nobody: then no more calls are needed
+  queued = waiting > 0 and redis.call('ZSCORE', WAIT, me) and true
+  if not queued then waiting = waiting + 1 end
+else
+  queued = stored                       -- perhaps
+end
+note_lull()
+
+local room = room_for(want + spare)
+local base = max(now, s.cool_until, s.ramp_next)   -- nobody overtakes a slow start
+open = s.fails >= BREAKER
+if open then
+  base = max(base, s.probe_at)
+  if s.probe ~= '' or base > now + look then room, why = 0, 4 else room = min(room, 1) end
+end
+last = now
+local ramp
+if s.ramp_i >= 0 and c.adaptive == 0 and c.ramp_n > 0 then ramp = slow_start() end
+ramp = grant(room, base, ramp)
+if open and n > 0 then s.probe = me end
+if c.per_day > 0 then s.day_used = s.day_used + n end
+mine = mine + n
+local given = min(n, want)
+stay_or_leave(given)
+note_limited(given)
+s.in_flight = s.in_flight + mine
+
+if bumped then redis.call('PUBLISH', CHANNEL, string.format('g:%.0f', s.gen)) end
+if c.concurrency > 0 and s.in_flight < c.concurrency and mine < was_mine + n then
+  tell_first_waiter()
+end
+if open and s.probe == '' or failing and s.fails == 0 then tell_first_waiter() end
 if why == 4 and base > now + look then again = base - look - now end
-local plain = concurrency == 0 and per_day == 0 and not open and not ramp and cool_until <= now
-local flags = (by_tokens and 1 or 0) + (concurrency > 0 and 2 or 0) + (open and 4 or 0)
-  + (plain and 8 or 0) + (oversize and 16 or 0) + (given < want and 32 or 0)
-local reply = string.format('%.0f|%.0f|%.0f|%.0f|%.0f|%d|%d|%d|', gen, now, cool_until,
-  math.max(math.min(again, AGAIN), 1000), exhausted, flags, consecutive, version)
-  .. table.concat(starts, ',')
-local new = redis.call('HSET', PROCS, me,
-  sequence .. string.format('|%.0f|%d|', now, mine) .. reply)
-local fields, k = {'now', now}, 2
-local function put(name, value, old)        -- what did not change is not written
-  if value ~= old then fields[k + 1], fields[k + 2], k = name, value, k + 2 end
-end
-put('run_id', run_id, q[15])
-put('gen', gen, num(q[16]))
-put('cool_until', cool_until, num(q[17]))
-put('consecutive', consecutive, num(q[18]))
-put('success', success and '1' or '0', q[19])
-put('fails', fails, num(q[20]))
-put('probe', probe, q[21])
-put('probe_at', probe_at, num(q[22]))
-put('ramp_i', ramp_i, num(q[23]))
-put('ramp_next', ramp_next, num(q[24]))
-put('ceiling', ceiling, num(q[36]))
-put('active', active, num(q[37]))
-put('limited', limited, num(q[38]))
-put('rate', rate, num(q[39]))
-put('cycle_ok', cycle_ok, num(q[40]))
-put('in_flight', in_flight, num(q[41]))
-put('swept', swept, num(q[42]))
-put('pace', p, num(q[43]))
-put('busy_since', busy_since, num(q[44]))
-local names = {'r', 't', 'i', 'o'}
-for i = 1, #dims do
-  local d = dims[i]
-  put('tat_' .. names[d], tat[d], num(q[24 + d]))
-  put('cr_' .. names[d], credit[d], num(q[28 + d]))
-end
-if per_day > 0 or day_until > 0 then
-  put('day_used', day_used, num(q[33]))
-  put('day_reset', day_reset, num(q[34]))
-  put('day_until', day_until, num(q[35]))
-end
-redis.call('HSET', Q, unpack(fields))
-if sweep or new == 1 or added == 1 then
-  local ttl = 172800
-  if day_until > now then ttl = ttl + math.ceil((day_until - now) / 1000000) end
-  redis.call('EXPIRE', Q, ttl)
-  redis.call('EXPIRE', PROCS, ttl)
-  redis.call('EXPIRE', WAIT, ttl)
-end
+local reply = reply_for(given, ramp)
+remember(reply, given)
 return reply

@@ -1,39 +1,50 @@
 -- configure.lua: create a quota, or change what it allows.
 --
 -- KEYS     1 hash the quota   2 channel "g:generation"
--- ARGV     1 configuration (JSON)   2 "1": replace a differing one
---          3.. field, value: the configuration as acquire.lua reads it
+-- ARGV     1 configuration (JSON)   2 "1": replace a differing one   3 cooldowns   4 ramp (seconds)
+--          5.. field, number: the configuration as acquire.lua reads it
 -- returns  the configuration in force: not ARGV[1] when another one stood in the way
 --
 -- A change voids all tickets (they were given at the old rate) and forgets what a cut has taught.
 
 local Q, CHANNEL, LOOK, TTL = KEYS[1], KEYS[2], 500000, 172800
+local RATES = {'rate_r', 'rate_t', 'rate_i', 'rate_o'}
 local json, replace = ARGV[1], ARGV[2] == '1'
 
-local old = redis.call('HMGET', Q, 'config', 'version', 'gen', 'now', 'rate_r', 'rate_t', 'rate_i',
-  'rate_o', 'tat_r', 'tat_t', 'tat_i', 'tat_o')
-if old[1] and (old[1] == json or not replace) then
-  redis.call('EXPIRE', Q, TTL)
-  return old[1]
+local function setup_from_arguments(version)
+  local setup = {version = version}
+  for i = 5, #ARGV, 2 do setup[ARGV[i]] = tonumber(ARGV[i + 1]) end
+  return setup
 end
 
-local fields = {'config', json, 'version', (tonumber(old[2]) or 0) + 1}
-for i = 3, #ARGV do fields[#fields + 1] = ARGV[i] end
-redis.call('HSET', Q, unpack(fields))
-redis.call('EXPIRE', Q, TTL)
-
-if old[3] then
+-- What is owed beyond the tickets that are void now stays owed, at the new rate.
+local function carry_over(live, old, new)
   local time = redis.call('TIME')
-  local now = math.max(time[1] * 1000000 + time[2], tonumber(old[4]) or 0)
-  local gen = math.max(tonumber(old[3]) + 1, now)
-  local new = redis.call('HMGET', Q, 'rate_r', 'rate_t', 'rate_i', 'rate_o')
-  for d, name in ipairs({'r', 't', 'i', 'o'}) do
-    local rate, owed = tonumber(new[d]) or 0, (tonumber(old[8 + d]) or 0) - now - LOOK
-    local debt = owed > 0 and rate > 0 and owed * (tonumber(old[4 + d]) or 0) / rate or 0
-    redis.call('HSET', Q, 'tat_' .. name, now + debt, 'cr_' .. name, 0)
+  local now = math.max(time[1] * 1000000 + time[2], live.now)
+  for d, name in ipairs(RATES) do
+    local owed, rate = live.tat[d] - now - LOOK, new[name]
+    local debt = owed > 0 and rate > 0 and owed * (old[name] or 0) / rate or 0
+    live.tat[d], live.credit[d] = now + debt, 0
   end
-  redis.call('HDEL', Q, 'ceiling', 'active', 'limited', 'cycle_ok')
-  redis.call('HSET', Q, 'gen', gen)
-  redis.call('PUBLISH', CHANNEL, string.format('g:%.0f', gen))
+  live.ceiling, live.active, live.limited, live.cycle_ok = 0, 0, 0, 0
+  live.gen = math.max(live.gen + 1, now)
+end
+
+local found = redis.call('HMGET', Q, 'config', 'setup', 'live')
+if found[1] and (found[1] == json or not replace) then
+  redis.call('EXPIRE', Q, TTL)
+  return found[1]
+end
+
+local old = found[2] and cmsgpack.unpack(found[2]) or {}
+local setup = setup_from_arguments((old.version or 0) + 1)
+redis.call('HSET', Q, 'config', json, 'setup', cmsgpack.pack(setup),
+  'cooldowns', ARGV[3], 'ramp', ARGV[4])
+redis.call('EXPIRE', Q, TTL)
+if found[3] then
+  local live = cmsgpack.unpack(found[3])
+  carry_over(live, old, setup)
+  redis.call('HSET', Q, 'live', cmsgpack.pack(live))
+  redis.call('PUBLISH', CHANNEL, string.format('g:%.0f', live.gen))
 end
 return json

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Self
 
 from batchllm_celery.connection import Connection, Script
@@ -41,7 +41,7 @@ _MONTH = 30 * 24 * 3600
 
 
 class Limiter:
-    """Start times for provider calls, shared by the fleet. One per process; an async context manager.
+    """Start times for provider calls, shared by the fleet. One per process; a context manager.
 
     async with Limiter(connection, Keys(), process_id="host-1") as limiter:
         await limiter.configure(Quota(name="gemini", limits=QuotaLimits(requests_per_minute=600)))
@@ -87,7 +87,7 @@ class Limiter:
             lambda: CONFIGURE(
                 self._connection.client,
                 [keys.state, keys.channel],
-                [json, int(update), *_script_fields(quota)],
+                [json, int(update), *script_fields(quota)],
             )
         )
         await self._remember(quota.name)
@@ -97,16 +97,26 @@ class Limiter:
                 raise QuotaConflictError(_differences(found, quota))
         return quota
 
-    async def acquire(self, quota: str, estimate: Estimate) -> Permit:
+    async def acquire(
+        self, quota: str, estimate: Estimate | Callable[[], Estimate], *, again: bool = False
+    ) -> Permit:
         """Wait for this call's turn and return at its start time: the caller starts it at once.
 
         First come, first served within the process. Cancelling gives the place back.
+
+        Args:
+            quota: its name.
+            estimate: what the call will probably use; a function is asked anew while it waits.
+            again: the caller had its turn already and was refused, or its permit went stale: it
+                comes before all who had none. (At the tail, each item of a long line could be
+                refused once, with no success in between, and the cooldowns grow to their longest.)
 
         Raises:
             QuotaUnavailableError: the day's quota is used up; raised at once, not waited for.
         """
         desk = self._desks.get(quota) or self._open(quota)
-        return await desk.acquire(estimate)
+        guess = estimate if callable(estimate) else lambda: estimate
+        return await desk.acquire(guess, again)
 
     def may_start(self, permit: Permit) -> bool:
         """Whether a call with this permit may (still) start now.
@@ -138,11 +148,13 @@ class Limiter:
     async def state(self, quota: str) -> QuotaState:
         """The quota as it is now, for `status`."""
         keys = self._keys.quota(quota)
-        now, waiting, flat = await self._connection.patiently(
+        now, waiting, config, *flat = await self._connection.patiently(
             lambda: STATE(self._connection.client, [keys.state, keys.waiting], [])
         )
-        fields = {flat[i].decode(): flat[i + 1].decode() for i in range(0, len(flat), 2)}
-        return read_state(quota, now, waiting, fields)
+        numbers = {
+            name.decode(): float(value) for name, value in zip(flat[::2], flat[1::2], strict=True)
+        }
+        return read_state(quota, now, waiting, config, numbers)
 
     async def states(self) -> list[QuotaState]:
         """All quotas of the namespace that were used in the last month."""
@@ -236,13 +248,13 @@ class _Desk:
         self._cooling: asyncio.TimerHandle | None = None
         self._closed = False
 
-    async def acquire(self, estimate: Estimate) -> Permit:
+    async def acquire(self, guess: Callable[[], Estimate], again: bool) -> Permit:
         line = self.line
-        permit = line.at_once(time.monotonic(), estimate)
+        permit = line.at_once(time.monotonic(), guess())
         if permit is not None:
             return permit
-        waiter = Waiter(estimate, self._loop.create_future())
-        line.join(waiter)
+        waiter = Waiter(guess, self._loop.create_future())
+        line.join(waiter, first=again)
         while True:
             self._wake(min(line.next_ask(), line.next_start()))
             permit = await self._granted(waiter)
@@ -251,7 +263,7 @@ class _Desk:
             # The loop was late: the call would start after its time, or in a cooldown.
             permit.settled = True
             self.settle(permit, CallOutcome.UNUSED)
-            waiter = Waiter(estimate, self._loop.create_future())
+            waiter = Waiter(guess, self._loop.create_future())
             line.join(waiter, first=True)
 
     async def _granted(self, waiter: Waiter) -> Permit:
@@ -262,7 +274,7 @@ class _Desk:
             if granted.done() and not granted.cancelled() and granted.exception() is None:
                 granted.result().settled = True
                 self.settle(granted.result(), CallOutcome.UNUSED)
-            elif waiter.granted.cancelled() and waiter in self.line.waiters:
+            elif granted.cancelled() and not self._closed:
                 self.line.leave(waiter)
             raise
 
@@ -401,10 +413,10 @@ class _Desk:
         self._events.emit(QuotaOversize(self.line.quota, "tokens", largest, 0.0))
 
 
-def _script_fields(quota: Quota) -> list[str | int | float]:
-    """The configuration as acquire.lua reads it: rates a second, durations in microseconds."""
+def script_fields(quota: Quota) -> list[str | int | float]:
+    """ARGV of configure.lua, from the third on: rates a second, durations in microseconds."""
     limits, policy = quota.limits, quota.policy
-    fields: dict[str, str | int | float] = {
+    fields: dict[str, int | float] = {
         "rate_r": (limits.requests_per_minute or 0) / 60,
         "rate_t": (limits.tokens_per_minute or 0) / 60,
         "rate_i": (limits.input_tokens_per_minute or 0) / 60,
@@ -414,13 +426,12 @@ def _script_fields(quota: Quota) -> list[str | int | float]:
         "burst": int(quota.burst_seconds * 1e6),
         "horizon": int(quota.horizon_seconds * 1e6),
         "adaptive": int(policy.kind == "adaptive"),
-        "cooldowns": ",".join(map(repr, policy.cooldowns)),
         "max_cooldown": int(policy.max_cooldown * 1e6),
-        "ramp": ",".join(map(repr, policy.ramp)),
         "ramp_n": len(policy.ramp),
         "ramp_repeats": int(policy.ramp_repeats),
     }
-    return [part for pair in fields.items() for part in pair]
+    lists = [",".join(map(repr, seconds)) for seconds in (policy.cooldowns, policy.ramp)]
+    return [*lists, *(part for pair in fields.items() for part in pair)]
 
 
 def _differences(found: Quota, wanted: Quota) -> str:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 
 from batchllm_celery.limiter.pending import Pending
 from batchllm_celery.limiter.permit import CallOutcome, Estimate, Permit
-from batchllm_celery.limiter.wire import Reply
+from batchllm_celery.limiter.wire import Reply, pack_question
 
 #: A ticket so many seconds late is void: a stalled host must not fire everything at once.
 LATE = 0.25
@@ -41,10 +41,18 @@ _NO_TOKENS = Estimate()
 
 @dataclass(slots=True, eq=False)
 class Waiter:
-    """One caller of `acquire` that has no permit yet."""
+    """One caller of `acquire` that has no permit yet.
 
-    estimate: Estimate
+    Its estimate is asked for anew whenever it counts: hundreds may join before the first answer
+    has taught the estimator anything, and would reserve by the plain guess for minutes.
+    """
+
+    guess: Callable[[], Estimate]
     granted: asyncio.Future[Permit]
+
+    @property
+    def estimate(self) -> Estimate:
+        return self.guess()
 
 
 @dataclass(slots=True)
@@ -71,6 +79,8 @@ class Line:
     """Waiters, oldest first, and tickets, earliest first. Any waiter may use any ticket."""
 
     quota: str
+    again: deque[Waiter] = field(default_factory=deque)
+    """Those who had a turn already (a refused call, a stale permit): they come first."""
     waiters: deque[Waiter] = field(default_factory=deque)
     tickets: deque[Ticket] = field(default_factory=deque)
     waiting: int = 0
@@ -91,10 +101,10 @@ class Line:
     # -- waiters
 
     def join(self, waiter: Waiter, *, first: bool = False) -> None:
-        """Wait at the end of the line (or again at its head)."""
+        """Wait at the end of the line, or before all who had no turn yet."""
         self.waiting += 1
         if first:
-            self.waiters.appendleft(waiter)
+            self.again.append(waiter)
             return
         self.acquired += 1
         self.waiters.append(waiter)
@@ -108,15 +118,17 @@ class Line:
         waiter.granted.cancel()
 
     def _next_waiter(self) -> Waiter | None:
-        while self.waiters:
-            waiter = self.waiters.popleft()
-            if not waiter.granted.done():
-                self.waiting -= 1
-                return waiter
+        for line in (self.again, self.waiters):
+            while line:
+                waiter = line.popleft()
+                if not waiter.granted.done():
+                    self.waiting -= 1
+                    return waiter
         return None
 
     def alive(self) -> Iterator[Waiter]:
-        return (waiter for waiter in self.waiters if not waiter.granted.done())
+        everybody = chain(self.again, self.waiters)
+        return (waiter for waiter in everybody if not waiter.granted.done())
 
     # -- tickets
 
@@ -137,14 +149,13 @@ class Line:
             if now - self.proof > PROOF:
                 return
             waiter = self._next_waiter()
-            if waiter is None:
-                self.waiting = 0
+            if waiter is None:  # all of them were cancelled just now, and leave by themselves
                 return
             waiter.granted.set_result(self._permit(self.tickets.popleft(), waiter.estimate, now))
 
     def _permit(self, ticket: Ticket, estimate: Estimate, now: float) -> Permit:
         reserved = ticket.reserved
-        if reserved is not estimate and self.by_tokens:
+        if reserved != estimate and self.by_tokens:
             self.pending.owe(
                 estimate.input_tokens - reserved.input_tokens,
                 estimate.output_tokens - reserved.output_tokens,
@@ -234,8 +245,7 @@ class Line:
         spare = min(self._spare(), LARGEST_ASK - want)
         mean = Estimate(round(self.mean_input), round(self.mean_output))
         reserved = self._estimates(held, want)
-        arguments: list[bytes | str | int | float] = [
-            process,
+        numbers = [
             sequence,
             held,
             self.in_flight + held,
@@ -245,12 +255,10 @@ class Line:
             mean.input_tokens,
             mean.output_tokens,
         ]
-        for estimate in reserved:
-            arguments += (estimate.input_tokens, estimate.output_tokens)
         self.pending = Pending(generation=self.generation)
         self.urgent = False
         self.asked_at = now
-        return Question(arguments, reserved, mean)
+        return Question(pack_question(process, numbers, reserved), reserved, mean)
 
     def _estimates(self, held: int, want: int) -> list[Estimate]:
         if not self.by_tokens:
@@ -270,7 +278,7 @@ class Line:
         return max(math.ceil(self.rate * 0.3) - max(len(self.tickets) - self.waiting, 0), 0)
 
     def take(self, question: Question, reply: Reply, sent: float, at: float, now: float) -> None:
-        """The answer: `at` is the local time of the server's `now`, `sent` when the question left."""
+        """The answer: `at` is the local time of the server's `now`, `sent` that of the question."""
         self.saw_generation(reply.generation, now)
         if reply.generation == self.generation:
             self.proof = sent

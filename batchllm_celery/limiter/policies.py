@@ -14,7 +14,7 @@ SAMPLED_STARTS = 1_000
 
 
 class RateLimitStrategy(ABC):
-    """batch-llm's interface. Asked once, when the quota is configured: it must be a pure function."""
+    """batch-llm's interface. Asked once, when the quota is configured: a pure function."""
 
     @abstractmethod
     async def on_rate_limit(self, worker_id: int, consecutive_limit_count: int) -> float:
@@ -22,14 +22,14 @@ class RateLimitStrategy(ABC):
 
     @abstractmethod
     def should_apply_slow_start(self, items_since_resume: int) -> tuple[bool, float]:
-        """Whether the start with this index after a cooldown is delayed, and by how many seconds."""
+        """Whether the start with this index after a cooldown is delayed, and how many seconds."""
 
 
 class ExponentialBackoffStrategy(RateLimitStrategy):
     """Cooldown `min(initial * multiplier ** (consecutive - 1), maximum)`, then a slow start.
 
     The i-th of `slow_start_items` starts comes at least
-    `max(final, initial - (initial - final) * i / slow_start_items)` seconds after the one before it.
+    `max(final, initial - (initial - final) * i / slow_start_items)` seconds after the one before.
     """
 
     def __init__(

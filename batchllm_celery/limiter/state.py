@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
+
+from pydantic import Field
 
 from batchllm_celery.models import CooldownPolicy, Model, Quota, QuotaLimits
 
@@ -13,8 +14,8 @@ class QuotaState(Model):
     """One moment of a quota. Moments are seconds since 1970 (Redis' clock), durations seconds.
 
     Args:
-        allowed_per_minute: requests a minute now (after cuts); None: not limited. For quotas that are
-            limited by tokens only, None too: see `rate_factor`.
+        allowed_per_minute: requests a minute now (after cuts); None: not limited. None too for
+            quotas that are limited by tokens only: see `rate_factor`.
         rate_factor: share of the configured rates that is allowed now (1.0: all of it).
         owed_seconds: by dimension, how far starts lie ahead of now: 0 means room.
         waiting: processes with waiters.
@@ -29,7 +30,7 @@ class QuotaState(Model):
     policy: CooldownPolicy = CooldownPolicy()
     allowed_per_minute: float | None = None
     rate_factor: float = 1.0
-    owed_seconds: dict[str, float] = {}
+    owed_seconds: dict[str, float] = Field(default_factory=dict)
     waiting: int = 0
     in_flight: int = 0
     generation: int = 0
@@ -46,15 +47,18 @@ class QuotaState(Model):
 _DIMENSIONS = {"r": "requests", "t": "tokens", "i": "input_tokens", "o": "output_tokens"}
 
 
-def read_state(name: str, now: int, waiting: int, fields: Mapping[str, str]) -> QuotaState:
-    """The state from the fields of a quota's hash; `now` in microseconds."""
+def read_state(
+    name: str, now: int, waiting: int, config: bytes, fields: Mapping[str, float]
+) -> QuotaState:
+    """The state from what state.lua answers; `now` in microseconds."""
 
     def number(field: str) -> float:
-        return float(fields.get(field) or 0)
+        return fields.get(field, 0.0)
 
-    quota = Quota(**json.loads(fields["config"])) if fields.get("config") else Quota(name=name)
-    known = any(number(f"rate_{d}") > 0 for d in _DIMENSIONS)
-    pace = number("pace") if "pace" in fields else (1.0 if known else 0.0)
+    quota = Quota.model_validate_json(config) if config else Quota(name=name)
+    rates = {label: number(f"rate_{d}") for d, label in _DIMENSIONS.items()}
+    known = any(rates.values())
+    pace = number("pace") if "pace" in fields else float(known)
     per_second = number("rate_r") * pace if known else pace
     day_until, ramp = number("day_until"), number("ramp_i")
     values: dict[str, Any] = {
@@ -66,7 +70,7 @@ def read_state(name: str, now: int, waiting: int, fields: Mapping[str, str]) -> 
         "owed_seconds": {
             label: max(number(f"tat_{d}") - now, 0) / 1e6
             for d, label in _DIMENSIONS.items()
-            if f"tat_{d}" in fields
+            if rates[label] or (d == "r" and not known)
         },
         "waiting": waiting,
         "in_flight": int(number("in_flight")),
@@ -76,7 +80,7 @@ def read_state(name: str, now: int, waiting: int, fields: Mapping[str, str]) -> 
         "failures_in_a_row": int(number("fails")),
         "probing": number("fails") >= 5,
         "ramp_position": int(ramp)
-        if 0 <= ramp < len(quota.policy.ramp) and ramp_on(quota)
+        if 0 <= ramp < len(quota.policy.ramp) and _ramp_on(quota)
         else None,
         "day_used": int(number("day_used")) if now < number("day_reset") else 0,
         "day_resets_at": number("day_reset") / 1e6 or None,
@@ -85,5 +89,5 @@ def read_state(name: str, now: int, waiting: int, fields: Mapping[str, str]) -> 
     return QuotaState(**values)
 
 
-def ramp_on(quota: Quota) -> bool:
+def _ramp_on(quota: Quota) -> bool:
     return quota.policy.kind == "slow_start"

@@ -1,10 +1,27 @@
-"""What acquire.lua answers, and the clock that turns its times into local ones."""
+"""What acquire.lua is asked and answers, and the clock that turns its times into local ones."""
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from batchllm_celery.limiter.permit import Estimate
+
+_NUMBERS = struct.Struct("<20d")
+_HEAD = struct.Struct("<5d3I")
+_LARGEST = 2**32 - 1
 _TOKENS, _SLOTS, _PROBE, _PLAIN, _OVERSIZE, _LIMITED = 1, 2, 4, 8, 16, 32
+
+
+def pack_question(
+    process: str, numbers: Sequence[float], estimates: Sequence[Estimate]
+) -> list[bytes | str | int | float]:
+    """ARGV of acquire.lua; `numbers` in the order of its header."""
+    tokens: list[int] = []
+    for estimate in estimates:
+        tokens += (min(estimate.input_tokens, _LARGEST), min(estimate.output_tokens, _LARGEST))
+    return [process, _NUMBERS.pack(*numbers), struct.pack(f"<{len(tokens)}I", *tokens)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +40,20 @@ class Reply:
 
     @classmethod
     def parse(cls, raw: bytes) -> Reply:
-        head, _, starts = raw.rpartition(b"|")
-        generation, now, cool, again, exhausted, flags, consecutive, version = map(
-            int, head.split(b"|")
+        generation, now, cool, again, exhausted, flags, consecutive, version = _HEAD.unpack_from(
+            raw
         )
-        after = tuple([int(s) * 1e-6 for s in starts.split(b",")]) if starts else ()
+        starts = struct.unpack_from(f"<{(len(raw) - _HEAD.size) // 4}I", raw, _HEAD.size)
         return cls(
-            generation, now, cool, again * 1e-6, exhausted, flags, consecutive, version, after
+            int(generation),
+            int(now),
+            int(cool),
+            again * 1e-6,
+            int(exhausted),
+            flags,
+            consecutive,
+            version,
+            tuple([start * 1e-6 for start in starts]),
         )
 
     @property
@@ -68,7 +92,7 @@ class ServerClock:
     """Server time in local monotonic time, from the quickest of the recent round trips.
 
     The server's moment lies somewhere between sending and receiving. A start must never be early,
-    so the least `received - server time` of the last seconds counts, kept within this very round trip:
+    so the least `received - server time` of the last seconds counts, kept within this round trip:
     a late loop doesn't shift starts, nor does a server whose clock was set.
     """
 

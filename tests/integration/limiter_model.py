@@ -1,7 +1,7 @@
-"""A plain Python model of acquire.lua for known rates, cooldown and escalation, day and concurrency.
+"""A plain Python model of acquire.lua: known rates, cooldown and escalation, day and concurrency.
 
-Written from the protocol, not from the script: one process after another, all times in microseconds. What
-it leaves out: the adaptive curve (benchmarks/adaptive_trial.py), leases (their own tests) and the breaker.
+Written from the protocol, not from the script: one process after another, times in microseconds.
+What it leaves out: the adaptive curve (benchmarks/adaptive_trial.py), leases and the breaker.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 LOOK = 500_000
 HEADROOM = 0.995
+SECOND = 800_000
 DAY = 86_400_000_000
 
 
@@ -35,9 +36,10 @@ class Bucket:
     def pay(self, start: float, burst: float, units: float) -> None:
         assert self.tat is not None
         cost = units * self.per
-        refund = min(self.credit, cost * (1 - self.keep))
+        ahead = max(max(burst, SECOND) - cost, 0.0)
+        refund = min(self.credit, cost * (1 - self.keep), ahead)
         self.credit -= refund
-        self.tat = max(self.tat, start - burst) + cost - refund
+        self.tat = max(self.tat, start - min(burst, ahead)) + cost - refund
 
 
 @dataclass

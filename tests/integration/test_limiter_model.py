@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from batchllm_celery.keys import Keys
-from batchllm_celery.limiter.limiter import _script_fields
-from batchllm_celery.limiter.wire import Reply
+from batchllm_celery.limiter import Estimate
+from batchllm_celery.limiter.limiter import script_fields
+from batchllm_celery.limiter.wire import Reply, pack_question
 from batchllm_celery.models import CooldownPolicy, Quota, QuotaLimits
 from tests.integration.limiter_model import Answer, Model
 from tests.integration.virtual_redis import VirtualRedis
@@ -34,14 +35,13 @@ class Scripts:
         server.call(
             "configure.lua",
             [keys.state, keys.channel],
-            [quota.model_dump_json(), 0, *_script_fields(quota)],
+            [quota.model_dump_json(), 0, *script_fields(quota)],
         )
 
     def ask(self, process: str, wants: list[int], **told: Any) -> Reply:
         """The named values default to nothing having happened."""
         retry_after = told.get("retry_after")
-        arguments = [
-            process,
+        numbers = [
             told.get("sequence") or self._next(),
             told.get("held", 0),
             told.get("in_flight", 0),
@@ -63,8 +63,7 @@ class Scripts:
             0,
             0,
         ]
-        for tokens in wants:
-            arguments += [tokens, 0]
+        arguments = pack_question(process, numbers, [Estimate(tokens, 0) for tokens in wants])
         reply = Reply.parse(self.server.call("acquire.lua", self.keys, arguments))
         self.generation = reply.generation
         return reply
@@ -165,7 +164,7 @@ class ScriptsAgainstModel(RuleBasedStateMachine):
 
 
 def test_the_scripts_do_what_the_model_says(valkey: ValkeyServer) -> None:
-    """Random histories of three processes: starts, cooldowns and the day agree to the microsecond."""
+    """Random histories of three processes: starts, cooldowns and the day agree."""
     ScriptsAgainstModel.server = VirtualRedis(valkey.url)
     ScriptsAgainstModel.TestCase.settings = settings(
         max_examples=60,
@@ -218,7 +217,7 @@ def test_nothing_starts_for_a_while_after_redis_restarted(server: VirtualRedis) 
 
 
 def test_a_quota_that_redis_lost_starts_carefully(server: VirtualRedis) -> None:
-    """A process that knows a generation of a vanished quota makes the fleet wait; a new one does not."""
+    """A process that knows a vanished quota makes the fleet wait; a new process does not."""
     scripts = Scripts(server, Quota(name="q"))
     known = scripts.ask("a", [1]).generation
     server.client.delete(*scripts.keys[:3])
@@ -270,3 +269,62 @@ def test_a_late_refusal_opens_no_second_cooldown(server: VirtualRedis) -> None:
     assert late.generation == first.generation
     assert late.consecutive == 1
     assert late.cooldown <= 3.0
+
+
+def numbers_of(scripts: Scripts) -> dict[str, float]:
+    """What `status` would read."""
+    _, _, _, *flat = scripts.server.call("state.lua", [scripts.keys[0], scripts.keys[2]], [])
+    return {k.decode(): float(v) for k, v in zip(flat[::2], flat[1::2], strict=True)}
+
+
+@pytest.mark.parametrize("rate", [10.0, None])
+def test_after_a_cut_the_rate_follows_the_curve(server: VirtualRedis, rate: float | None) -> None:
+    """Down to 3/4 (known) and up again along the cubic, over time in which somebody waits."""
+    limits = QuotaLimits(requests_per_minute=rate and rate * 60)
+    scripts = Scripts(server, Quota(name="q", limits=limits))
+    scripts.ask("a", [1] * 20)
+    scripts.ask("a", [], refused=True, retry_after=1.0)
+    ceiling = numbers_of(scripts)["ceiling"]
+    assert ceiling == pytest.approx(1.0 if rate else 6.0, rel=0.01)
+    k = (0.25 / 1e-5) ** (1 / 3)
+    for step in range(1, 240):
+        server.now += 0.25
+        scripts.ask("a", [1] * 10)
+        seen = numbers_of(scripts)
+        curve = ceiling * max(0.75, 1 + 1e-5 * (seen["active"] - k) ** 3)
+        assert seen["pace"] == pytest.approx(min(curve, 1.0) if rate else curve)
+        assert step * 0.25 - 3 <= seen["active"] <= max(step * 0.25 - 1, 0)
+
+
+def test_time_in_which_nobody_waits_does_not_raise_the_rate(server: VirtualRedis) -> None:
+    """Ten minutes of little load raise nothing, and a rate that was found is approached anew."""
+    scripts = Scripts(server, Quota(name="q"))
+    scripts.ask("a", [1] * 20)
+    scripts.ask("a", [], refused=True, retry_after=1.0)
+    for _ in range(240):
+        server.now += 0.25
+        scripts.ask("a", [1] * 10)
+    found = numbers_of(scripts)["pace"]
+    for _ in range(600):
+        server.now += 1.0
+        scripts.ask("a", [1])
+    assert numbers_of(scripts)["pace"] <= found
+    for _ in range(8):
+        server.now += 0.25
+        scripts.ask("a", [1] * 10)
+    seen = numbers_of(scripts)
+    assert seen["pace"] == pytest.approx(0.75 * seen["ceiling"], rel=0.05)
+
+
+def test_slots_are_shared_among_those_who_wait(server: VirtualRedis) -> None:
+    """Concurrency is one number for the fleet: no process takes another's share, none is lost."""
+    limits = QuotaLimits(max_concurrency=6, requests_per_minute=60_000)
+    scripts = Scripts(server, Quota(name="q", limits=limits))
+    assert len(scripts.ask("a", [1] * 9).starts_in) == 6
+    server.now += 0.01
+    assert scripts.ask("b", [1] * 9).starts_in == ()
+    server.now += 0.01
+    assert scripts.ask("a", [1] * 3, in_flight=3, successes=3).starts_in == ()  # it has its share
+    assert len(scripts.ask("b", [1] * 9).starts_in) == 3
+    scripts.ask("a", [], in_flight=0, successes=3)
+    assert len(scripts.ask("b", [1] * 6, in_flight=3).starts_in) == 3

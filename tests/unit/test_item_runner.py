@@ -76,7 +76,7 @@ class FakeLimiter:
         if self.error is not None:
             raise self.error
         self.open += 1
-        return FakePermit(estimate)
+        return FakePermit(estimate())
 
     def settle(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 
 import pytest
 
@@ -127,7 +128,8 @@ def test_the_longest_retry_after_of_the_newest_generation_counts() -> None:
 
 def test_a_reply_is_read() -> None:
     """Times come in microseconds; flags say what the quota limits."""
-    reply = Reply.parse(b"17|1000000|3000000|250000|0|33|2|1|0,100000")
+    numbers = (17, 1_000_000, 3_000_000, 250_000, 0, 33, 2, 1, 0, 100_000)
+    reply = Reply.parse(struct.pack("<5d3I2I", *numbers))
     assert reply.generation == 17
     assert reply.cooldown == 2.0
     assert reply.again_in == 0.25
