@@ -16,6 +16,7 @@ from celery.app.amqp import AMQP
 from kombu import Connection
 from kombu.transport import redis as kombu_redis
 from kombu.transport import virtual
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 logger = logging.getLogger("batchllm_celery")
 
@@ -54,6 +55,17 @@ class _QoS(kombu_redis.QoS):
         _gathered.tags.setdefault(self, []).append(delivery_tag)
         virtual.QoS.ack(self, delivery_tag)
 
+    def restore_unacked_once(self, stderr: Any = None) -> None:
+        """Give back what is in hand, if that can be; what can't is delivered again when its
+        visibility timeout is over. kombu would raise, and forbid a second try."""
+        try:
+            super().restore_unacked_once(stderr)
+        except Exception as error:
+            name = type(error).__name__
+            logger.warning("broker.restore_failed error=%s", name)
+            if self._delivered is not None:
+                self._delivered.clear()
+
     def forget(self, tags: list[str]) -> None:
         """What kombu does for one acknowledged message, for many. What can't be forgotten,
         because the connection is lost, is delivered again, as with kombu."""
@@ -71,6 +83,14 @@ class _Channel(kombu_redis.Channel):
 
     QoS = _QoS
     _kept: Any = None
+
+    def _connparams(self, asynchronous: bool = False) -> Any:
+        """A task that ends after the broker was lost acknowledges on the old channel. kombu then
+        fails with an AttributeError, at which Celery ends its consumer, but not the process."""
+        if self.connection is None or self.connection.client is None:
+            raise RedisConnectionError("this connection to the broker was closed")
+        channel: Any = super()
+        return channel._connparams(asynchronous)
 
     def _create_client(self, asynchronous: bool = False) -> Any:
         channel: Any = super()
