@@ -47,7 +47,7 @@ demo: $(STAMP)
 		--workers 2 --overwrite -o demo/results.jsonl
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 3 --dist loadfile
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -41,9 +41,9 @@ async def test_a_script_error_reaches_the_caller(connection: Connection) -> None
         await connection.patiently(lambda: broken(connection.client, []))
 
 
-async def test_more_commands_than_sockets_wait_for_one(redis_url: str) -> None:
+async def test_more_commands_than_sockets_wait_for_one(own_valkey: ValkeyServer) -> None:
     """A thousand commands at once share a few sockets instead of failing."""
-    async with Connection(redis_url, max_connections=2) as connection:
+    async with Connection(own_valkey.url, max_connections=2) as connection:
         replies = await asyncio.gather(*(connection.client.echo(str(n)) for n in range(1000)))
         clients = await connection.client.client_list()
     assert replies == [str(n).encode() for n in range(1000)]
