@@ -113,6 +113,22 @@ def test_a_full_disk_stops_the_run_and_costs_no_call(stage: Stage) -> None:
     assert stage.judge("full", rows).repeats == 0
 
 
+def test_a_worker_told_to_end_while_it_has_lost_the_broker_ends(stage: Stage) -> None:
+    """SIGTERM in the moment when its connections were cut: its calls in flight end and are
+    recorded, the worker ends with 0, another one does the rest."""
+    rows = 60
+    stage.rows("bye", rows)
+    ending = stage.start_worker()
+    run = stage.start_run("bye")
+    wait_until(lambda: stage.has_called(ending, 4, "bye"), timeout=40)
+    stage.cut_connections()
+    stage.drain(ending)
+    stage.ensure_workers(1)
+    stage.finish(run, "bye")
+
+    assert stage.judge("bye", rows).repeats == 0
+
+
 def test_kills_of_workers_producer_and_valkey_lose_nothing(stage: Stage) -> None:
     """kill -9 of workers in mid-call, of the producer, of Valkey, all connections cut, a drain and
     a cold shutdown, in one batch: every row is answered once, only calls that were cut off are

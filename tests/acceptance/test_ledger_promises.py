@@ -208,8 +208,8 @@ def test_retry_failed_and_resume_after_cancel_leave_one_line_for_every_row(stage
         row["prompt"] += " BROKEN"
     path.write_text("".join(json.dumps(row) + "\n" for row in lines))
     stage.ensure_workers(1)
-    run = stage.start_run("twice")
-    wait_until(lambda: stage.written("twice") > 15, timeout=40)
+    run = stage.start_run("twice", "--rpm", "240")  # slow enough to be cancelled in the middle
+    wait_until(lambda: stage.written("twice") > 12, timeout=40)
     assert stage.fleet.run("cancel", "twice").returncode == 0
     assert run.wait(timeout=60) == 3
     first = assert_one_line_each(stage.out("twice"), rows)

@@ -60,9 +60,10 @@ def test_workers_join_and_leave_in_mid_run(
     hands over the rest and exits with 0; every row is answered by exactly one call."""
     provider = provide(latency=0.2)
     fleet.env["GOOGLE_GEMINI_BASE_URL"] = provider.url
-    write_rows(fleet.folder / "rows.jsonl", 800)
+    rows = 1200
+    write_rows(fleet.folder / "rows.jsonl", rows)
     fleet.start("worker", name="first")
-    fleet.start("submit", "rows.jsonl", *GEMINI, "--rpm", "3000", "--batch-id", "b")
+    fleet.start("submit", "rows.jsonl", *GEMINI, "--rpm", "1200", "--batch-id", "b")
     wait_until(lambda: len(provider.calls) > 40, timeout=60)
     second = fleet.start("worker", name="second")
     with producer_of(fleet, redis_url) as producer:
@@ -75,10 +76,13 @@ def test_workers_join_and_leave_in_mid_run(
 
     assert second.wait(timeout=40) == 0
     assert time.monotonic() - told < 10  # no call takes longer than 0.2 s, so there is no need
-    assert len(provider.calls) < 800
+    assert len(provider.calls) < rows
+    # The rest may go fast: what counts is that nothing of it was lost.
+    faster = fleet.run("quota", "set", "gemini:gemini-2.5-flash", "--rpm", "30000")
+    assert faster.returncode == 0, faster.stderr
     followed = fleet.run("results", "b", "-o", "out.jsonl", "--follow")
     assert followed.returncode == 0, followed.stderr
-    assert_one_line_each(fleet.folder / "out.jsonl", 800)
+    assert_one_line_each(fleet.folder / "out.jsonl", rows)
     assert set(Counter(call.prompt for call in provider.calls).values()) == {1}
     assert len(workers_of(fleet)) == 1
 

@@ -43,7 +43,8 @@ def test_a_late_acknowledgement_on_a_closed_channel_is_a_connection_error(connec
     """A task that ends after the broker was lost acknowledges on the old channel; Celery logs a
     connection's error there, and goes on."""
     message = wait_until(lambda: connection.default_channel.basic_get("default"))
-    connection.default_channel.close()
+    connection.default_channel._disconnect_pools()
+    message.channel.connection = None  # what Celery leaves of the channel of a lost broker
 
     with pytest.raises(connection.connection_errors):
         message.ack()
