@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import uuid
 from collections.abc import AsyncIterator, Iterator
 
@@ -9,6 +10,9 @@ import pytest
 
 from batchllm_celery.connection import Connection
 from tests.support import ValkeyServer, keys_without_ttl
+
+# A shell that starts us in the background has Ctrl-C ignored, here and in all that we start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -352,6 +352,9 @@ class AsyncioPool(BasePool):
 
     def _wait_for_jobs(self, cold: bool = False) -> None:
         deadline: float | None = None
+        if self._hub is not None:
+            # Between a lost broker and the next one the hub has forgotten us.
+            self._hub.add_reader(self._waker.reader, self._deliver)
         while self._running:
             if cold or _is_cold_shutdown():
                 if deadline is None:

@@ -9,6 +9,7 @@ from collections import Counter
 from typing import Any
 
 import hypothesis.strategies as st
+import pytest
 import redis
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import (
@@ -278,6 +279,7 @@ def is_stopped(state: str) -> bool:
     return state not in ("open", "paused", "finished")
 
 
+@pytest.mark.timeout(600)  # thousands of calls: slow machines need minutes
 def test_random_histories_lose_nothing_and_answer_everything_once(redis_url: str) -> None:
     """Whatever happens in whatever order, each item has exactly one outcome per round."""
     run_state_machine_as_test(
