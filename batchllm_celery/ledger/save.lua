@@ -13,6 +13,7 @@ for n = 2, #ARGV, 4 do
     call('HSET', TRY, index, tries_text(losses, round, ARGV[n + 2]))
     call('HSET', HELD, index, CLAIMED .. ' ' .. mine)
     call('ZREM', READY, index)
+    call('HSETNX', PROCS, process, LOST) -- its lease may have ended: its death must be noticed
     -- Repeated after a lost reply this counts twice: maybe_billed is an upper bound.
     meta.maybe_billed = meta.maybe_billed + tonumber(ARGV[n + 3])
   end
