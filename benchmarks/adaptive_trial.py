@@ -206,7 +206,7 @@ class Sender:
             self.in_flight + held,
             want,
             0,
-            *self.pending.arguments(self.generation),
+            *self.pending.arguments(self.generation, now),
             0,
             0,
         ]

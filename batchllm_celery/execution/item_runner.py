@@ -183,6 +183,13 @@ class ItemRunner:
         return result
 
 
+def _not_ours(error: BaseException) -> bool:
+    """Whether a cancellation came from inside the strategy (a client that cancels its own tasks):
+    then the item is not to end with it."""
+    task = asyncio.current_task()
+    return isinstance(error, asyncio.CancelledError) and task is not None and not task.cancelling()
+
+
 async def _clean_up(job: ItemJob) -> None:
     try:
         await job.strategy.cleanup()
@@ -347,7 +354,11 @@ class _Run:
             timeout = self._timeout_error(time.monotonic() - started, self.limit)
             timeout.__cause__ = error
             return timeout
-        except BaseException:
+        except BaseException as error:
+            if _not_ours(error):
+                cut_off = RuntimeError("the strategy cancelled its own call")
+                cut_off.__cause__ = error
+                return cut_off
             # The provider may have begun to work: the tokens stay counted as estimated.
             self.runner.limiter.settle(permit, CallOutcome.FAILED)
             raise

@@ -1,6 +1,6 @@
 -- acquire.lua: settle what one process has finished, then give start times to its oldest waiters.
 --
--- KEYS     1 hash  the quota: `setup` and `live` (msgpack maps), `cooldowns`, `ramp`
+-- KEYS     1 hash  the quota: `setup` and `live` (msgpack maps), `cooldowns`, `ramp`, `history`
 --          2 hash  process -> sequence, lease, in flight, reply (packed: STORED, REPLY)
 --          3 zset  process -> since when it waits
 --          4 channel  "g:generation" and "f:process" (a slot is free for it)
@@ -20,7 +20,7 @@ local sequence,
   mine,                         -- permits it holds, tickets included
   want, spare,                  -- tickets wanted by waiters, and by waiters to come
   known_gen, ok, late, latency, -- successes begun in known_gen and before it, sum of their latencies
-  unused,                       -- tickets given back
+  unused, reusable,             -- tickets given back, and those of them whose start lies ahead
   owed_input, owed_output,      -- tokens used beyond the reserved ones (negative: a refund)
   refused_gen, retry_after,     -- generation of the newest refused call, its Retry-After; or -1
   overloads,
@@ -28,10 +28,11 @@ local sequence,
   probe_ended,                  -- 0, 1
   void,                         -- tickets dropped for an old generation: freed here already
   spare_input, spare_output     -- tokens of a ticket for waiters to come
-  = struct.unpack('<dddddddddddddddddddd', ARGV[2])
+  = struct.unpack('<ddddddddddddddddddddd', ARGV[2])
 local max, min, ceil = math.max, math.min, math.ceil
 
 local STORED, REPLY = '<ddI4', '<dddddI4I4I4'
+local SLICE, SLICE_SIZE = '<dI4', 12
 local LOOK = 500000             -- starts are handed out this far ahead: a proof lasts 250 ms anyway
 local SPARE_LOOK = 50000
 local AGAIN = 900000            -- a waiter asks again by then, whatever it was told
@@ -44,6 +45,7 @@ local K = ((1 - BETA) / C) ^ (1 / 3)
 local START_RATE = 10           -- a second, of a quota that nobody knows
 local GAIN = 0.25               -- it grows by so much per success: doubles in three seconds
 local LULL = 60000000           -- after so long without load a rate that was found is approached anew
+local WINDOW = 60000000         -- providers' windows, but for the day's
 local BREAKER = 5               -- cooldowns or overloads in a row that leave one probe at a time
 local DAY = 86400000000
 local TTL = 172800
@@ -66,7 +68,8 @@ local function load()
     now = 0, gen = 0, run_id = '', saved = 0, cool_until = 0, consecutive = 0, success = true,
     fails = 0, probe = '', probe_at = 0, ramp_i = -1, ramp_next = 0,
     tat = {0, 0, 0, 0}, credit = {0, 0, 0, 0}, day_used = 0, day_reset = 0, day_until = 0,
-    ceiling = 0, active = 0, limited = 0, rate = START_RATE, cycle_ok = 0, pace = 0,
+    ceiling = 0, active = 0, limited = 0, rate = START_RATE, cycle_ok = 0, ok = 0, ok_since = 0,
+    pace = 0,
     in_flight = 0, swept = 0, busy_since = 0,
   }
 end
@@ -105,6 +108,7 @@ local function read_clock()
   -- the curve advances only while somebody waits for the rate
   local since, till = max(before > 0 and before or now, s.cool_until), min(now, s.limited)
   if till > since then s.active = s.active + (till - since) / 1000000 end
+  if s.ok_since == 0 then s.ok_since = now end
   s.now = now
 end
 
@@ -143,12 +147,32 @@ local function cool_down()
     return min(wait, c.max_cooldown)
   end
 
+  -- How many calls succeeded in the last `span` (us), and how much of it is on record.
+  local function succeeded_in(span)
+    local history, count, at, from = redis.call('HGET', Q, 'history') or '', s.ok, 1, s.ok_since
+    while from > now - span and at < #history do
+      local till, more = from, 0
+      from, more, at = struct.unpack(SLICE, history, at)
+      count = count + more * min((till - now + span) / max(till - from, 1), 1)
+    end
+    return count, min(now - from, span)
+  end
+
+  -- What a window let in that is used up now and opens again in `wait`.
+  local function window_average(wait)
+    if wait >= WINDOW then return s.cycle_ok / (s.active + wait / 1000000) end
+    local count, covered = succeeded_in(WINDOW - wait)
+    -- (Found for the first time, all that was ever sent counts: the rate grew meanwhile.)
+    if s.ceiling > 0 then wait = wait * covered / (WINDOW - wait) end
+    return count * 1000000 / (covered + wait)
+  end
+
   local function cut(wait)
     local rate = pace()
     if not known then
       if s.ceiling == 0 then rate = rate * 0.6 end
-      if wait >= 2000000 then             -- a window is used up: its average is the quota
-        local average = s.cycle_ok / (s.active + wait / 1000000)
+      if wait >= 2000000 then
+        local average = window_average(wait)
         if rate > 2 * average then rate = average end
       end
     end
@@ -177,6 +201,14 @@ local function cool_down()
   s.ramp_i, s.ramp_next, s.limited = 0, s.cool_until, s.cool_until
 end
 
+-- Slices of some seconds, the newest first: when it began, how many calls succeeded in it.
+local function remember_successes()
+  local history = redis.call('HGET', Q, 'history') or ''
+  history = struct.pack(SLICE, s.ok_since, s.ok) .. string.sub(history, 1, 11 * SLICE_SIZE)
+  redis.call('HSET', Q, 'history', history)
+  s.ok_since, s.ok = now, 0
+end
+
 local function settle_day()
   if day >= 0 then
     local midnight = now - now % DAY + DAY
@@ -194,7 +226,8 @@ local function settle()
   if s.probe == me and (probe_ended == 1 or mine == 0) then s.probe = '' end
   if ok > 0 then s.consecutive, s.fails, s.success = 0, 0, true end
   if ok + late > 0 then
-    s.cycle_ok = s.cycle_ok + ok + late
+    s.cycle_ok, s.ok = s.cycle_ok + ok + late, s.ok + ok + late
+    if now - s.ok_since > 5000000 then remember_successes() end
     if c.adaptive == 1 and s.ceiling == 0 and not known and now - s.limited < 1000000 then
       s.rate = min(s.rate + GAIN * (ok + late), s.rate * 2)
     end
@@ -210,13 +243,14 @@ local function settle()
   if day >= 0 or c.per_day > 0 then settle_day() end
 end
 
--- What is owed moves the next start, what is given back makes later ones cheaper.
+-- What is owed moves the next start; tokens given back make later ones cheaper, since they come when
+-- the start that paid for them is long past. Tickets given back lie ahead: others start in their place.
 local function refill()
   local p = pace()
   s.pace = p
   local factor = known and p * HEADROOM or 1
   if not known then rates[1] = p end
-  local owed = {-unused, owed_input + owed_output, owed_input, owed_output}
+  local owed = {-reusable, owed_input + owed_output, owed_input, owed_output}
   for d = 1, 4 do
     if rates[d] > 0 then
       local per = 1000000 / (rates[d] * factor)
@@ -224,7 +258,8 @@ local function refill()
       local at = s.tat[d]
       at = max(at > 0 and at or now, now - c.burst)
       local back = s.credit[d]
-      if owed[d] < 0 then back = back - owed[d] * per else at = at + owed[d] * per end
+      if owed[d] < 0 and d > 1 then back = back - owed[d] * per
+      else at = max(at + owed[d] * per, now - c.burst) end
       s.tat[d], s.credit[d] = at, max(min(back, at - now + c.burst), 0)
     end
   end
@@ -349,7 +384,7 @@ local function grant(room, base, ramp)
       local earliest = start - (ahead < burst and ahead or burst)
       if at < earliest then at = earliest end
       if back > 0 then
-        back = min(back, ahead, cost * (d == 1 and 0.5 or 0.75))
+        back = min(back, ahead, cost * 0.75)
         credit[d], cost = credit[d] - back, cost - back
       end
       tat[d] = at + cost

@@ -177,7 +177,8 @@ class Line:
 
     def _give_back(self, ticket: Ticket, now: float) -> None:
         pending = self.pending
-        pending.give_back(ticket.reserved, current=ticket.generation == self.generation)
+        current = ticket.generation == self.generation
+        pending.give_back(ticket.reserved, ticket.start, current=current)
         pending.probe_ended |= ticket.probe
         if pending.since is None:
             pending.since = now
@@ -251,7 +252,7 @@ class Line:
             self.in_flight + held,
             want,
             spare,
-            *self.pending.arguments(self.generation),
+            *self.pending.arguments(self.generation, now),
             mean.input_tokens,
             mean.output_tokens,
         ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from batchllm_celery.limiter.permit import CallOutcome, Estimate, Permit
 from batchllm_celery.models import TokenUsage
@@ -16,7 +16,8 @@ class Pending:
     successes: int = 0
     late_successes: int = 0
     latency: float = 0.0
-    unused: int = 0
+    unused: list[float] = field(default_factory=list)
+    """Start times of the tickets and permits that started nothing."""
     void: int = 0
     """Given back because the generation had passed: the script has freed their places already."""
     input_tokens: int = 0
@@ -50,7 +51,8 @@ class Pending:
         elif outcome is CallOutcome.DAY_EXHAUSTED:
             self.day_exhausted = max(self.day_exhausted, retry_after or 0.0)
         if outcome is CallOutcome.UNUSED:
-            self.give_back(permit.estimate, current=permit.generation >= self.generation)
+            current = permit.generation >= self.generation
+            self.give_back(permit.estimate, permit.start, current=current)
         elif outcome is CallOutcome.REFUSED and not usage:
             self.owe(-permit.estimate.input_tokens, -permit.estimate.output_tokens)
         elif usage:
@@ -59,10 +61,10 @@ class Pending:
                 usage.output_tokens - permit.estimate.output_tokens,
             )
 
-    def give_back(self, reserved: Estimate, *, current: bool) -> None:
+    def give_back(self, reserved: Estimate, start: float, *, current: bool) -> None:
         """A ticket that started nothing."""
         if current:
-            self.unused += 1
+            self.unused.append(start)
             self.owe(-reserved.input_tokens, -reserved.output_tokens)
         else:
             self.void += 1
@@ -88,15 +90,20 @@ class Pending:
         if permit.generation == self.refused_generation and retry_after is not None:
             self.retry_after = max(self.retry_after, retry_after)
 
-    def arguments(self, generation: int) -> list[int]:
-        """ARGV 7 to 19 of acquire.lua, for a process that knows `generation`."""
+    def arguments(self, generation: int, now: float) -> list[int]:
+        """The numbers `known_gen` to `void` of acquire.lua, for a process that knows `generation`.
+
+        Of what was not used only starts that lie ahead can be given to others: made up for later,
+        those of the past would come on top of the rate.
+        """
         current = self.generation >= generation
         return [
             max(self.generation, generation),
             self.successes if current else 0,
             self.late_successes if current else self.late_successes + self.successes,
             int(self.latency * 1e6),
-            self.unused,
+            len(self.unused),
+            sum(start > now for start in self.unused),
             self.input_tokens,
             self.output_tokens,
             self.refused_generation,

@@ -93,6 +93,7 @@ class _Running:
 
     claim: Claim
     task: asyncio.Task[WorkItemResult[Any, Any] | None]
+    begun: bool = False
     handed_back: bool = False
 
     @property
@@ -327,9 +328,9 @@ class Runtime:
                     await asyncio.wait(tasks)
                 raise
         for result in ended:
-            if isinstance(result, BaseException):
+            if isinstance(result, Exception):
                 raise result  # shows in Celery; the item itself went back
-            tally.add(result)
+            tally.add(None if isinstance(result, BaseException) else result)
         return tally
 
     @contextlib.asynccontextmanager
@@ -375,11 +376,18 @@ class Runtime:
         self, spec: BatchSpec, claim: Claim
     ) -> asyncio.Task[WorkItemResult[Any, Any] | None]:
         task = asyncio.ensure_future(self._run_claim(spec, claim))
-        self._running[claim.batch_id, claim.index] = _Running(claim, task)
-        task.add_done_callback(lambda _: self._running.pop((claim.batch_id, claim.index), None))
+        running = self._running[claim.batch_id, claim.index] = _Running(claim, task)
+
+        def ended(_: object) -> None:
+            self._running.pop((claim.batch_id, claim.index), None)
+            if not running.begun:  # cancelled at once: `_run_claim` never saw it
+                self._spawn(self.ledger.release([claim]))
+
+        task.add_done_callback(ended)
         return task
 
     async def _run_claim(self, spec: BatchSpec, claim: Claim) -> WorkItemResult[Any, Any] | None:
+        self._running[claim.batch_id, claim.index].begun = True
         try:
             async with self._slots.hold(spec.priority):
                 outcome = await self._run_one(spec, claim)

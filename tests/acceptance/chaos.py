@@ -275,11 +275,12 @@ class Stage:
         calls = self.journal.calls(f"{batch_id} ")
         earlier = _repeated(calls, rows)
         excused = [(call, self._excuse(call)) for call in earlier]
-        assert [
+        unexcused = [
             (call, [cut for cut in self.cuts if cut.pid == call.pid])
             for call, cut in excused
             if cut is None
-        ] == []
+        ]
+        assert not unexcused, unexcused
         assert len(earlier) <= meta["maybe_billed"]
         return Verdict(
             rows=rows,

@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -84,7 +85,11 @@ class Faults:
     def _producer(self, storm: Storm, batch_id: str) -> None:
         self.run.kill()
         self.run.wait()
+        said = partial(storm.stage.fleet.said, f"run-{batch_id}")
+        before = said().count("Batch ")
         self.run = storm.stage.start_run(batch_id)
+        # Without Redis at its very start `run` refuses, as it should.
+        wait_until(lambda: said().count("Batch ") > before, timeout=60)
 
     def _valkey(self, storm: Storm, batch_id: str) -> None:
         storm.stage.kill_valkey(away=storm.random.choice((0.0, 1.0)))

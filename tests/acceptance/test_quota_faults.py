@@ -193,8 +193,10 @@ def test_a_frozen_worker_fires_nothing_late(make_stage: MakeStage) -> None:
 def test_redis_restarting_never_lets_more_through(make_stage: MakeStage) -> None:
     """Killed and started again in mid-run: the quota holds, and the run completes."""
     stage = make_stage()
-    batch = stage.work(300)
+    warming = stage.work(2_000)
     stage.start(3)
+    warming.cancel()
+    batch = stage.work(300)
     begun = time.time()
     stage.wait_for(begun + 2)
     stage.valkey.kill()

@@ -20,15 +20,15 @@ class Bucket:
     """One dimension: `per` microseconds a unit; `tat` when all that was started is paid."""
 
     per: float
-    keep: float
-    """The least share of a cost that is paid at once although credit is there."""
+    lends: bool = True
+    """Whether what is given back makes later starts cheaper (tokens), or is started anew."""
     tat: float | None = None
     credit: float = 0.0
 
     def settle(self, now: float, burst: float, units: float) -> None:
         self.tat = now if self.tat is None else max(self.tat, now - burst)
-        if units >= 0:
-            self.tat += units * self.per
+        if units >= 0 or not self.lends:
+            self.tat = max(self.tat + units * self.per, now - burst)
         else:
             self.credit -= units * self.per
         self.credit = max(min(self.credit, self.tat - now + burst), 0.0)
@@ -37,7 +37,7 @@ class Bucket:
         assert self.tat is not None
         cost = units * self.per
         ahead = max(max(burst, SECOND) - cost, 0.0)
-        refund = min(self.credit, cost * (1 - self.keep), ahead)
+        refund = min(self.credit, cost * 0.75, ahead)
         self.credit -= refund
         self.tat = max(self.tat, start - min(burst, ahead)) + cost - refund
 
@@ -74,9 +74,9 @@ class Model:
     def __post_init__(self) -> None:
         self.buckets: dict[str, Bucket] = {}
         if self.requests:
-            self.buckets["r"] = Bucket(1e6 / (self.requests * HEADROOM), 0.5)
+            self.buckets["r"] = Bucket(1e6 / (self.requests * HEADROOM), lends=False)
         if self.tokens:
-            self.buckets["t"] = Bucket(1e6 / (self.tokens * HEADROOM), 0.25)
+            self.buckets["t"] = Bucket(1e6 / (self.tokens * HEADROOM))
 
     def ask(
         self,
@@ -88,6 +88,7 @@ class Model:
         in_flight: int = 0,
         successes: int = 0,
         unused: int = 0,
+        reusable: int = 0,
         tokens_owed: int = 0,
         refused: bool = False,
         retry_after: float | None = None,
@@ -99,7 +100,7 @@ class Model:
             self._cool_down(now, retry_after)
         self._new_day(now, unused)
         for name, bucket in self.buckets.items():
-            bucket.settle(now, self.burst, -unused if name == "r" else tokens_owed)
+            bucket.settle(now, self.burst, -reusable if name == "r" else tokens_owed)
         starts = self._grant(process, now, wants, held, in_flight)
         return Answer(refused, starts, self._exhausted(now, wants, starts), self.consecutive)
 

@@ -52,6 +52,7 @@ class Scripts:
             0,
             0,
             told.get("unused", 0),
+            told.get("reusable", 0),
             told.get("tokens_owed", 0),
             0,
             self.generation if told.get("refused") else -1,
@@ -125,10 +126,10 @@ class ScriptsAgainstModel(RuleBasedStateMachine):
         self.both(process, [], successes=1, tokens_owed=owed)
 
     @precondition(lambda self: self.granted > 2)
-    @rule(process=st.sampled_from(PROCESSES), unused=st.integers(1, 2))
-    def give_back(self, process: str, unused: int) -> None:
+    @rule(process=st.sampled_from(PROCESSES), unused=st.integers(1, 2), late=st.integers(0, 2))
+    def give_back(self, process: str, unused: int, late: int) -> None:
         self.granted -= unused
-        self.both(process, [], unused=unused)
+        self.both(process, [], unused=unused, reusable=max(unused - late, 0))
 
     @rule(
         process=st.sampled_from(PROCESSES),

@@ -133,6 +133,8 @@ def test_task_events_tell_of_each_step(lab: PoolLab) -> None:
     """Celery's task events are sent as from any pool."""
     seen: dict[str, list[str]] = {}
     with _listening(lab, lambda event: seen.setdefault(event["uuid"], []).append(event["type"])):
+        # A subscription takes effect a little later than it is made.
+        wait_until(lambda: lab.send("nap", 0.01) and seen, interval=0.2)
         result = lab.send("nap", 0.05, "eventful")
         wait_until(lambda: "task-succeeded" in seen.get(result.id, []))
     assert seen[result.id] == ["task-received", "task-started", "task-succeeded"]

@@ -126,6 +126,29 @@ async def test_about_four_items_a_slot_are_admitted(redis_url: str, namespace: s
     assert runtime.has_room(3)
 
 
+async def test_items_handed_back_before_they_began_are_given_back(
+    producer: Producer, redis_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing stays held by a process that never ran it, and the message ends without an error."""
+    batch = await asyncio.to_thread(_submit, producer, 10, 0.01)
+    settings = Settings(redis_url=redis_url, namespace=namespace)
+    runtime = Runtime(settings, redis_url, lambda *_: None, slots=50)
+    begin = runtime._start
+
+    def begin_and_hand_back(*arguments: Any) -> Any:
+        task = begin(*arguments)
+        runtime._hand_back(lambda running: True)
+        return task
+
+    monkeypatch.setattr(runtime, "_start", begin_and_hand_back)
+    tally = await runtime.run_items(batch.id, range(10))
+    assert (tally.returned, tally.succeeded, tally.failed) == (10, 0, 0)
+    with redis.Redis.from_url(redis_url) as client:
+        held = Keys(namespace).batch(batch.id).held
+        await asyncio.to_thread(wait_until, lambda: not client.exists(held))
+    await runtime.close()
+
+
 def test_a_straggler_does_not_hold_up_its_neighbours(producer: Producer, start: Start) -> None:
     """While one item of a message takes long, items of other messages use the other slots."""
     slow = _submit(producer, 1, 30.0)

@@ -513,6 +513,20 @@ async def test_cancellation_passes_settles_and_cleans_up() -> None:
     assert strategy.log[-1] == "cleanup"
 
 
+async def test_a_call_that_cancels_itself_is_a_failed_attempt() -> None:
+    """A client that cancels its own tasks does not take the item with it: it is tried again."""
+
+    async def cancelled(*_: object) -> Any:
+        inner = asyncio.create_task(asyncio.sleep(30))
+        inner.cancel()
+        await inner
+
+    bench = Bench()
+    result = await bench.result(Scripted(cancelled, ("ok", {})))
+    assert result.success
+    assert bench.limiter.settled == [CallOutcome.FAILED, CallOutcome.SUCCEEDED]
+
+
 class ToldGate(OpenGate):
     """Says `word` at the call that `when` counts; keeps what it was told to save."""
 

@@ -104,7 +104,15 @@ def test_sums_replace_estimates_by_actual_tokens() -> None:
     pending.add(permit(), CallOutcome.SUCCEEDED, 11.0, usage)
     pending.add(permit(), CallOutcome.UNUSED, 11.0)
     assert (pending.input_tokens, pending.output_tokens) == (-20 - 100, 20 - 50)
-    assert (pending.successes, pending.unused, pending.latency) == (1, 1, 1.0)
+    assert (pending.successes, len(pending.unused), pending.latency) == (1, 1, 1.0)
+
+
+def test_of_unused_starts_only_those_ahead_go_to_others() -> None:
+    """A start of the past made up for later would come on top of the rate."""
+    pending = Pending()
+    for start in (9.0, 9.9, 10.1):
+        pending.give_back(Estimate(), start, current=True)
+    assert pending.arguments(0, now=10.0)[4:6] == [3, 1]
 
 
 def test_a_success_of_an_older_generation_is_late() -> None:
@@ -114,7 +122,7 @@ def test_a_success_of_an_older_generation_is_late() -> None:
     pending.add(permit(2), CallOutcome.SUCCEEDED, 11.0)
     pending.add(permit(1), CallOutcome.SUCCEEDED, 11.0)
     assert (pending.successes, pending.late_successes) == (1, 2)
-    assert pending.arguments(3)[:3] == [3, 0, 3]
+    assert pending.arguments(3, 0.0)[:3] == [3, 0, 3]
 
 
 def test_the_longest_retry_after_of_the_newest_generation_counts() -> None:
