@@ -147,6 +147,7 @@ class OneBatch(RuleBasedStateMachine):
     def record(self, data: st.DataObject, kind: Any) -> None:
         of, claim = self.pick(data)
         before = self.shot()
+        current = claim.round == self.round_of(claim.index)  # recorded, its entry is gone
         if kind is None:
             claim.calling = False
             result = answer(claim)
@@ -158,14 +159,13 @@ class OneBatch(RuleBasedStateMachine):
         recorded = self.run(of.record(claim, result, spent_tokens=1, cost=0.5))
         self.claims.remove((of, claim))
         after = self.shot()
-        if recorded and kind != "stop":
+        if recorded and (kind != "stop" or result.error_kind is FATAL):
             self.unused.discard(claim)
         if recorded:
             assert claim.index not in before.done, "a second outcome"
             assert len(after.outcomes) > len(before.outcomes)
         if kind is None and claim.index not in before.done:
             fresh = claim.payload.prompt == self.prompts[claim.index]
-            current = claim.round == self.round_of(claim.index)
             assert recorded == (fresh and current), "a paid answer was thrown away"
 
     def round_of(self, index: int) -> int:
