@@ -93,8 +93,12 @@ class _Running:
 
     claim: Claim
     task: asyncio.Task[WorkItemResult[Any, Any] | None]
+    runtime: Runtime
     begun: bool = False
     handed_back: bool = False
+
+    def end(self, _: object) -> None:
+        self.runtime._ended(self)
 
     @property
     def in_call(self) -> bool:
@@ -119,13 +123,27 @@ class _Admission:
 
 
 class _LedgerGate:
-    """Asks the ledger before each call, and keeps there what a move to another process needs."""
+    """Asks the ledger before each call, and keeps there what a move to another process needs.
 
-    __slots__ = ("_claim", "_runtime")
+    The item's other questions are its methods too: with thousands of items in flight, a closure
+    for each would weigh more than all that this holds.
+    """
 
-    def __init__(self, runtime: Runtime, claim: Claim) -> None:
+    __slots__ = ("_claim", "_quota", "_runtime", "_strategy")
+
+    def __init__(
+        self, runtime: Runtime, claim: Claim, strategy: LLMCallStrategy[Any], quota: str
+    ) -> None:
         self._runtime = runtime
         self._claim = claim
+        self._strategy = strategy
+        self._quota = quota
+
+    async def prepare(self) -> None:
+        await self._runtime.registry.prepare(self._strategy)
+
+    async def parks(self) -> bool:
+        return await self._runtime.parks(self._quota)
 
     async def begin(self) -> FailureKind | BatchState | None:
         if self._runtime.draining:
@@ -219,7 +237,6 @@ class Runtime:
         self.registry = Registry(resources)
         parts.push_async_callback(self.registry.close)
         prices = Prices(settings.prices_file)
-        await prices.load()
         self.runner = ItemRunner(self.limiter, Estimator(), self.events, prices)
         self._start_heartbeat(parts, keys)
         self._in_background(parts, self._offer_loop())
@@ -376,15 +393,15 @@ class Runtime:
         self, spec: BatchSpec, claim: Claim
     ) -> asyncio.Task[WorkItemResult[Any, Any] | None]:
         task = asyncio.ensure_future(self._run_claim(spec, claim))
-        running = self._running[claim.batch_id, claim.index] = _Running(claim, task)
-
-        def ended(_: object) -> None:
-            self._running.pop((claim.batch_id, claim.index), None)
-            if not running.begun:  # cancelled at once: `_run_claim` never saw it
-                self._spawn(self.ledger.release([claim]))
-
-        task.add_done_callback(ended)
+        running = self._running[claim.batch_id, claim.index] = _Running(claim, task, self)
+        task.add_done_callback(running.end)
         return task
+
+    def _ended(self, running: _Running) -> None:
+        claim = running.claim
+        self._running.pop((claim.batch_id, claim.index), None)
+        if not running.begun:  # cancelled at once: `_run_claim` never saw it
+            self._spawn(self.ledger.release([claim]))
 
     async def _run_claim(self, spec: BatchSpec, claim: Claim) -> WorkItemResult[Any, Any] | None:
         self._running[claim.batch_id, claim.index].begun = True
@@ -422,6 +439,7 @@ class Runtime:
     def _job(self, spec: BatchSpec, claim: Claim, strategy: LLMCallStrategy[Any]) -> ItemJob:
         payload = claim.payload
         quota = spec.quota or strategy.quota or spec.strategy.name
+        gate = _LedgerGate(self, claim, strategy, quota)
         return ItemJob(
             batch_id=claim.batch_id,
             item_id=payload.item_id,
@@ -429,7 +447,7 @@ class Runtime:
             prompt=payload.prompt,
             context=payload.context,
             strategy=strategy,
-            prepare=lambda: self.registry.prepare(strategy),
+            prepare=gate.prepare,
             quota=quota,
             config=spec.config,
             state=claim.state,
@@ -438,11 +456,11 @@ class Runtime:
             usage=claim.usage,
             queued_seconds=claim.queued_seconds,
             priority=spec.priority,
-            gate=_LedgerGate(self, claim),
-            parks=lambda: self._parks(quota),
+            gate=gate,
+            parks=gate.parks,
         )
 
-    async def _parks(self, quota: str) -> bool:
+    async def parks(self, quota: str) -> bool:
         """What the quota says when its day is over; one that nobody configured parks."""
         connection, key = self._resources.connection, self._resources.keys.quota(quota).state
         assert connection is not None

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from itertools import count
 
 
@@ -26,16 +24,11 @@ class Slots:
     def free(self) -> int:
         return max(0, self.limit - self.used)
 
-    @asynccontextmanager
-    async def hold(self, priority: int = 0) -> AsyncIterator[None]:
-        """Wait for a slot (urgent ones first), hold it inside the block."""
-        await self._take(priority)
-        try:
-            yield
-        finally:
-            self._give()
+    def hold(self, priority: int = 0) -> _Hold:
+        """`async with`: wait for a slot (urgent ones first), hold it inside the block."""
+        return _Hold(self, priority)
 
-    async def _take(self, priority: int) -> None:
+    async def take(self, priority: int = 0) -> None:
         if self.used < self.limit and not self._waiting:
             self.used += 1
             return
@@ -45,13 +38,29 @@ class Slots:
             await turn
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():  # given to us in the same moment
-                self._give()
+                self.give()
             raise
 
-    def _give(self) -> None:
+    def give(self) -> None:
         self.used -= 1
         while self._waiting and self.used < self.limit:
             _, _, turn = heapq.heappop(self._waiting)
             if not turn.done():
                 self.used += 1
                 turn.set_result(None)
+
+
+class _Hold:
+    """A class, not a generator: thousands are held at once, and each generator takes 0.5 kB."""
+
+    __slots__ = ("_priority", "_slots")
+
+    def __init__(self, slots: Slots, priority: int) -> None:
+        self._slots = slots
+        self._priority = priority
+
+    async def __aenter__(self) -> None:
+        await self._slots.take(self._priority)
+
+    async def __aexit__(self, *_: object) -> None:
+        self._slots.give()
