@@ -107,3 +107,13 @@ def keys_without_ttl(url: str, namespace: str) -> list[str]:
 
 def _is_celerys(key: str, namespace: str) -> bool:
     return key.startswith(f"{namespace}:celery:")
+
+
+class Clock:
+    """A monotonic clock that tests set."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now

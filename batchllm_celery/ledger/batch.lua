@@ -146,6 +146,15 @@ local function tries_text(losses, round, rest)
   return text(losses) .. ' ' .. text(round) .. ' ' .. rest
 end
 
+-- A claim is a sign of life: while a process held nothing it sent no heartbeat, and the silence of
+-- that time must not count against what it takes now. It is no heartbeat: what was given up stays
+-- LOST until the next one, which takes back what is still there to take.
+local function show_life(process)
+  local counter = call('HGET', PROCS, process) or LOST .. '0'
+  local given_up, beats = string.match(counter, '^(' .. LOST .. '?)(%d*)$')
+  call('HSET', PROCS, process, given_up .. text((tonumber(beats) or 0) + 1))
+end
+
 -- An outcome that no worker wrote: the reader makes the line from the payload's head. The caller
 -- takes the item out of `ready`, `held` and `try` (many at once).
 local function give_outcome(index, kind, control, entry)

@@ -70,8 +70,7 @@ end
 in_chunks('ZADD', READY, again)
 in_chunks('ZREM', READY, removed)
 in_chunks('HSET', HELD, taken)
--- Not yet a heartbeat: the first one finds LOST and takes back what is still there to take.
-if #taken > 0 then call('HSETNX', PROCS, process, LOST) end
+if #taken > 0 then show_life(process) end
 state = state_now()
 save_meta()
 local spec = tonumber(ARGV[3]) ~= meta.rev and call('HGET', META, 'spec')

@@ -20,6 +20,7 @@ from batchllm_celery.errors import (
 from batchllm_celery.keys import Keys
 from batchllm_celery.ledger import Heartbeat, Ledger, Payload, WorkerInfo, list_workers
 from batchllm_celery.ledger.heartbeat import Beat
+from batchllm_celery.ledger.observer import Observer
 from batchllm_celery.models import (
     BatchState,
     RetryState,
@@ -41,7 +42,7 @@ from tests.integration.ledger_support import (
     spec,
     take,
 )
-from tests.support import ValkeyServer, wait_until_async
+from tests.support import Clock, ValkeyServer, wait_until_async
 
 
 @pytest.fixture
@@ -457,6 +458,25 @@ async def test_a_silent_process_is_found_and_its_items_offered(one: Ledger, two:
         assert found == [(BATCH, [0, 1])]
         assert lease <= time.monotonic() - started < lease + 1.5
         assert (await observer.claim(BATCH, [2, 3])).held == [2, 3]
+
+
+async def test_silence_while_holding_nothing_is_not_death(one: Ledger, two: Ledger) -> None:
+    """A process that worked, had nothing to do for a lease and has just claimed is alive."""
+    clock = Clock()
+    two._observer = Observer(lease=5.0, clock=clock)
+    await feed_all(one, 2)
+    (first,) = await take(one, 0)
+    await one.heartbeat()
+    assert await call_and_answer(one, first)
+    for _ in range(4):
+        await two.offer("default", 0)
+        clock.now += 1.6
+    (second,) = await take(one, 1)
+    for _ in range(2):
+        await two.offer("default", 0)
+        clock.now += 1.6
+    assert await take(two, 1) == []
+    assert await call_and_answer(one, second)
 
 
 async def test_locks_are_leased_and_refused_with_a_clear_word(one: Ledger, two: Ledger) -> None:

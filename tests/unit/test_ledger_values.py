@@ -21,6 +21,7 @@ from batchllm_celery.models import (
     TokenUsage,
     WorkItemResult,
 )
+from tests.support import Clock
 
 PAYLOADS = [
     Payload("1", "hello"),
@@ -98,14 +99,6 @@ def test_attempts_survive_the_move_to_another_process() -> None:
     tries = Tries(2, 3, RetryState({"level": [1, 2]}), TokenUsage(input_tokens=4, output_tokens=5))
     assert Tries.decode(tries.encode()) == tries
     assert Tries.decode(b"") == Tries()
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def watch(observer: Observer, clock: Clock, seconds: float, run_id: str = "r") -> dict[str, str]:
