@@ -16,7 +16,7 @@ from redis.exceptions import NoScriptError
 class Script:
     """A Lua script; call it with a client, its keys and its arguments.
 
-    ACQUIRE = Script.load("batchllm_celery.limiter", "acquire.lua")
+    ACQUIRE = Script.load("batchllm_celery.limiter", "acquire.lua", shared="live.lua")
     reply = await ACQUIRE(connection.client, [key], [process, sequence])
     """
 
@@ -25,10 +25,10 @@ class Script:
     sha: str
 
     @classmethod
-    def load(cls, package: str, name: str) -> Self:
-        """The script in file `name` of `package`."""
-        text = resources.files(package).joinpath(name).read_text(encoding="utf-8")
-        return cls.of(name, text)
+    def load(cls, package: str, name: str, *, shared: str) -> Self:
+        """The script in file `name` of `package`, after what it shares with others (`shared`)."""
+        files = [resources.files(package).joinpath(file) for file in (shared, name)]
+        return cls.of(name, "\n".join(file.read_text(encoding="utf-8") for file in files))
 
     @classmethod
     def of(cls, name: str, text: str) -> Self:

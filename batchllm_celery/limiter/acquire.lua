@@ -1,6 +1,6 @@
 -- acquire.lua: settle what one process has finished, then give start times to its oldest waiters.
 --
--- KEYS     1 hash  the quota: `setup` and `live` (msgpack maps), `cooldowns`, `ramp`, `history`
+-- KEYS     1 hash  the quota: `setup` (a msgpack map), `live`, `cooldowns`, `ramp`, `history`
 --          2 hash  process -> sequence, lease, in flight, reply (packed: STORED, REPLY)
 --          3 zset  process -> since when it waits
 --          4 channel  "g:generation" and "f:process" (a slot is free for it)
@@ -64,13 +64,12 @@ local function load()
   }
   rates, look = {c.rate_r, c.rate_t, c.rate_i, c.rate_o}, min(c.horizon, LOOK)
   known = rates[1] + rates[2] + rates[3] + rates[4] > 0
-  s = packed[2] and cmsgpack.unpack(packed[2]) or {
-    now = 0, gen = 0, run_id = '', saved = 0, cool_until = 0, consecutive = 0, success = true,
+  s = packed[2] and unpack_live(packed[2]) or {
+    now = 0, gen = 0, run_id = '', saved = 0, cool_until = 0, consecutive = 0, success = 1,
     fails = 0, probe = '', probe_at = 0, ramp_i = -1, ramp_next = 0,
     tat = {0, 0, 0, 0}, credit = {0, 0, 0, 0}, day_used = 0, day_reset = 0, day_until = 0,
     ceiling = 0, active = 0, limited = 0, rate = START_RATE, cycle_ok = 0, ok = 0, ok_since = 0,
-    pace = 0,
-    in_flight = 0, swept = 0, busy_since = 0,
+    pace = 0, in_flight = 0, swept = 0, busy_since = 0,
   }
 end
 
@@ -176,7 +175,7 @@ local function cool_down()
         if rate > 2 * average then rate = average end
       end
     end
-    s.ceiling, s.active, s.cycle_ok, s.success = max(rate, 0.01), 0, 0, false
+    s.ceiling, s.active, s.cycle_ok, s.success = max(rate, 0.01), 0, 0, 0
   end
 
   -- What was handed out ahead is void. No burst follows, and the first start comes a spacing after
@@ -194,7 +193,7 @@ local function cool_down()
 
   s.consecutive, s.fails = s.consecutive + 1, s.fails + 1
   local wait = cooldown_time()
-  if c.adaptive == 1 and s.success then cut(wait) end   -- one cut for a burst of refusals
+  if c.adaptive == 1 and s.success == 1 then cut(wait) end   -- one cut for a burst of refusals
   new_generation()
   s.cool_until = max(s.cool_until, now + wait)
   void_tickets()
@@ -224,7 +223,7 @@ end
 local function settle()
   if known_gen ~= s.gen then ok, late = 0, ok + late end
   if s.probe == me and (probe_ended == 1 or mine == 0) then s.probe = '' end
-  if ok > 0 then s.consecutive, s.fails, s.success = 0, 0, true end
+  if ok > 0 then s.consecutive, s.fails, s.success = 0, 0, 1 end
   if ok + late > 0 then
     s.cycle_ok, s.ok = s.cycle_ok + ok + late, s.ok + ok + late
     if now - s.ok_since > 5000000 then remember_successes() end
@@ -440,7 +439,7 @@ end
 
 local function remember(reply, given)
   local new = redis.call('HSET', PROCS, me, struct.pack(STORED, sequence, now, mine) .. reply)
-  redis.call('HSET', Q, 'live', cmsgpack.pack(s))
+  redis.call('HSET', Q, 'live', pack_live(s))
   if sweep or new == 1 or given < want and not queued then
     local ttl = TTL + max(ceil((s.day_until - now) / 1000000), 0)
     redis.call('EXPIRE', Q, ttl)

@@ -42,9 +42,9 @@ redis.call('HSET', Q, 'config', json, 'setup', cmsgpack.pack(setup),
   'cooldowns', ARGV[3], 'ramp', ARGV[4])
 redis.call('EXPIRE', Q, TTL)
 if found[3] then
-  local live = cmsgpack.unpack(found[3])
+  local live = unpack_live(found[3])
   carry_over(live, old, setup)
-  redis.call('HSET', Q, 'live', cmsgpack.pack(live))
+  redis.call('HSET', Q, 'live', pack_live(live))
   redis.call('PUBLISH', CHANNEL, string.format('g:%.0f', live.gen))
 end
 return json

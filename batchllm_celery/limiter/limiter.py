@@ -31,9 +31,11 @@ from batchllm_celery.models import Quota, TokenUsage
 
 logger = logging.getLogger(__name__)
 
-ACQUIRE = Script.load("batchllm_celery.limiter", "acquire.lua")
-CONFIGURE = Script.load("batchllm_celery.limiter", "configure.lua")
-STATE = Script.load("batchllm_celery.limiter", "state.lua")
+
+_PACKAGE = "batchllm_celery.limiter"
+ACQUIRE = Script.load(_PACKAGE, "acquire.lua", shared="live.lua")
+CONFIGURE = Script.load(_PACKAGE, "configure.lua", shared="live.lua")
+STATE = Script.load(_PACKAGE, "state.lua", shared="live.lua")
 
 #: Seconds that closing may take to tell Redis what ended; then it is left to the lease.
 FAREWELL = 1.0

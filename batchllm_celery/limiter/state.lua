@@ -14,8 +14,10 @@ local function add(name, value)
   end
 end
 
-for i = 2, 3 do
-  for name, value in pairs(found[i] and cmsgpack.unpack(found[i]) or {}) do
+for _, part in ipairs({
+  found[2] and cmsgpack.unpack(found[2]) or {}, found[3] and unpack_live(found[3]) or {},
+}) do
+  for name, value in pairs(part) do
     if type(value) == 'table' then
       for d, dimension in ipairs({'r', 't', 'i', 'o'}) do add(name .. '_' .. dimension, value[d]) end
     else

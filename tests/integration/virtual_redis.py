@@ -7,10 +7,11 @@ Only `TIME`, `INFO` and `LASTSAVE` are ours: a few lines before the unchanged sc
 from __future__ import annotations
 
 import hashlib
-from importlib import resources
 from typing import Any
 
 import redis
+
+from batchllm_celery.limiter.limiter import ACQUIRE, CONFIGURE, STATE
 
 PRELUDE = """
 local real, clock, run_id = redis, tonumber(ARGV[#ARGV - 1]), ARGV[#ARGV]
@@ -42,7 +43,7 @@ class VirtualRedis:
         """Run `name` (a file of the limiter package) at the present virtual moment."""
         sha = self._scripts.get(name)
         if sha is None:
-            text = resources.files("batchllm_celery.limiter").joinpath(name).read_text()
+            text = next(one.text for one in (ACQUIRE, CONFIGURE, STATE) if one.name == name)
             for old, new in self.replace:
                 text = text.replace(old, new)
             sha = self.client.script_load(PRELUDE + text)
