@@ -46,6 +46,7 @@ local START_RATE = 10           -- a second, of a quota that nobody knows
 local GAIN = 0.25               -- it grows by so much per success: doubles in three seconds
 local LULL = 60000000           -- after so long without load a rate that was found is approached anew
 local WINDOW = 60000000         -- providers' windows, but for the day's
+local FEW = 5                   -- fewer calls than that say nothing of a window: others may have used it
 local BREAKER = 5               -- cooldowns or overloads in a row that leave one probe at a time
 local DAY = 86400000000
 local TTL = 172800
@@ -169,8 +170,12 @@ local function cool_down()
   local function cut(wait)
     local rate = pace()
     if not known then
+      if s.ceiling == 0 and s.cycle_ok < FEW then    -- it goes on growing, from lower down
+        s.rate, s.success = max(s.rate / 2, 1), 0
+        return
+      end
       if s.ceiling == 0 then rate = rate * 0.6 end
-      if wait >= 2000000 then
+      if wait >= 2000000 and s.cycle_ok >= FEW then
         local average = window_average(wait)
         if rate > 2 * average then rate = average end
       end
@@ -348,7 +353,7 @@ local function grant(room, base, ramp)
         input, output = spare_input, spare_output
       end
     end
-    local start, step = base, 0
+    local start, step, large = base, 0, false
     for i = 1, count do
       local d = dims[i]
       local at, cost = tat[d], cost_of[d]
@@ -357,6 +362,7 @@ local function grant(room, base, ramp)
       elseif d == 4 then cost = cost * output end
       costs[i] = cost
       if cost > step then step = cost end
+      if d > 1 and cost > 60000000 then large = true end
     end
     if ramp then
       if s.ramp_i >= c.ramp_n and c.ramp_repeats == 0 then
@@ -374,7 +380,7 @@ local function grant(room, base, ramp)
       why, again = 1, share / 2
       break
     end
-    if step > 60000000 then oversize = true end
+    if large then oversize = true end
     spent = spent + step
     for i = 1, count do
       local d, cost = dims[i], costs[i]

@@ -284,9 +284,11 @@ def test_after_a_cut_the_rate_follows_the_curve(server: VirtualRedis, rate: floa
     limits = QuotaLimits(requests_per_minute=rate and rate * 60)
     scripts = Scripts(server, Quota(name="q", limits=limits))
     scripts.ask("a", [1] * 20)
+    scripts.ask("a", [], successes=8)
+    grown = numbers_of(scripts)["rate"]
     scripts.ask("a", [], refused=True, retry_after=1.0)
     ceiling = numbers_of(scripts)["ceiling"]
-    assert ceiling == pytest.approx(1.0 if rate else 6.0, rel=0.01)
+    assert ceiling == pytest.approx(1.0 if rate else grown * 0.6, rel=0.01)
     k = (0.25 / 1e-5) ** (1 / 3)
     for step in range(1, 240):
         server.now += 0.25
@@ -297,10 +299,43 @@ def test_after_a_cut_the_rate_follows_the_curve(server: VirtualRedis, rate: floa
         assert step * 0.25 - 3 <= seen["active"] <= max(step * 0.25 - 1, 0)
 
 
+def test_refusals_before_any_success_do_not_end_the_search(server: VirtualRedis) -> None:
+    """They say that the quota is used up, not how large it is: somebody else may have used it."""
+    scripts = Scripts(server, Quota(name="q"))
+    scripts.ask("a", [1] * 3)
+    for _ in range(3):
+        scripts.ask("a", [], refused=True, retry_after=20.0)
+    seen = numbers_of(scripts)
+    assert (seen["ceiling"], seen["rate"]) == (0, 5.0)  # one cut for all three
+    server.now += 21
+    for _ in range(6):
+        scripts.ask("a", [1] * 9, successes=4)
+        server.now += 0.5
+    assert numbers_of(scripts)["rate"] >= 8.0
+
+
+def test_a_spent_window_tells_the_quota(server: VirtualRedis) -> None:
+    """What the minute had let in is the new rate, however lately the last cut was."""
+    scripts = Scripts(server, Quota(name="q"))
+    scripts.ask("a", [1] * 20)
+    scripts.ask("a", [], successes=10)
+    scripts.ask("a", [], refused=True, retry_after=0.1)  # a cut: the quota is found
+    for _ in range(60):  # ten calls a second
+        server.now += 0.5
+        scripts.ask("a", [1] * 5, successes=5)
+    scripts.ask("a", [], refused=True, retry_after=0.1)
+    for _ in range(2):
+        server.now += 0.5
+        scripts.ask("a", [1] * 5, successes=5)
+    scripts.ask("a", [], refused=True, retry_after=50.0)  # 100 of the last 10 s fill the minute
+    assert numbers_of(scripts)["ceiling"] == pytest.approx(100 / 60, rel=0.1)
+
+
 def test_time_in_which_nobody_waits_does_not_raise_the_rate(server: VirtualRedis) -> None:
     """Ten minutes of little load raise nothing, and a rate that was found is approached anew."""
     scripts = Scripts(server, Quota(name="q"))
     scripts.ask("a", [1] * 20)
+    scripts.ask("a", [], successes=8)
     scripts.ask("a", [], refused=True, retry_after=1.0)
     for _ in range(240):
         server.now += 0.25
