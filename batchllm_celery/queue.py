@@ -70,6 +70,8 @@ def _transport_options(settings: Settings) -> dict[str, Any]:
         "visibility_timeout": VISIBILITY_TIMEOUT_SECONDS,
         "unacked_restore_interval": 10,
         "unacked_restore_throttle": 1,
+        # A worker killed while it puts messages back keeps all others from it: 300 s by default.
+        "unacked_mutex_expire": 30,
         # Without them a publish or a read on a dead link waits for ever.
         "socket_timeout": 30.0,
         "socket_connect_timeout": 5.0,

@@ -327,7 +327,17 @@ class Stage:
         """No message is left in the broker (given a worker that lives), no key without a TTL."""
         if all(worker.poll() is not None for worker in self.workers):
             self.start_worker()
-        wait_until(lambda: not self.messages_left(), timeout=timeout, interval=0.2)
+        left: dict[str, int] = {}
+
+        def empty() -> bool:
+            nonlocal left
+            left = self.messages_left()
+            return not left
+
+        try:
+            wait_until(empty, timeout=timeout, interval=0.2)
+        except AssertionError as error:
+            raise AssertionError(f"messages left in the broker: {left}") from error
         assert keys_without_ttl(self.valkey.url, NAMESPACE) == []
 
 
