@@ -303,7 +303,9 @@ class Stage:
         """The cut that found `call` in flight: on the wire, or answered and not yet recorded."""
         for cut in self.cuts:
             earliest = cut.since - self.latency - cut.patience
-            if cut.pid == call.pid and earliest <= call.time <= cut.until:
+            # What a killed process had sent may be read a little later.
+            latest = cut.until + (0 if cut.why == "SIGSTOP" else cut.patience)
+            if cut.pid == call.pid and earliest <= call.time <= latest:
                 return cut
         return None
 
