@@ -69,6 +69,9 @@ class Gate(Protocol):
     ) -> None:
         """Keep what another process needs to go on from here."""
 
+    def gave_up(self) -> None:
+        """A call ran into a time limit of ours: the provider may bill it all the same."""
+
 
 class OpenGate:
     """A gate for one process without a ledger: always open, remembers nothing."""
@@ -81,6 +84,9 @@ class OpenGate:
         self, attempts: int, refusals: int, state: RetryState, usage: TokenUsage
     ) -> None:
         """Nothing to keep: the item can't move."""
+
+    def gave_up(self) -> None:
+        """Nobody counts."""
 
 
 @dataclass(slots=True)
@@ -351,6 +357,7 @@ class _Run:
         except Exception as error:
             if not scope.expired():
                 return error
+            job.gate.gave_up()
             timeout = self._timeout_error(time.monotonic() - started, self.limit)
             timeout.__cause__ = error
             return timeout
@@ -360,6 +367,7 @@ class _Run:
                 cut_off.__cause__ = error
                 return cut_off
             # The provider may have begun to work: the tokens stay counted as estimated.
+            job.gate.gave_up()
             self.runner.limiter.settle(permit, CallOutcome.FAILED)
             raise
         finally:

@@ -32,6 +32,8 @@ class Claim:
     usage: TokenUsage = NO_TOKENS
     queued_seconds: float = 0.0
     fed_at: float = 0.0
+    given_up: int = 0
+    """Calls that ended without an answer by a time limit of ours; not yet told to Redis."""
     calling: bool = False
     """Whether a provider call is under way: being lost now counts."""
     settled: bool = False

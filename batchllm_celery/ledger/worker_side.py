@@ -122,14 +122,10 @@ class WorkerSide(LedgerCalls):
         refusals: int,
         state: RetryState,
         usage: TokenUsage,
-        *,
-        cut_off: int = 0,
     ) -> None:
-        """Note, after a call, what the next attempt must know wherever it runs.
-
-        `cut_off` counts calls given up before their answer: they may be billed.
-        """
+        """Note, after a call, what the next attempt must know wherever it runs."""
         claim.calling = False
+        cut_off, claim.given_up = claim.given_up, 0
         entry = Tries(attempts, refusals, state, usage).encode()
         await self._of(claim.batch_id).save((claim, entry, cut_off))
 
@@ -140,7 +136,6 @@ class WorkerSide(LedgerCalls):
         *,
         spent_tokens: int,
         cost: float | None,
-        cut_off: int = 0,
     ) -> bool:
         """Write the item's outcome; the first one wins.
 
@@ -150,7 +145,7 @@ class WorkerSide(LedgerCalls):
             False where it was refused: the item has its outcome, changed, or (a failure)
             belongs to another process; or the batch was resumed before its stop came to here.
         """
-        entry = (claim, _record_arguments(claim, result, spent_tokens, cost, cut_off))
+        entry = (claim, _record_arguments(claim, result, spent_tokens, cost))
         claim.settled = True
         recorded = self._of(claim.batch_id).record.submit(entry)
         self._outlive(recorded)
@@ -362,7 +357,6 @@ def _record_arguments(
     result: WorkItemResult[Any, Any],
     spent_tokens: int,
     cost: float | None,
-    cut_off: int,
 ) -> tuple[Argument, ...]:
     usage = result.token_usage
     kind = "" if result.success else (result.error_kind or FailureKind.UNKNOWN).value
@@ -378,7 +372,7 @@ def _record_arguments(
         usage.cached_input_tokens,
         spent_tokens,
         "" if cost is None else repr(float(cost)),
-        cut_off,
+        claim.given_up,
     )
 
 

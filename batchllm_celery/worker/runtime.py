@@ -155,6 +155,9 @@ class _LedgerGate:
     ) -> None:
         await self._runtime.ledger.save_attempt(self._claim, attempts, refusals, state, usage)
 
+    def gave_up(self) -> None:
+        self._claim.given_up += 1
+
 
 class Runtime:
     """All parts of one worker process; opened on first use, closed when the process ends.

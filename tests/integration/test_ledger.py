@@ -460,6 +460,21 @@ async def test_a_silent_process_is_found_and_its_items_offered(one: Ledger, two:
         assert (await observer.claim(BATCH, [2, 3])).held == [2, 3]
 
 
+async def test_calls_given_up_are_counted_as_maybe_billed(one: Ledger) -> None:
+    """An attempt that ran into a time limit, and a last one: both may be on the bill."""
+    await feed_all(one, 1)
+    (claim,) = await take(one, 0)
+    assert await one.begin(claim) is None
+    claim.given_up += 1
+    await one.save_attempt(claim, 1, 0, RetryState(), TokenUsage())
+    assert (await one.progress(BATCH)).maybe_billed == 1
+    assert await one.begin(claim) is None
+    claim.given_up += 1
+    failed = failure(claim, FailureKind.FRAMEWORK_TIMEOUT)
+    assert await one.record(claim, failed, spent_tokens=0, cost=None)
+    assert (await one.progress(BATCH)).maybe_billed == 2
+
+
 async def test_silence_while_holding_nothing_is_not_death(one: Ledger, two: Ledger) -> None:
     """A process that worked, had nothing to do for a lease and has just claimed is alive."""
     clock = Clock()

@@ -355,6 +355,20 @@ async def test_item_timeout_in_mid_call_settles_the_permit() -> None:
     assert bench.limiter.settled == [CallOutcome.FAILED]
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        ProcessorConfig(retry=RetryConfig(max_attempts=1), timeout_per_item=0.02),
+        ProcessorConfig(item_timeout=0.05),
+    ],
+)
+async def test_a_call_given_up_by_a_time_limit_is_told(config: ProcessorConfig) -> None:
+    """The provider may bill it: the ledger counts it."""
+    gate = ToldGate(None)
+    await Bench().result(Scripted(pause(30)), config=config, gate=gate)
+    assert gate.given_up == 1
+
+
 async def test_an_item_that_spent_its_time_being_refused_failed_for_that() -> None:
     """At the item timeout, refusals are named as the reason."""
 
@@ -534,6 +548,10 @@ class ToldGate(OpenGate):
         self.word = word
         self.when = when
         self.saved: list[tuple[int, int, dict[str, Any], int]] = []
+        self.given_up = 0
+
+    def gave_up(self) -> None:
+        self.given_up += 1
 
     async def begin(self) -> FailureKind | BatchState | None:
         self.when -= 1
