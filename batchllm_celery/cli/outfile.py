@@ -58,6 +58,9 @@ class Sink(Protocol):
     def finish(self, *, complete: bool = True) -> None:
         """Write what waits for its turn if the batch is `complete`, merge, close."""
 
+    def abandon(self) -> None:
+        """Close before anything was begun; an empty file of ours goes again."""
+
 
 class IndexSet:
     """A set of item indexes, one bit each."""
@@ -146,6 +149,9 @@ class StreamSink:
 
     def finish(self, *, complete: bool = True) -> None:
         self._stream.flush()
+
+    def abandon(self) -> None:
+        """Nothing was begun."""
 
 
 class ResultFile:
@@ -259,6 +265,14 @@ class ResultFile:
         finally:
             self._file.close()
             self._lock.close()
+
+    def abandon(self) -> None:
+        """Close a file for which nothing was begun; one without a line goes again."""
+        if not self._size:
+            self.path.unlink(missing_ok=True)
+            self._owner.unlink(missing_ok=True)
+        self._file.close()
+        self._lock.close()
 
     def _merge(self) -> None:
         """Rewrite the file with the journal's lines in the places of the first ones."""

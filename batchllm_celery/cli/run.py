@@ -152,9 +152,16 @@ def _run(
     stack.callback(_in_time, producer.close, interrupts)
     producer.check()
     settings = _with_simulation(plan, chosen, stack)
-    batch = producer.open(plan.spec, quota=plan.quota, quota_update=plan.quota_update)
-    sink = open_sink(plan.out, batch.id, overwrite=chosen["overwrite"], ordered=chosen["ordered"])
-    _refuse_lost_results(batch, sink, plan.out)
+    sink = open_sink(
+        plan.out, plan.spec.batch_id, overwrite=chosen["overwrite"], ordered=chosen["ordered"]
+    )
+    try:
+        batch = producer.open(plan.spec, quota=plan.quota, quota_update=plan.quota_update)
+        batch.consume()
+        _refuse_lost_results(batch, sink, plan.out)
+    except BaseException:
+        sink.abandon()
+        raise
     logs = settings.state_dir / "logs" / batch.id
     fleet = Fleet(plan.workers, lambda _: environment_of(settings), log_dir=logs)
     stack.callback(fleet.kill)
@@ -196,7 +203,6 @@ def _refuse_lost_results(batch: Batch, sink: Sink, out: str) -> None:
         return
     lost = progress.finished - len(sink.written) - progress.unread
     if batch.resumed and lost > 0:
-        sink.finish(complete=False)
         raise OutputError(
             f"{lost:,} results of batch {batch.id} were written to another file than {out}; "
             "name that file with -o, or start anew with another --batch-id"

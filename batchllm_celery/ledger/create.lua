@@ -45,6 +45,5 @@ if stopped then
   meta.reopen, meta.reopen_at = 'stopped', 0
   answer = 'resumed'
 end
-meta.total = nil -- until the producer has fed its input again
 save_meta()
 return {answer, meta.round, meta.fed, known}

@@ -76,7 +76,10 @@ end
 call('SETRANGE', FP, first * 8, table.concat(prints))
 in_chunks('HSET', ITEM, items)
 in_chunks('ZADD', READY, ready)
-meta.fed = math.max(meta.fed, first + count)
+if first + count > meta.fed then
+  meta.fed = first + count
+  meta.total = nil -- the input has grown: until the producer has fed it to its end
+end
 for _, row in ipairs(lines) do
   append({'i', text(row[1]), 'r', row[2]})
   mark(row[1], false, false)

@@ -200,8 +200,8 @@ class Batch:
         """Outcomes after the receipt `after`; a look that changes nothing."""
         return self._on_ledger(lambda ledger: _read(ledger, self.id, after, max, timeout))
 
-    def take(self, max: int = READ_COUNT, timeout: float = 0.25) -> list[Delivered]:
-        """The next outcomes, as the batch's one consumer; [] when none came in `timeout` seconds.
+    def consume(self) -> None:
+        """Become the batch's one consumer, as the first `take` does.
 
         Raises:
             BatchConflictError: another process is consuming this batch.
@@ -209,6 +209,14 @@ class Batch:
         if not self._locked:
             self._session.run(lambda s: s.enter(s.ledger.lock_consumer(self.id, wait=1.0)))
             self._locked = True
+
+    def take(self, max: int = READ_COUNT, timeout: float = 0.25) -> list[Delivered]:
+        """The next outcomes, as the batch's one consumer; [] when none came in `timeout` seconds.
+
+        Raises:
+            BatchConflictError: another process is consuming this batch.
+        """
+        self.consume()
         taken = self.read(self._cursor, max, timeout)
         if taken:
             self._cursor = taken[-1].receipt

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import AsyncExitStack
 from typing import Any, Self
 
-from batchllm_celery.errors import FailureKind
+from batchllm_celery.errors import BatchNotFoundError, FailureKind
 from batchllm_celery.events import Events
 from batchllm_celery.ledger import WorkerInfo
 from batchllm_celery.ledger.workers import list_workers
@@ -229,10 +229,21 @@ class Producer:
         async def create(session: Session) -> bool:
             if quota is not None:
                 await session.limiter.configure(quota, update=quota_update)
-            created = await session.ledger.create(spec)
             await session.enter(feeding)
-            await feeding.enter_async_context(session.ledger.lock_producer(spec.batch_id, wait=1.0))
-            return created.how != "new"
+
+            async def lock() -> None:
+                lock = session.ledger.lock_producer(spec.batch_id, wait=1.0)
+                await feeding.enter_async_context(lock)
+
+            # First the lock: a refusal must not have changed what another process feeds.
+            try:
+                await lock()
+            except BatchNotFoundError:
+                await session.ledger.create(spec)
+                await lock()
+                return False
+            await session.ledger.create(spec)
+            return True
 
         feeding = AsyncExitStack()
         resumed = self._session.run(create)

@@ -73,6 +73,40 @@ def test_run_answers_every_row_once_and_a_second_run_calls_nobody(
     assert_one_line_each(lone_fleet.folder / "out.jsonl", 60)
     assert "60" in second.stdout + second.stderr
 
+    elsewhere = lone_fleet.run(*command, "--rpm", "6000", "-o", "elsewhere.jsonl")
+
+    assert elsewhere.returncode == 2
+    assert "were written to another file than elsewhere.jsonl" in elsewhere.stderr
+    assert not (lone_fleet.folder / "elsewhere.jsonl").exists()
+    (batch,) = json.loads(lone_fleet.run("status", "b1", "--json").stdout)["batches"]
+    assert (batch["state"], batch["total"]) == ("finished", 60)
+
+
+def test_a_second_run_at_the_same_time_is_refused_and_disturbs_nothing(
+    lone_fleet: Fleet, provide: StartProvider
+) -> None:
+    """The same batch id in two terminals, with the same output and with another: exit 2 each, and
+    the first one ends as if it had been alone."""
+    provider = provide(latency=6.0)
+    lone_fleet.env["GOOGLE_GEMINI_BASE_URL"] = provider.url
+    write_rows(lone_fleet.folder / "rows.jsonl", 80)
+    out = lone_fleet.folder / "out.jsonl"
+    command = ("run", "rows.jsonl", *GEMINI, "--max-concurrency", "8", "--workers", "1")
+    command += ("--batch-id", "b1", "-o")
+    first = lone_fleet.start(*command, "out.jsonl", name="first")
+    wait_until(lambda: out.exists() and out.read_text(), timeout=60)
+
+    same = lone_fleet.run(*command, "out.jsonl")
+    other = lone_fleet.run(*command, "other.jsonl")
+
+    assert (same.returncode, other.returncode) == (2, 2)
+    assert "being written by another batchllm" in same.stderr
+    assert "has a producer already" in other.stderr or "has a consumer already" in other.stderr
+    provider.change(latency=0.05)
+    assert first.wait(timeout=90) == 0, lone_fleet.said("first")
+    assert_one_line_each(out, 80)
+    assert set(calls_per_prompt(provider).values()) == {1}
+
 
 def test_broken_rows_fail_by_line_and_good_ones_are_answered(
     fleet: Fleet, provide: StartProvider
