@@ -91,8 +91,8 @@ def test_a_second_run_at_the_same_time_is_refused_and_disturbs_nothing(
     lone_fleet.env["GOOGLE_GEMINI_BASE_URL"] = provider.url
     write_rows(lone_fleet.folder / "rows.jsonl", 80)
     out = lone_fleet.folder / "out.jsonl"
-    command = ("run", "rows.jsonl", *GEMINI, "--max-concurrency", "8", "--workers", "1")
-    command += ("--batch-id", "b1", "-o")
+    options = ("--max-concurrency", "8", "--workers", "1", "--batch-id", "b1")
+    command = ("run", "rows.jsonl", *GEMINI, *options, "-o")
     first = lone_fleet.start(*command, "out.jsonl", name="first")
     wait_until(lambda: out.exists() and out.read_text(), timeout=60)
 
