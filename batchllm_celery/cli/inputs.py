@@ -10,6 +10,7 @@ import csv
 import gzip
 import itertools
 import json
+import math
 import os
 import sys
 import tempfile
@@ -356,8 +357,15 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is out of range")
+    return number
+
+
 def _jsonl(lines: Iterator[Line]) -> _Read:
-    decode = json.JSONDecoder(parse_constant=_refuse_constant).decode
+    decode = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite).decode
     for number, raw in lines:
         if raw is None:
             yield _too_long(number)

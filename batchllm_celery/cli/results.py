@@ -10,7 +10,7 @@ import click
 
 from batchllm_celery.cli import exit_codes, job, options
 from batchllm_celery.cli.console import to_stderr
-from batchllm_celery.cli.outfile import Sink, open_sink
+from batchllm_celery.cli.outfile import OutputError, Sink, open_sink
 from batchllm_celery.cli.progress_display import Display, RateMeter, View, open_display
 from batchllm_celery.cli.session import Interrupts, no_more
 from batchllm_celery.cli.summary import exit_code
@@ -32,8 +32,8 @@ LOOK_SECONDS = 0.5
 def results(batch_id: str, follow: bool, **chosen: Any) -> int:
     """Print the results of BATCH, one JSON object a line, or write them to -o OUT.jsonl.
 
-    Reading takes nothing away: results stay readable until the batch expires. Exit code: 0;
-    with --follow as `run` ends.
+    Reading takes nothing away: results of `submit` stay readable until the batch expires (those of
+    `run` are in the file that it wrote). Exit code: 0; with --follow as `run` ends.
     """
     from batchllm_celery.producer import Producer
 
@@ -41,6 +41,7 @@ def results(batch_id: str, follow: bool, **chosen: Any) -> int:
         producer = stack.enter_context(Producer(job.settings_of(chosen)))
         producer.check()
         batch = producer.attach(batch_id)
+        _refuse_if_elsewhere(batch)
         sink = open_sink(
             chosen["out"], batch.id, overwrite=chosen["overwrite"], ordered=chosen["ordered"]
         )
@@ -54,6 +55,16 @@ def results(batch_id: str, follow: bool, **chosen: Any) -> int:
     if interrupts.count:
         return exit_codes.INTERRUPTED
     return exit_code(progress) if follow else exit_codes.OK
+
+
+def _refuse_if_elsewhere(batch: Batch) -> None:
+    """`run` takes results out of Redis as it writes them: an empty answer would mislead."""
+    progress = batch.progress()
+    if progress.unread == 0 and progress.finished and no_more(progress):
+        raise OutputError(
+            f"the {progress.finished:,} results of batch {batch.id} are in the file that `run` "
+            "wrote; they are not in Redis any more"
+        )
 
 
 def _copy(

@@ -80,6 +80,9 @@ def test_run_answers_every_row_once_and_a_second_run_calls_nobody(
     assert not (lone_fleet.folder / "elsewhere.jsonl").exists()
     (batch,) = json.loads(lone_fleet.run("status", "b1", "--json").stdout)["batches"]
     assert (batch["state"], batch["total"]) == ("finished", 60)
+    results = lone_fleet.run("results", "b1")
+    assert results.returncode == 2
+    assert "the 60 results of batch b1 are in the file that `run` wrote" in results.stderr
 
 
 def test_a_second_run_at_the_same_time_is_refused_and_disturbs_nothing(

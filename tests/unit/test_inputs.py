@@ -153,6 +153,7 @@ def test_parquet_without_the_extra_says_what_to_install(
         ("a.jsonl", b'{"prompt": "\xff"}', "not UTF-8"),
         ("a.jsonl", b'{"prompt": "\\ud800"}', "surrogate"),
         ("a.jsonl", b'{"prompt": "x", "context": NaN}', "NaN is not JSON"),
+        ("a.jsonl", b'{"prompt": "x", "context": 1e400}', "1e400 is out of range"),
         ("a.jsonl", b'{"prompt": ' + b"[" * 100_000, "nested too deeply"),
         ("a.jsonl", b'{"custom_id": "c", "body": {}}', "no messages"),
         ("a.jsonl", b'{"custom_id": "c", "url": "/v1/embeddings", "body": {}}', "not supported"),
