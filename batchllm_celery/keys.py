@@ -5,7 +5,7 @@ NS:{batch:ID}:item    hash    index -> payload (JSON), until the item has succee
 NS:{batch:ID}:fp      string  8 bytes of content fingerprint per index
 NS:{batch:ID}:ready   zset    index -> score; what waits for a claim, expired ones first
 NS:{batch:ID}:held    hash    index -> phase (c claimed, p in a call) | token | process
-NS:{batch:ID}:procs   hash    process -> heartbeat counter; reply to its last `record`
+NS:{batch:ID}:procs   hash    process -> its last sign of life; reply to its last `record`
 NS:{batch:ID}:try     hash    index -> losses | round | attempts, RetryState, usage (JSON)
 NS:{batch:ID}:done    bitmap  items with an outcome
 NS:{batch:ID}:failed  bitmap  those whose outcome is a failure

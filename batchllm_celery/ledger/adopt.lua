@@ -21,6 +21,6 @@ for n = 2, #ARGV, 5 do
     count = count + 1
   end
 end
-if count > 0 then call('HSETNX', PROCS, process, LOST) end -- so that its death is noticed
+if count > 0 then show_life(process) end
 save_meta()
 return count

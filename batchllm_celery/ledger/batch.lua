@@ -67,6 +67,8 @@ local function save_meta()
   -- Looking at a batch that is over must not keep it for ever.
   if #changes > 0 or not meta.total or meta.ok + meta.failed < meta.total then
     for i = 1, #KEYS do call('EXPIRE', KEYS[i], meta.ttl) end
+  else
+    call('EXPIRE', PROCS, meta.ttl, 'NX') -- a late word of a worker makes it anew
   end
 end
 
@@ -146,13 +148,15 @@ local function tries_text(losses, round, rest)
   return text(losses) .. ' ' .. text(round) .. ' ' .. rest
 end
 
--- A claim is a sign of life: while a process held nothing it sent no heartbeat, and the silence of
--- that time must not count against what it takes now. It is no heartbeat: what was given up stays
--- LOST until the next one, which takes back what is still there to take.
+-- A process that takes, begins or keeps something lives, and is looked after from now on, whether it
+-- has sent a heartbeat yet or not (it sends none while it holds nothing). What is written is the
+-- moment: a value that came again would pass for silence since its first time. This is no
+-- heartbeat: one that was given up stays LOST until the next one, which takes back what is still
+-- there to take; meanwhile the change stops a scan that gives it up.
 local function show_life(process)
-  local counter = call('HGET', PROCS, process) or LOST .. '0'
-  local given_up, beats = string.match(counter, '^(' .. LOST .. '?)(%d*)$')
-  call('HSET', PROCS, process, given_up .. text((tonumber(beats) or 0) + 1))
+  local last = call('HGET', PROCS, process)
+  local given_up = not last or string.sub(last, 1, 1) == LOST
+  call('HSET', PROCS, process, (given_up and LOST or '') .. text(NOW))
 end
 
 -- An outcome that no worker wrote: the reader makes the line from the payload's head. The caller

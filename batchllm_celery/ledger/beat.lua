@@ -6,7 +6,7 @@ if not load_meta() then return false end
 local process = ARGV[1]
 local counter = call('HGET', PROCS, process)
 local lost = not counter or string.sub(counter, 1, 1) == LOST
-call('HSET', PROCS, process, lost and 1 or tonumber(counter) + 1)
+call('HSET', PROCS, process, text(NOW))
 local state = state_now()
 save_meta()
 return {state, lost and 1 or 0}

@@ -24,6 +24,6 @@ for n, index in ipairs(indexes) do
 end
 in_chunks('HSET', HELD, starting)
 in_chunks('ZREM', READY, kept) -- the lease had ended, but nobody took it
-if #kept > 0 then call('HSETNX', PROCS, process, LOST) end -- so that its death is noticed
+if #kept > 0 then show_life(process) end
 save_meta()
 return {state, answers}

@@ -70,7 +70,7 @@ end
 in_chunks('ZADD', READY, again)
 in_chunks('ZREM', READY, removed)
 in_chunks('HSET', HELD, taken)
-if #taken > 0 then show_life(process) end
+if #taken + #removed > 0 then show_life(process) end
 state = state_now()
 save_meta()
 local spec = tonumber(ARGV[3]) ~= meta.rev and call('HGET', META, 'spec')

@@ -43,7 +43,7 @@ if stopped or meta.state == 'finished' then meta.state = 'open' end
 if stopped then
   meta.round = meta.round + 1
   meta.reopen, meta.reopen_at = 'stopped', 0
-  answer = 'resumed'
 end
+if meta.reopen then answer = 'resumed' end -- also one that somebody began and did not end
 save_meta()
 return {answer, meta.round, meta.fed, known}

@@ -85,7 +85,7 @@ class Ledger(WorkerSide, ProducerSide):
             if indexes:
                 offered.append((batch_id, indexes))
             if over:
-                await client.zrem(key, batch_id)
+                await patiently(partial(client.zrem, key, batch_id))
                 self._observer.forget(batch_id)
         await patiently(lambda: client.expire(key, self._settings.result_ttl_seconds))
         return offered

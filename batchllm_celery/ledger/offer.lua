@@ -15,5 +15,6 @@ if (state == 'feeding' or state == 'running') and tonumber(ARGV[1]) > 0 then
   in_chunks('ZADD', READY, marks)
 end
 save_meta()
-return {state, indexes, call('ZCARD', READY), (meta.total or meta.fed + 1) - meta.ok - meta.failed,
-        call('HGETALL', PROCS)}
+-- (What is about to be reopened is unfinished: the batch must not be taken off the queue's list.)
+local unfinished = (meta.total or meta.fed + 1) - meta.ok - meta.failed + (meta.reopen and 1 or 0)
+return {state, indexes, call('ZCARD', READY), unfinished, call('HGETALL', PROCS)}

@@ -3,7 +3,7 @@
 -- ARGV     1 process, then for each item: index, token, its text, calls cut off
 -- returns  for each item 1, or 0 when it is no longer this process's
 if not load_meta() then return false end
-local process, answers = ARGV[1], {}
+local process, answers, kept = ARGV[1], {}, false
 for n = 2, #ARGV, 4 do
   local index, mine = ARGV[n], ARGV[n + 1] .. ' ' .. process
   local holder = call('HGET', HELD, index)
@@ -13,11 +13,12 @@ for n = 2, #ARGV, 4 do
     call('HSET', TRY, index, tries_text(losses, round, ARGV[n + 2]))
     call('HSET', HELD, index, CLAIMED .. ' ' .. mine)
     call('ZREM', READY, index)
-    call('HSETNX', PROCS, process, LOST) -- its lease may have ended: its death must be noticed
+    kept = true
     -- Repeated after a lost reply this counts twice: maybe_billed is an upper bound.
     meta.maybe_billed = meta.maybe_billed + tonumber(ARGV[n + 3])
   end
   answers[#answers + 1] = owned and 1 or 0
 end
+if kept then show_life(process) end
 save_meta()
 return answers

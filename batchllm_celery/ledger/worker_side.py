@@ -127,7 +127,11 @@ class WorkerSide(LedgerCalls):
         claim.calling = False
         cut_off, claim.given_up = claim.given_up, 0
         entry = Tries(attempts, refusals, state, usage).encode()
-        await self._of(claim.batch_id).save((claim, entry, cut_off))
+        try:
+            await self._of(claim.batch_id).save((claim, entry, cut_off))
+        except asyncio.CancelledError:  # handed back before it was told: `release` tells it
+            claim.given_up += cut_off
+            raise
 
     async def record(
         self,
@@ -284,7 +288,7 @@ class WorkerSide(LedgerCalls):
     async def _release(self, batch_id: str, claims: list[Claim]) -> None:
         arguments: list[Argument] = [self.process_id]
         for claim in claims:
-            arguments += (claim.index, claim.token, int(claim.calling))
+            arguments += (claim.index, claim.token, max(claim.given_up, int(claim.calling)))
         async with self._moving:
             try:
                 word, _ = await self._run(scripts.RELEASE, batch_id, arguments)

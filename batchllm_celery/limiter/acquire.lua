@@ -254,7 +254,9 @@ local function refill()
   s.pace = p
   local factor = known and p * HEADROOM or 1
   if not known then rates[1] = p end
-  local owed = {-reusable, owed_input + owed_output, owed_input, owed_output}
+  -- (A cooldown since has voided them already, and moved `tat` back.)
+  local ahead = known_gen == s.gen and not bumped and reusable or 0
+  local owed = {-ahead, owed_input + owed_output, owed_input, owed_output}
   for d = 1, 4 do
     if rates[d] > 0 then
       local per = 1000000 / (rates[d] * factor)

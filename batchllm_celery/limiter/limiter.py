@@ -198,7 +198,8 @@ class Limiter:
                 await asyncio.sleep(0.5)
 
     async def _follow_channels(self) -> None:
-        await self._subscribe.wait()
+        if not self._desks:
+            await self._subscribe.wait()
         async with self._connection.pubsub(ignore_subscribe_messages=True) as pubsub:
             known: set[str] = set()
             while True:

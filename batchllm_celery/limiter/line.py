@@ -243,9 +243,11 @@ class Line:
         self._measure(now)
         held = len(self.tickets)
         want = min(max(self.waiting - held, 0), LARGEST_ASK)
+        reserved = self._estimates(held, want)
+        if self.by_tokens:
+            want = len(reserved)  # some were cancelled just now, and have not left yet
         spare = min(self._spare(), LARGEST_ASK - want)
         mean = Estimate(round(self.mean_input), round(self.mean_output))
-        reserved = self._estimates(held, want)
         numbers = [
             sequence,
             held,

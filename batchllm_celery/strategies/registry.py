@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, TypeAlias, TypeVar
 
-from batchllm_celery.errors import StrategyNotFoundError, UsageError
+from batchllm_celery.errors import StrategyNotFoundError, UsageError, describe
 from batchllm_celery.events import StrategyPrepared
 from batchllm_celery.models import StrategySpec
 from batchllm_celery.strategies.base import LLMCallStrategy, ProcessResources, close_quietly
@@ -56,7 +56,8 @@ class Registration:
         """Call the factory.
 
         Raises:
-            UsageError: for parameters it does not take, or an answer that is not a strategy.
+            UsageError: for parameters it does not take, a factory that fails, or an answer that is
+                not a strategy.
         """
         try:
             inspect.signature(self.factory).bind(**spec.params)
@@ -64,7 +65,14 @@ class Registration:
             raise UsageError(
                 f"strategy {self.name!r}: {error}; it takes {_parameters(self.factory)}"
             ) from error
-        built = self.factory(**spec.params)
+        try:
+            built = self.factory(**spec.params)
+        except UsageError:
+            raise
+        except Exception as error:  # a setting is missing, say: no other item fares better
+            raise UsageError(
+                f"strategy {self.name!r}: its factory failed: {describe(error)}"
+            ) from error
         if not isinstance(built, LLMCallStrategy):
             raise UsageError(
                 f"strategy {self.name!r}: its factory returned {type(built).__name__}, "

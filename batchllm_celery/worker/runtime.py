@@ -414,6 +414,9 @@ class Runtime:
                 # Inside: what a budget can be overshot by is what the slots hold.
                 if isinstance(outcome, WorkItemResult):
                     return await self._record(claim, outcome)
+            if outcome.until is not None:
+                await self.ledger.park(claim.batch_id, outcome.until)
+            await self.ledger.release([claim])
         except asyncio.CancelledError:
             await asyncio.shield(self.ledger.release([claim]))
             if self._is_handed_back(claim):
@@ -423,9 +426,6 @@ class Runtime:
             # A fault of ours or of Redis, not the item's: held any longer it would hang for ever.
             await asyncio.shield(self.ledger.release([claim]))
             raise
-        if outcome.until is not None:
-            await self.ledger.park(claim.batch_id, outcome.until)
-        await self.ledger.release([claim])
         return None
 
     async def _run_one(self, spec: BatchSpec, claim: Claim) -> WorkItemResult[Any, Any] | Stopped:
@@ -525,9 +525,13 @@ class Runtime:
         interval = min(self.settings.offer_seconds, self.settings.lease_seconds / 6)
         while True:
             await asyncio.sleep(min(interval, HUNGRY_SECONDS) if self._hungry else interval)
-            if not self.draining:
+            if self.draining:
+                continue
+            try:
                 for queue in self.queues:
                     await self._offer(queue)
+            except Exception as error:  # the next look may do better; without any, work is lost
+                logger.warning("offer.failed error=%s", describe(error))
 
     async def _offer(self, queue: str) -> None:
         """What was lost must not wait for an idle worker; the rest is for those with free slots."""

@@ -145,7 +145,7 @@ def test_three_hundred_kills_over_ten_thousand_rows(stage: Stage) -> None:
         verdicts.append(_told(storm, batch_id, faults, began))
     while storm.kills < KILLS:
         verdicts.append(_told(storm, f"more-{len(verdicts)}", Faults(), began))
-    stage.assert_nothing_stays(timeout=180)
+    stage.assert_nothing_stays(timeout=90)
     _sum_up(storm, verdicts, began)
     assert sum(one.rows for one in verdicts) >= 10_000
 

@@ -18,7 +18,7 @@ from batchllm_celery.errors import (
     UsageError,
 )
 from batchllm_celery.keys import Keys
-from batchllm_celery.ledger import Heartbeat, Ledger, Payload, WorkerInfo, list_workers
+from batchllm_celery.ledger import Heartbeat, Ledger, Payload, WorkerInfo, list_workers, scripts
 from batchllm_celery.ledger.heartbeat import Beat
 from batchllm_celery.ledger.observer import Observer
 from batchllm_celery.models import (
@@ -32,6 +32,7 @@ from batchllm_celery.settings import Settings
 from tests.integration.ledger_support import (
     BATCH,
     Snapshot,
+    StutteringConnection,
     answer,
     call_and_answer,
     failure,
@@ -492,6 +493,120 @@ async def test_silence_while_holding_nothing_is_not_death(one: Ledger, two: Ledg
         clock.now += 1.6
     assert await take(two, 1) == []
     assert await call_and_answer(one, second)
+
+
+async def test_a_process_given_up_while_idle_is_alive_again(one: Ledger, two: Ledger) -> None:
+    """Its next claim is no repetition of the sign of life that the observer saw fall silent."""
+    clock = Clock()
+    two._observer = Observer(lease=30.0, clock=clock)
+    await feed_all(one, 2)
+    (first,) = await take(one, 0)
+    assert await call_and_answer(one, first)
+    while one.process_id.encode() in look(two).procs:
+        await two.offer("default", 0)
+        clock.now += 3
+    (second,) = await take(one, 1)
+    assert await one.begin(second) is None
+    await two.offer("default", 0)
+    assert await take(two, 1) == []
+
+
+async def test_the_death_of_a_process_whose_claim_was_repeated_is_noticed(
+    one: Ledger, two: Ledger
+) -> None:
+    """The reply was lost for longer than a lease, the claim repeated, and then it died."""
+    one.process_id = "elsewhere:1:aa"
+    await feed_all(one, 1)
+    claim: list[str | int] = [one.process_id, "t" * 16, -1, 4, 0, 0, 0]
+    await one._run(scripts.CLAIM, BATCH, claim)
+    await lose(two, one.process_id)
+    await one._run(scripts.CLAIM, BATCH, claim)
+    await lose(two, one.process_id)
+    assert [claim.index for claim in await take(two, 0)] == [0]
+
+
+async def test_a_call_that_begins_while_its_process_is_given_up_is_looked_after(
+    one: Ledger, two: Ledger
+) -> None:
+    """Between two steps of the scan that sets its items free."""
+    one.process_id = "elsewhere:1:aa"
+    await feed_all(one, 3_000)
+    for first in range(0, 3_000, 1_000):
+        await one.claim(BATCH, list(range(first, first + 1_000)))
+    client: Any = one._connection.client
+    procs = one._keys.batch(BATCH).procs
+    counter = (await client.hget(procs, one.process_id)).decode()
+    cursor, _ = await two._run(scripts.EXPIRE, BATCH, [one.process_id, counter, "0"])
+    assert cursor != b"0"
+    freed = min(look(two).ready)
+    begun = next(claim for claim in one.holding if claim.index == freed)
+    assert await one.begin(begun) is None
+    while cursor != b"0":
+        arguments = [one.process_id, counter, cursor.decode()]
+        cursor, _ = await two._run(scripts.EXPIRE, BATCH, arguments)
+    await lose(two, one.process_id)  # it dies
+    assert freed in look(two).ready
+
+
+async def test_a_stopped_batch_is_reopened_though_the_first_answer_was_lost(
+    one: Ledger, redis_url: str, namespace: str
+) -> None:
+    """Created again, twice: its stopped items run again."""
+    await feed_all(one, 5)
+    await one.cancel(BATCH)
+    async with (
+        StutteringConnection(redis_url) as connection,
+        ledger(connection, namespace) as again,
+    ):
+        assert (await again.create(spec())).how == "resumed"
+        assert len(await take(again, *range(5))) == 5
+
+
+async def test_a_batch_stays_listed_while_it_is_reopened(one: Ledger, two: Ledger) -> None:
+    """A worker that looks between the decision and its first step does not strike it off."""
+    await feed_all(one, 3)
+    await one.cancel(BATCH)
+    await one._control(BATCH, "resume")
+    await one._list_again(BATCH)
+    await two.offer("default", 0)
+    await one.reopen(BATCH)
+    assert await two.offer("default", 9) == [(BATCH, [0, 1, 2])]
+
+
+async def test_late_words_to_a_batch_that_is_over_leave_no_key_for_ever(
+    one: Ledger, two: Ledger
+) -> None:
+    """A heartbeat and a record, after the batch was cancelled and its process given up."""
+    await feed_all(one, 1)
+    (claim,) = await take(one, 0)
+    assert await one.begin(claim) is None
+    await lose(two, one.process_id)
+    await two.cancel(BATCH)
+    await one.heartbeat()
+    assert not await one.record(claim, answer(claim), spent_tokens=1, cost=None)
+    assert min(look(two).ttls.values()) > 0
+
+
+async def test_a_call_given_up_counts_though_its_note_was_dropped(one: Ledger) -> None:
+    """Handed back (a drain) while the note of the attempt waited for the one before it."""
+    await feed_all(one, 2)
+    noted, dropped = await take(one, 0, 1)
+    for claim in (noted, dropped):
+        assert await one.begin(claim) is None
+        claim.given_up += 1
+    saves = []
+    for claim in (noted, dropped):
+        save = one.save_attempt(claim, 1, 0, RetryState(), TokenUsage())
+        saves.append(asyncio.create_task(save))
+        await asyncio.sleep(0.0001)
+    saves[1].cancel()
+    await asyncio.gather(*saves, return_exceptions=True)
+    await one.release([dropped])
+    assert (await one.progress(BATCH)).maybe_billed == 2
+
+
+def look(of: Ledger) -> Snapshot:
+    return Snapshot(of._connection.url, of._keys.namespace)
 
 
 async def test_locks_are_leased_and_refused_with_a_clear_word(one: Ledger, two: Ledger) -> None:

@@ -7,6 +7,7 @@ import bisect
 import contextlib
 import time
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from batchllm_celery.connection import Connection
 from batchllm_celery.errors import QuotaConflictError, QuotaUnavailableError
 from batchllm_celery.events import CooldownStarted, Event, Events
 from batchllm_celery.keys import Keys
-from batchllm_celery.limiter import CallOutcome, Estimate, Limiter, policy_from
+from batchllm_celery.limiter import CallOutcome, Estimate, Limiter, Permit, policy_from
 from batchllm_celery.models import Quota, QuotaLimits, RateLimitConfig, TokenUsage
 from tests.support import ValkeyServer, wait_until_async
 
@@ -92,8 +93,51 @@ async def test_no_window_holds_more_than_the_quota_even_when_a_process_joins(fle
         jitter = 100 * 0.03
         assert fleet.most_within(window) <= 100 * window + 10 + 1 + jitter
     moments = sorted(at for at, _ in fleet.starts)
-    # (On a quiet machine 99 %: benchmarks/quota_runs.py. A late ticket is lost, never made up for.)
-    assert len(moments) >= 100 * (moments[-1] - moments[0]) * 0.85
+    assert len(moments) >= 100 * (moments[-1] - moments[0]) * 0.97
+
+
+async def test_waiters_cancelled_in_the_moment_of_a_question_harm_nobody(fleet: Fleet) -> None:
+    """They still stand in line when it is written, and have no estimate any more."""
+    limiter = await fleet.join("p")
+    limits = QuotaLimits(requests_per_minute=60_000, input_tokens_per_minute=60_000_000)
+    await limiter.configure(Quota(name="q", limits=limits))
+    await fleet.call("p", "q")
+    await asyncio.sleep(0.3)
+    desk = limiter._desks["q"]
+    waiting = [asyncio.create_task(limiter.acquire("q", ONE)) for _ in range(20)]
+    tick, cancelled = desk._tick, waiting[:5]
+
+    def tick_then_cancel() -> None:
+        tick()
+        if desk._asking is not None:
+            for task in cancelled:
+                task.cancel()
+
+    desk._tick = tick_then_cancel  # type: ignore[method-assign]  # fixes the order
+    done = await asyncio.gather(*waiting, return_exceptions=True)
+    assert all(isinstance(one, asyncio.CancelledError) for one in done[:5])
+    assert all(isinstance(one, Permit) for one in done[5:])
+
+
+async def test_a_lost_channel_is_subscribed_to_again(fleet: Fleet) -> None:
+    """After its connection was cut, without a new quota to make it look."""
+    limiter = await fleet.join("p")
+    await limiter.configure(per_second(100))
+    await fleet.call("p", "q")
+    client: Any = limiter._connection.client
+    channel = fleet.keys.quota("q").channel
+
+    async def heard() -> bool:
+        return bool((await client.pubsub_numsub(channel))[0][1])
+
+    await wait_until_async(heard)
+    await client.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
+
+    async def deaf() -> bool:
+        return not await heard()
+
+    await wait_until_async(deaf)
+    await wait_until_async(heard)
 
 
 async def _later(seconds: float, coroutine: object) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -329,6 +330,20 @@ def test_a_spent_window_tells_the_quota(server: VirtualRedis) -> None:
         scripts.ask("a", [1] * 5, successes=5)
     scripts.ask("a", [], refused=True, retry_after=50.0)  # 100 of the last 10 s fill the minute
     assert numbers_of(scripts)["ceiling"] == pytest.approx(100 / 60, rel=0.1)
+
+
+def test_what_a_cooldown_has_voided_is_not_given_back_again(server: VirtualRedis) -> None:
+    """Tickets returned by a process that has not heard of the cooldown: no burst follows it."""
+    scripts = Scripts(server, Quota(name="q", limits=QuotaLimits(requests_per_minute=6_000)))
+    scripts.ask("a", [1] * 40)
+    old = scripts.generation
+    scripts.ask("b", [], refused=True, retry_after=1.0)
+    new, scripts.generation = scripts.generation, old
+    scripts.ask("a", [], unused=30, reusable=30)
+    scripts.generation = new
+    server.now += 0.9
+    starts = microseconds(scripts.ask("a", [1] * 14))
+    assert min(later - sooner for sooner, later in pairwise(starts)) > 5_000
 
 
 def test_time_in_which_nobody_waits_does_not_raise_the_rate(server: VirtualRedis) -> None:

@@ -16,11 +16,13 @@ import redis
 
 from batchllm_celery import Batch, Producer
 from batchllm_celery.keys import Keys
+from batchllm_celery.models import Quota, QuotaLimits
 from batchllm_celery.queue import make_app
 from batchllm_celery.settings import Settings
 from batchllm_celery.worker.runtime import Runtime
 from batchllm_celery.worker.slots import Slots
-from tests.support import wait_until
+from tests.integration import worker_app  # noqa: F401 - registers its strategy here too
+from tests.support import wait_until, wait_until_async
 
 ROOT = Path(__file__).parents[2]
 Start = Callable[..., "subprocess.Popen[bytes]"]
@@ -146,6 +148,43 @@ async def test_items_handed_back_before_they_began_are_given_back(
     with redis.Redis.from_url(redis_url) as client:
         held = Keys(namespace).batch(batch.id).held
         await asyncio.to_thread(wait_until, lambda: not client.exists(held))
+    await runtime.close()
+
+
+async def test_a_days_end_leaves_nothing_held(
+    producer: Producer, redis_url: str, namespace: str
+) -> None:
+    """Hundreds of items park at once and are handed back while they do: all are free for others."""
+    quota = Quota(name="naps", limits=QuotaLimits(requests_per_day=20))
+    batch = await asyncio.to_thread(_submit, producer, 300, 0.01, quota=quota)
+    settings = Settings(redis_url=redis_url, namespace=namespace, slots=300)
+    runtime = Runtime(settings, redis_url, lambda *_: None)
+    tally = await runtime.run_items(batch.id, range(300))
+    assert tally.failed == 0
+    assert tally.succeeded + tally.returned == 300
+    with redis.Redis.from_url(redis_url) as client:
+        held = Keys(namespace).batch(batch.id).held
+        await asyncio.to_thread(wait_until, lambda: not client.exists(held))
+    assert not len(runtime.ledger.holding)
+    await runtime.close()
+
+
+async def test_a_failed_look_for_lost_work_is_not_the_last(
+    redis_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop that offers it again goes on, whatever one look ran into."""
+    settings = Settings(redis_url=redis_url, namespace=namespace, offer_seconds=0.05)
+    runtime = Runtime(settings, redis_url, lambda *_: None, slots=4)
+    await runtime.open()
+    looks = 0
+
+    async def offer(*_: object, **__: object) -> list[Any]:
+        nonlocal looks
+        looks += 1
+        raise redis.ConnectionError("gone for a moment")
+
+    monkeypatch.setattr(runtime.ledger, "offer", offer)
+    await wait_until_async(lambda: looks >= 2)
     await runtime.close()
 
 

@@ -123,6 +123,18 @@ async def test_a_factory_must_give_a_strategy() -> None:
         await Registry(ProcessResources(), names).get(StrategySpec(name="wrong"))
 
 
+async def test_a_factory_that_fails_is_a_usage_error() -> None:
+    """A missing setting, say: the item fails with it, and is not tried without end."""
+    names = StrategyCatalog()
+
+    def failing() -> LLMCallStrategy[Any]:
+        raise KeyError("MY_SETTING")
+
+    names.register(Registration("failing", failing))
+    with pytest.raises(UsageError, match="its factory failed: KeyError: 'MY_SETTING'"):
+        await Registry(ProcessResources(), names).get(StrategySpec(name="failing"))
+
+
 def test_two_factories_can_t_have_one_name() -> None:
     """A second registration of the same code replaces it, other code is refused."""
     names = StrategyCatalog()
