@@ -25,10 +25,11 @@ class Script:
     sha: str
 
     @classmethod
-    def load(cls, package: str, name: str, *, shared: str) -> Self:
-        """The script in file `name` of `package`, after what it shares with others (`shared`)."""
+    def load(cls, package: str, name: str, *, shared: str, head: str = "") -> Self:
+        """The script in file `name` of `package`, after what it shares with others (`shared`);
+        `head` goes before both."""
         files = [resources.files(package).joinpath(file) for file in (shared, name)]
-        return cls.of(name, "\n".join(file.read_text(encoding="utf-8") for file in files))
+        return cls.of(name, head + "\n".join(file.read_text(encoding="utf-8") for file in files))
 
     @classmethod
     def of(cls, name: str, text: str) -> Self:

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from importlib import resources
-
 from batchllm_celery.connection import Script
-
-_PACKAGE = "batchllm_celery.ledger"
-
-
-def _text(name: str) -> str:
-    return resources.files(_PACKAGE).joinpath(name).read_text(encoding="utf-8")
 
 
 def _load(name: str, *, at_maxmemory: bool = True) -> Script:
     # A full Redis refuses new work (create, feed); what finishes work and frees memory must run.
     flags = "allow-oom" if at_maxmemory else ""
-    return Script.of(name, f"#!lua flags={flags}\n{_text('batch.lua')}\n{_text(name)}")
+    head = f"#!lua flags={flags}\n"
+    return Script.load("batchllm_celery.ledger", name, shared="batch.lua", head=head)
 
 
 CREATE = _load("create.lua", at_maxmemory=False)

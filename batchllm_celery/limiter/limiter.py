@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Self
 
+from redis.asyncio.client import PubSub
+
 from batchllm_celery.connection import Connection, Script
 from batchllm_celery.errors import QuotaConflictError, QuotaUnavailableError
 from batchllm_celery.events import (
@@ -209,7 +211,7 @@ class Limiter:
                     known.add(name)
                 await self._hear(pubsub)
 
-    async def _hear(self, pubsub: object) -> None:
+    async def _hear(self, pubsub: PubSub) -> None:
         """Messages, until a quota is used for the first time."""
         desks = {
             self._keys.quota(name).channel.encode(): desk for name, desk in self._desks.items()
@@ -217,7 +219,7 @@ class Limiter:
         wake = asyncio.create_task(self._subscribe.wait())
         try:
             while not wake.done():
-                read = asyncio.create_task(pubsub.get_message(timeout=None))  # type: ignore[attr-defined]
+                read = asyncio.create_task(pubsub.get_message(timeout=None))
                 try:
                     await asyncio.wait({wake, read}, return_when=asyncio.FIRST_COMPLETED)
                     if read.done() and (message := read.result()):
