@@ -1,7 +1,7 @@
 -- acquire.lua: settle what one process has finished, then give start times to its oldest waiters.
 --
 -- KEYS     1 hash  the quota: `setup` (a msgpack map), `live`, `cooldowns`, `ramp`, `history`
---          2 hash  process -> sequence, lease, in flight, reply (packed: STORED, REPLY)
+--          2 hash  process -> sequence, last heard of, in flight, reply (packed: STORED, REPLY)
 --          3 zset  process -> since when it waits
 --          4 channel  "g:generation" and "f:process" (a slot is free for it)
 -- ARGV     1 process   2 the numbers named below, as doubles
@@ -36,8 +36,11 @@ local SLICE, SLICE_SIZE = '<dI4', 12
 local LOOK = 500000             -- starts are handed out this far ahead: a proof lasts 250 ms anyway
 local SPARE_LOOK = 50000
 local AGAIN = 900000            -- a waiter asks again by then, whatever it was told
+-- Leases end on a clock that stands still while nobody is heard of for longer than the shorter one:
+-- Redis was away, and those who had calls in flight have them still.
 local LEASE = 10000000          -- a process not heard of for so long has lost its calls in flight
 local WAIT_LEASE = 3000000      -- ... and does not count as waiting
+local SET_BACK = 5000000        -- a clock that is so far behind was set
 local SECOND = 800000           -- providers look at seconds too: burst or credit, and one request
 local HEADROOM = 0.995          -- of a known rate: lets the provider's bucket fill up again
 local BETA, C = 0.75, 1e-5      -- CUBIC: what is left after a cut, and how fast it comes back
@@ -70,7 +73,7 @@ local function load()
     fails = 0, probe = '', probe_at = 0, ramp_i = -1, ramp_next = 0,
     tat = {0, 0, 0, 0}, credit = {0, 0, 0, 0}, day_used = 0, day_reset = 0, day_until = 0,
     ceiling = 0, active = 0, limited = 0, rate = START_RATE, cycle_ok = 0, ok = 0, ok_since = 0,
-    pace = 0, in_flight = 0, swept = 0, busy_since = 0,
+    pace = 0, in_flight = 0, swept = 0, busy_since = 0, heard = 0,
   }
 end
 
@@ -88,9 +91,23 @@ local function read_clock()
     s.tat, s.credit = {0, 0, 0, 0}, {0, 0, 0, 0}
   end
 
+  -- The clock had been ahead, and all that lies ahead on it would be waited for.
+  local function set_back(by)
+    before = now
+    for _, name in ipairs({'cool_until', 'probe_at', 'ramp_next', 'limited', 'ok_since', 'busy_since'}) do
+      s[name] = max(s[name] - by, 0)
+    end
+    s.day_reset = min(s.day_reset, now - now % DAY + DAY)
+    redis.call('HDEL', Q, 'history')
+    redis.call('DEL', WAIT)
+    hold()
+  end
+
   local time = redis.call('TIME')
-  before = s.now
-  now = max(time[1] * 1000000 + time[2], before)   -- it never goes back
+  now, before = time[1] * 1000000 + time[2], s.now
+  if before - now > SET_BACK then set_back(before - now) end
+  now = max(now, before)                  -- a little behind: it stands still
+  if before > 0 then s.heard = s.heard + min(now - before, WAIT_LEASE) end
   if s.gen == 0 then
     s.gen = now
     if known_gen > 0 then hold() end      -- the process knows a quota that Redis has lost
@@ -273,21 +290,22 @@ end
 
 -- Processes --------------------------------------------------------------------------------------
 
--- Once a second: whose lease has ended, and how many calls are in flight.
+-- Once a second (while anybody is heard of): whose lease has ended, and how many calls are in flight.
 local function sweep_processes()
-  if now - s.swept < 1000000 then return end
-  s.swept, sweep = now, true
+  local heard = s.heard
+  if heard - s.swept < 1000000 then return end
+  s.swept, sweep = heard, true
   local all, total = redis.call('HGETALL', PROCS), 0
   for i = 1, #all, 2 do
     if all[i] ~= me then
       local _, lease, calls = struct.unpack(STORED, all[i + 1])
-      if now > lease + LEASE then
+      if heard > lease + LEASE then
         redis.call('HDEL', PROCS, all[i])
         if s.probe == all[i] then s.probe = '' end
       else
         total = total + calls
       end
-      if now > lease + WAIT_LEASE then redis.call('ZREM', WAIT, all[i]) end
+      if heard > lease + WAIT_LEASE then redis.call('ZREM', WAIT, all[i]) end
     end
   end
   s.in_flight = total
@@ -312,7 +330,7 @@ local function room_for(wanted)
   local room = wanted
   if c.per_day > 0 and c.per_day - s.day_used < room then
     room, why = max(c.per_day - s.day_used, 0), 3
-    if room < want then exhausted = s.day_reset end
+    if room == 0 and want > 0 then exhausted = s.day_reset end
   end
   if s.day_until > now then room, why, exhausted = 0, 3, s.day_until end
   if c.concurrency > 0 then
@@ -446,7 +464,7 @@ local function reply_for(given, ramp)
 end
 
 local function remember(reply, given)
-  local new = redis.call('HSET', PROCS, me, struct.pack(STORED, sequence, now, mine) .. reply)
+  local new = redis.call('HSET', PROCS, me, struct.pack(STORED, sequence, s.heard, mine) .. reply)
   redis.call('HSET', Q, 'live', pack_live(s))
   if sweep or new == 1 or given < want and not queued then
     local ttl = TTL + max(ceil((s.day_until - now) / 1000000), 0)

@@ -130,6 +130,10 @@ class Limiter:
         """
         return self._desks[permit.quota].line.usable(permit, time.monotonic())
 
+    def is_void(self, permit: Permit) -> bool:
+        """Whether a cooldown has begun, or the limits have changed, since it was handed out."""
+        return permit.generation != self._desks[permit.quota].line.generation
+
     def settle(
         self,
         permit: Permit,
@@ -386,9 +390,12 @@ class _Desk:
         return raw
 
     def _day_is_over(self, resets_at: float) -> None:
-        """Waiters beyond the tickets held won't be served today."""
+        """Nobody here will be served today. While tickets are held, the next answer will say so
+        again: the first item that hears of it may park the batch, and their calls are still due."""
         line = self.line
-        for waiter in list(line.alive())[len(line.tickets) :]:
+        if line.tickets:
+            return
+        for waiter in list(line.alive()):
             line.waiting -= 1
             waiter.granted.set_exception(QuotaUnavailableError(line.quota, resets_at))
 

@@ -3,7 +3,7 @@
 -- Every permit costs one reading and one writing of it, so it is a struct: a msgpack map took three
 -- times as long.
 
-local LIVE = '<' .. string.rep('d', 32) .. 'ss'
+local LIVE = '<' .. string.rep('d', 33) .. 'ss'
 
 local function unpack_live(packed)
   local v = {struct.unpack(LIVE, packed)}
@@ -14,7 +14,7 @@ local function unpack_live(packed)
     cycle_ok = v[17], ok = v[18], ok_since = v[19], pace = v[20], in_flight = v[21],
     swept = v[22], busy_since = v[23], saved = v[24],
     tat = {v[25], v[26], v[27], v[28]}, credit = {v[29], v[30], v[31], v[32]},
-    probe = v[33], run_id = v[34],
+    heard = v[33], probe = v[34], run_id = v[35],
   }
 end
 
@@ -27,6 +27,6 @@ local function pack_live(s)
     s.cycle_ok, s.ok, s.ok_since, s.pace, s.in_flight,
     s.swept, s.busy_since, s.saved,
     tat[1], tat[2], tat[3], tat[4], credit[1], credit[2], credit[3], credit[4],
-    s.probe, s.run_id)
+    s.heard, s.probe, s.run_id)
 end
 

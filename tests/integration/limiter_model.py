@@ -121,7 +121,7 @@ class Model:
         self.day_used = max(self.day_used - unused, 0)
 
     def _exhausted(self, now: float, wants: list[int], starts: list[int]) -> bool:
-        return bool(self.per_day and self._day_room < len(wants))
+        return bool(self.per_day and wants and self._day_room <= 0)
 
     def _room(self, process: str, wanted: int, in_flight: int) -> int:
         room = wanted

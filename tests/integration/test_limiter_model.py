@@ -194,14 +194,60 @@ def test_the_same_question_twice_gets_the_same_answer(server: VirtualRedis) -> N
     assert len(scripts.ask("a", [1] * 10, sequence=8).starts_in) <= 7
 
 
+def pass_while_heard(scripts: Scripts, seconds: float) -> None:
+    """Time passes, in which a process that wants nothing is heard of every second."""
+    end = scripts.server.now + seconds
+    while scripts.server.now < end:
+        scripts.server.now = min(scripts.server.now + 1.0, end)
+        scripts.ask("bystander", [])
+
+
 def test_calls_of_a_dead_process_free_their_slots(server: VirtualRedis) -> None:
     """After ten seconds of silence a process has no calls in flight."""
     scripts = Scripts(server, Quota(name="q", limits=QuotaLimits(max_concurrency=3)))
     assert len(scripts.ask("dead", [1, 1, 1]).starts_in) == 3
-    server.now += 5
+    pass_while_heard(scripts, 9.5)
     assert scripts.ask("alive", [1]).starts_in == ()
-    server.now += 5.1
+    pass_while_heard(scripts, 2.0)
     assert len(scripts.ask("alive", [1]).starts_in) == 1
+
+
+@pytest.mark.parametrize("away", [13.0, 3600.0])
+def test_calls_in_flight_count_while_redis_was_away(server: VirtualRedis, away: float) -> None:
+    """Silence of everybody is no death: whoever speaks first does not get the others' slots."""
+    scripts = Scripts(server, Quota(name="q", limits=QuotaLimits(max_concurrency=3)))
+    assert len(scripts.ask("busy", [1, 1, 1]).starts_in) == 3
+    server.now += away
+    assert scripts.ask("first", [1, 1, 1]).starts_in == ()
+    server.now += 1.0
+    scripts.ask("busy", [], in_flight=3)
+    pass_while_heard(scripts, 9.0)
+    assert scripts.ask("first", [1, 1, 1]).starts_in == ()
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_clock_that_was_ahead_for_a_while_is_not_waited_for(
+    server: VirtualRedis, known: bool
+) -> None:
+    """Redis' clock jumps ahead by an hour and is set back: the fleet goes on within seconds."""
+    limits = (
+        QuotaLimits(requests_per_minute=600, requests_per_day=1_000) if known else QuotaLimits()
+    )
+    scripts = Scripts(server, Quota(name="q", limits=limits, horizon_seconds=2.0))
+    assert scripts.ask("a", [1] * 5).starts_in
+    server.now += 3600
+    scripts.ask("a", [], in_flight=5, refused=True, retry_after=30)
+    ahead = scripts.ask("b", [1] * 5)
+    assert ahead.starts_in == ()
+    server.now -= 3599
+    back = scripts.ask("a", [1] * 5, in_flight=5)
+    assert back.generation > ahead.generation  # tickets dated by the wrong clock are void
+    assert back.starts_in == ()
+    assert back.cooldown <= 30
+    server.now += 30.5
+    given = scripts.ask("a", [1] * 5, in_flight=5)
+    assert len(given.starts_in) >= 1
+    assert max(given.starts_in) < 1
 
 
 def test_nothing_starts_for_a_while_after_redis_restarted(server: VirtualRedis) -> None:
@@ -242,7 +288,7 @@ def test_five_cooldowns_leave_one_probe_at_a_time(server: VirtualRedis) -> None:
     assert probe.probing
     assert len(probe.starts_in) == 1
     assert scripts.ask("b", [1]).starts_in == ()
-    server.now += 11
+    pass_while_heard(scripts, 11)
     assert len(scripts.ask("b", [1]).starts_in) == 1
     scripts.ask("b", [], in_flight=1, successes=1, probe_ended=1)
     assert len(scripts.ask("b", [1, 1, 1]).starts_in) == 3
