@@ -26,6 +26,8 @@ from batchllm_celery.settings import Settings
 
 #: An offered item is offered again after this many idle times of a worker.
 REOFFER = 5
+#: Batches that one look goes through, a script call each.
+BATCHES_A_LOOK = 1000
 
 
 class Ledger(WorkerSide, ProducerSide):
@@ -53,6 +55,7 @@ class Ledger(WorkerSide, ProducerSide):
         super().__init__(connection, keys, process_id=process_id, settings=settings, events=events)
         self._observer = Observer(settings.lease_seconds)
         self._run_id: str | None = None
+        self._looked_until: dict[str, int] = {}
 
     async def __aenter__(self) -> Self:
         return self
@@ -71,12 +74,12 @@ class Ledger(WorkerSide, ProducerSide):
         """
         client: Any = self._connection.client
         key, patiently = self._keys.queue(queue), self._connection.patiently
-        batch_ids = [text(one) for one in await patiently(lambda: client.zrange(key, 0, 999))]
+        batch_ids = await self._some_batches(queue, key)
         if not batch_ids:
             return []
         run_id = str((await patiently(lambda: client.info("server")))["run_id"])
         if self._run_id not in (None, run_id):
-            await self._after_restart(batch_ids)
+            await self._after_restart(await self._range_of(key, 0, -1))
         self._run_id = run_id
         offered = []
         for batch_id in batch_ids:
@@ -89,6 +92,19 @@ class Ledger(WorkerSide, ProducerSide):
                 self._observer.forget(batch_id)
         await patiently(lambda: client.expire(key, self._settings.result_ttl_seconds))
         return offered
+
+    async def _some_batches(self, queue: str, key: str) -> list[str]:
+        """The batches to look after now: of a very long list one part after another."""
+        first = self._looked_until.get(queue, 0)
+        found = await self._range_of(key, first, first + BATCHES_A_LOOK - 1)
+        full = len(found) == BATCHES_A_LOOK
+        self._looked_until[queue] = first + BATCHES_A_LOOK if full else 0
+        return found
+
+    async def _range_of(self, key: str, first: int, last: int) -> list[str]:
+        client: Any = self._connection.client
+        found = await self._connection.patiently(lambda: client.zrange(key, first, last))
+        return [text(one) for one in found]
 
     async def _offer_of(
         self, batch_id: str, n: int, lost_only: bool, run_id: str

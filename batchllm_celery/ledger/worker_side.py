@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
 from collections import defaultdict, deque
@@ -10,7 +11,7 @@ from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
 from batchllm_celery.connection import Coalescer, Connection
-from batchllm_celery.errors import BatchNotFoundError, FailureKind
+from batchllm_celery.errors import BatchNotFoundError, FailureKind, UsageError, describe
 from batchllm_celery.events import Events
 from batchllm_celery.keys import Keys
 from batchllm_celery.ledger import scripts
@@ -22,6 +23,8 @@ from batchllm_celery.models import BatchSpec, BatchState, RetryState, TokenUsage
 from batchllm_celery.settings import Settings
 
 T = TypeVar("T")
+
+logger = logging.getLogger("batchllm_celery")
 
 #: Items in one script call at most (Lua's stack, and milliseconds that Redis is busy).
 CALL_ITEMS = 1000
@@ -153,11 +156,20 @@ class WorkerSide(LedgerCalls):
         claim.settled = True
         recorded = self._of(claim.batch_id).record.submit(entry)
         self._outlive(recorded)
-        recorded.add_done_callback(lambda _: self.holding.discard(claim))
+        recorded.add_done_callback(lambda answer: self._recorded(claim, answer))
         try:
             return await asyncio.shield(recorded)
         except BatchNotFoundError:
             return False
+
+    def _recorded(self, claim: Claim, answer: asyncio.Future[bool]) -> None:
+        refused = not answer.cancelled() and answer.exception() is None and not answer.result()
+        if not refused:
+            self.holding.discard(claim)
+            return
+        # Adopted while its refusal travelled, it would be ours for ever, and nobody would know.
+        claim.calling, claim.given_up = False, 0
+        self._spawn(self._release(claim.batch_id, [claim]))
 
     async def release(self, claims: Sequence[Claim]) -> None:
         """Give items back at once (drain, pause). One whose call is cut off counts as maybe
@@ -230,11 +242,16 @@ class WorkerSide(LedgerCalls):
         arguments: list[Argument] = [self.process_id, token, calls.revision, *limits, *indexes]
         try:
             reply = await self._run(scripts.CLAIM, calls.batch_id, arguments)
-            self._take_in(calls, token, reply, found)
+            unreadable = self._take_in(calls, token, reply, found)
+            if unreadable:
+                await self._run(scripts.RELEASE, calls.batch_id, [self.process_id, *unreadable])
         finally:
             self._claiming.discard(token)
 
-    def _take_in(self, calls: _BatchCalls, token: str, reply: Any, found: _Found) -> None:
+    def _take_in(self, calls: _BatchCalls, token: str, reply: Any, found: _Found) -> list[Argument]:
+        """Hold what was claimed. Returns the arguments of `release.lua` for what can't be read:
+        it goes back, for a process of another version, and its neighbours run."""
+        unreadable: list[Argument] = []
         state, revision, spec, now, claims, _, gone = reply
         found.state = BatchState(text(state))
         self._note(calls.batch_id, found.state)
@@ -242,9 +259,20 @@ class WorkerSide(LedgerCalls):
             calls.revision, calls.spec = revision, BatchSpec.model_validate_json(spec)
         found.gone.update(gone)
         for entry in claims:
-            claim = _claim(calls.batch_id, token, now / 1000, entry)
+            try:
+                claim = _claim(calls.batch_id, token, now / 1000, entry)
+            except (UsageError, ValueError, TypeError, KeyError) as error:
+                self._tell_unreadable(calls.batch_id, int(entry[0]), error)
+                unreadable += (entry[0], token, 0)
+                continue
             self.holding.add(claim)
             found.claims[claim.index] = claim
+        return unreadable
+
+    def _tell_unreadable(self, batch_id: str, index: int, error: Exception) -> None:
+        # Other errors than ours may quote the row.
+        what = describe(error) if isinstance(error, UsageError) else type(error).__name__
+        logger.error("ledger.unreadable batch_id=%s index=%d error=%s", batch_id, index, what)
 
     async def _begin_all(
         self, batch_id: str, claims: list[Claim]

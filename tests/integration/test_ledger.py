@@ -253,6 +253,52 @@ async def test_a_stop_that_comes_after_the_resume_is_no_outcome(one: Ledger, two
     assert await call_and_answer(two, again)
 
 
+async def test_a_refused_stop_that_was_adopted_meanwhile_goes_back(
+    one: Ledger, two: Ledger, redis_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A heartbeat that takes everything back while the refusal travels: the item stays with nobody
+    who does not know of it."""
+    await feed_all(one, 1)
+    (claim,) = await take(one, 0)
+    await two.cancel(BATCH)
+    verdict = await one.begin(claim)
+    assert isinstance(verdict, FailureKind)
+    await two.resume(BATCH)
+    run = one._run
+
+    async def slow(script: Any, *arguments: Any) -> Any:
+        reply = await run(script, *arguments)
+        if script is scripts.RECORD:
+            await one._adopt(BATCH)
+        return reply
+
+    monkeypatch.setattr(one, "_run", slow)
+    assert not await one.record(claim, failure(claim, verdict), spent_tokens=0, cost=None)
+    await wait_until_async(lambda: not len(one.holding))
+    assert Snapshot(redis_url, namespace).held == {}
+    (again,) = await take(two, 0)
+    assert await call_and_answer(two, again)
+
+
+async def test_a_row_that_cannot_be_read_goes_back_and_its_neighbours_run(
+    one: Ledger, redis_url: str, namespace: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Written by a newer version, say: this process neither keeps it nor fails the others."""
+    await feed_all(one, 3)
+    key, client = one._keys.batch(BATCH).item, one._connection.client
+    row = await client.execute_command("HGET", key, 1)
+    await client.execute_command("HSET", key, 1, row.replace(b'"v":1', b'"v":9'))
+    reply = await one.claim(BATCH, [0, 1, 2])
+    assert [claim.index for claim in reply.claims] == [0, 2]
+    assert reply.held == [1]
+    assert "update this process" in caplog.text
+    found = Snapshot(redis_url, namespace)
+    assert (set(found.held), found.ready) == ({0, 2}, {1})
+    found.check()
+    for claim in reply.claims:
+        assert await call_and_answer(one, claim)
+
+
 async def test_rows_fed_to_a_cancelled_batch_get_their_outcome_too(one: Ledger) -> None:
     """One line for every row, even for those that the producer was still reading."""
     await feed_all(one, 3)
@@ -437,6 +483,20 @@ async def test_idle_workers_are_offered_what_no_message_brought_and_not_twice(on
     assert await one.offer("default", 3) == [(BATCH, [0, 1, 2])]
     assert await one.offer("default", 3) == [(BATCH, [3])]
     assert await one.offer("elsewhere", 3) == []
+
+
+async def test_each_of_a_queues_many_batches_is_looked_after(
+    one: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look takes some of a very long list, the next one goes on behind them."""
+    monkeypatch.setattr("batchllm_celery.ledger.ledger.BATCHES_A_LOOK", 2)
+    for name in ("a", "b", "c", "d", "e"):
+        await one.create(spec(name))
+        await one.feed(name, 0, rows(1))
+    await asyncio.sleep(0.02)
+    looks = [{batch for batch, _ in await one.offer("default", 9)} for _ in range(3)]
+    assert sorted(map(len, looks)) == [1, 2, 2]
+    assert set().union(*looks) == {"a", "b", "c", "d", "e"}
 
 
 async def test_a_silent_process_is_found_and_its_items_offered(one: Ledger, two: Ledger) -> None:
