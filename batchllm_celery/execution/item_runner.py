@@ -72,6 +72,9 @@ class Gate(Protocol):
     def gave_up(self) -> None:
         """A call ran into a time limit of ours: the provider may bill it all the same."""
 
+    def calls(self, under_way: bool) -> None:
+        """A call starts now; or not yet, although `begin` let it in: it waits for a permit."""
+
 
 class OpenGate:
     """A gate for one process without a ledger: always open, remembers nothing."""
@@ -87,6 +90,9 @@ class OpenGate:
 
     def gave_up(self) -> None:
         """Nobody counts."""
+
+    def calls(self, under_way: bool) -> None:
+        """Nobody asks."""
 
 
 @dataclass(slots=True)
@@ -298,8 +304,8 @@ class _Run:
             refusal = await self._ask_gate(permit)
             if refusal is not None:
                 return refusal
-        if self._too_late(permit):
-            return None
+        if not self.runner.limiter.may_start(permit):
+            return await self._stand_back(permit)
         self.let_in = -math.inf
         answer = await self._call(permit)
         if isinstance(answer, Completion):
@@ -332,14 +338,19 @@ class _Run:
         self.let_in = time.monotonic()
         return refusal
 
-    def _too_late(self, permit: Permit) -> bool:
-        """Give a permit back that went stale (or void, by a cooldown) while the gate was asked."""
-        limiter = self.runner.limiter
-        if limiter.may_start(permit):
-            return False
+    async def _stand_back(self, permit: Permit) -> _Outcome | None:
+        """Give a permit back that went stale while the gate was asked, and wait for another.
+
+        After one that a cooldown made void the next comes no sooner than its end: till then the
+        item is in no call, for the ledger either, or a death in this wait would count against it.
+        """
         self.had_turn = True
-        limiter.settle(permit, CallOutcome.UNUSED)
-        return True
+        self.job.gate.calls(False)
+        self.runner.limiter.settle(permit, CallOutcome.UNUSED)
+        if not self.runner.limiter.is_void(permit):
+            return None
+        self.let_in = -math.inf
+        return await self._save()
 
     async def _call(self, permit: Permit) -> Completion[Any] | Exception:
         """Execute once. Our own time limit is told from the provider's by whose clock ran out."""
@@ -348,6 +359,7 @@ class _Run:
             self.runner.events.emit(AttemptStarted(job.batch_id, job.item_id, job.attempts + 1))
         started = time.monotonic()
         scope = asyncio.timeout(self.limit)
+        job.gate.calls(True)
         try:
             async with scope:
                 answer = await job.strategy.execute(
@@ -442,6 +454,19 @@ class _Run:
             )
 
     async def _before_next(self, failure: Failure, delay: float) -> _Outcome | None:
+        unsaved = await self._save()
+        if unsaved is not None:
+            return unsaved
+        if failure.kind is FailureKind.QUOTA_EXHAUSTED:
+            asked = failure.retry_after
+            until = None if asked is None else time.time() + asked
+            return await self._day_is_over(failure, until)
+        if delay:
+            await asyncio.sleep(delay)
+            self.waited += delay
+        return None
+
+    async def _save(self) -> Failure | None:
         job = self.job
         try:
             await job.gate.save(job.attempts, job.refusals, job.state, job.usage)
@@ -450,13 +475,6 @@ class _Run:
                 FailureKind.LOGIC_ERROR,
                 f"{type(error).__name__}: the retry state can't be written as JSON",
             )
-        if failure.kind is FailureKind.QUOTA_EXHAUSTED:
-            asked = failure.retry_after
-            until = None if asked is None else time.time() + asked
-            return await self._day_is_over(failure, until)
-        if delay:
-            await asyncio.sleep(delay)
-            self.waited += delay
         return None
 
     async def _day_is_over(self, failure: Failure, until: float | None) -> Failure | Stopped:

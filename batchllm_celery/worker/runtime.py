@@ -158,6 +158,9 @@ class _LedgerGate:
     def gave_up(self) -> None:
         self._claim.given_up += 1
 
+    def calls(self, under_way: bool) -> None:
+        self._claim.calling = under_way
+
 
 class Runtime:
     """All parts of one worker process; opened on first use, closed when the process ends.
@@ -336,6 +339,10 @@ class Runtime:
             try:
                 reply = await self.ledger.claim(batch_id, indexes)
             except BatchNotFoundError:
+                return tally
+            if self.draining:  # since we asked: nobody else would hand them back
+                await self.ledger.release(reply.claims)
+                tally.returned = len(reply.claims)
                 return tally
             admission.leave(len(indexes) - len(reply.claims))
             tasks = [self._start(reply.spec, claim) for claim in reply.claims]
@@ -535,7 +542,8 @@ class Runtime:
 
     async def _offer(self, queue: str) -> None:
         """What was lost must not wait for an idle worker; the rest is for those with free slots."""
-        idle = time.monotonic() - self._last_delivery >= self.settings.offer_seconds
+        hungry = time.monotonic() - self._last_delivery >= self.settings.offer_seconds
+        idle = hungry and self._slots.free > 0
         wanted = self._slots.free if idle else max(1, self._slots.limit // 4)
         priority = 0 if idle else URGENT
         offered = await self.ledger.offer(queue, wanted, lost_only=not idle)

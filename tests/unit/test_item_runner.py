@@ -63,11 +63,15 @@ class FakeLimiter:
     wait: float = 0.0
     open: int = 0
     stale: int = 0
+    void: bool = False
     agains: list[bool] = field(default_factory=list)
 
     def may_start(self, permit: FakePermit) -> bool:
         self.stale -= 1
         return self.stale < 0
+
+    def is_void(self, permit: FakePermit) -> bool:
+        return self.void
 
     async def acquire(self, quota: str, estimate: Any, *, again: bool = False) -> FakePermit:
         self.agains.append(again)
@@ -486,6 +490,26 @@ async def test_a_slow_gate_delays_a_call_and_never_makes_it_late() -> None:
     assert bench.limiter.agains == [False] + [True] * 50
 
 
+async def test_an_item_that_waits_out_a_cooldown_is_in_no_call() -> None:
+    """Let in, then held up by another's refusal: the ledger hears that it is not calling, and is
+    asked again when the wait is over."""
+    bench, strategy = Bench(FakeLimiter(stale=1, void=True)), Scripted(("ok", {}))
+    gate = ToldGate(FailureKind.CANCELLED, when=2)
+    result = await bench.result(strategy, gate=gate)
+    assert result.error_kind is FailureKind.CANCELLED  # the second question was asked
+    assert gate.saved == [(0, 0, {}, 0)]
+    assert gate.calling == [False]
+
+
+async def test_a_stale_permit_is_no_call_until_the_next_one_comes() -> None:
+    """A worker that stops meanwhile does not wait for it; the gate's word holds."""
+    bench, strategy = Bench(FakeLimiter(stale=1)), Scripted(("ok", {}))
+    gate = ToldGate(None)
+    assert (await bench.result(strategy, gate=gate)).success
+    assert gate.saved == []
+    assert gate.calling == [False, True]
+
+
 async def test_a_refused_item_goes_before_those_that_had_no_turn() -> None:
     """Its first place is at the end of the line, the later ones are at its head."""
     bench, strategy = Bench(), Scripted(refused(), refused(), ("ok", {}))
@@ -549,9 +573,13 @@ class ToldGate(OpenGate):
         self.when = when
         self.saved: list[tuple[int, int, dict[str, Any], int]] = []
         self.given_up = 0
+        self.calling: list[bool] = []
 
     def gave_up(self) -> None:
         self.given_up += 1
+
+    def calls(self, under_way: bool) -> None:
+        self.calling.append(under_way)
 
     async def begin(self) -> FailureKind | BatchState | None:
         self.when -= 1
