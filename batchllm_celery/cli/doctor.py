@@ -29,6 +29,7 @@ _EXTRAS = {
     "parquet": "pyarrow",
     "otel": "opentelemetry",
 }
+OLDEST_REDIS = (6, 2)
 _PACKAGES = ("celery", "kombu", "redis", "google-genai", "pydantic")
 
 
@@ -134,7 +135,12 @@ def _server(producer: Producer, settings: Settings) -> Iterator[Finding]:
 
 
 def check_server(info: dict[str, Any]) -> Iterator[Finding]:
-    """What `INFO` says about losing data."""
+    """What `INFO` says about the server's version and about losing data."""
+    version = str(info.get("redis_version", "0.0"))  # of Valkey: the Redis that it speaks like
+    yield _either(
+        "server", tuple(int(part) for part in version.split(".")[:2]) >= OLDEST_REDIS,
+        f"speaks Redis {version}", f"Redis {version}: 6.2 or newer is needed (or any Valkey)",
+    )  # fmt: skip
     policy = info.get("maxmemory_policy", "unknown")
     yield _either(
         "eviction", policy == "noeviction", policy,

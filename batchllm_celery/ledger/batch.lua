@@ -67,8 +67,8 @@ local function save_meta()
   -- Looking at a batch that is over must not keep it for ever.
   if #changes > 0 or not meta.total or meta.ok + meta.failed < meta.total then
     for i = 1, #KEYS do call('EXPIRE', KEYS[i], meta.ttl) end
-  else
-    call('EXPIRE', PROCS, meta.ttl, 'NX') -- a late word of a worker makes it anew
+  elseif call('TTL', PROCS) == -1 then -- a late word of a worker has made it anew
+    call('EXPIRE', PROCS, meta.ttl)
   end
 end
 

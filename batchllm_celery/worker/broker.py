@@ -9,45 +9,103 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from celery.app.amqp import AMQP
 from kombu import Connection
 from kombu.transport import redis as kombu_redis
 from kombu.transport import virtual
+from kombu.utils.encoding import bytes_to_str
+from kombu.utils.json import dumps, loads
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import ResponseError
 
 logger = logging.getLogger("batchllm_celery")
 
+#: A message that came this soon after it was asked for had others behind it, most likely.
+BUSY_SECONDS = 0.005
+#: Messages fetched together at most: a worker's hub does nothing else until it has passed them on.
+MOST_TOGETHER = 32
+
+
+#: Its type stubs leave out most of what is overridden here.
+_KombuChannel: Any = kombu_redis.Channel
+
 
 class _Gathered(threading.local):
-    """Acknowledgements of this thread that wait to travel together; None: each goes at once."""
+    """What this thread does for many messages in one round trip."""
 
     tags: dict[_QoS, list[str]] | None = None
+    """Acknowledgements that wait to travel together; None: each goes at once."""
+    room: Callable[[], int] | None = None
+    """How many messages may be fetched now; None: always one, as kombu does."""
 
 
 _gathered = _Gathered()
 
 
-@contextlib.contextmanager
-def acknowledged_together() -> Iterator[None]:
-    """Send what is acknowledged inside the block in one round trip at its end.
+def fetch_together(room: Callable[[], int] | None) -> None:
+    """Let this thread's consumers fetch as many messages at once as there is room for.
+
+    Only for tasks whose work survives the loss of its message, as a batch's items do: if the
+    process dies in this moment, up to `MOST_TOGETHER` messages are gone, where kombu loses one.
+
+    Args:
+        room: messages that may be fetched now; None: one at a time again.
+    """
+    _gathered.room = room
+
+
+def gather_acknowledgements() -> None:
+    """Keep what this thread acknowledges from now on until `send_acknowledgements`.
 
     Until then a message counts as delivered: if the process dies, it is delivered again. Works
     for apps made with `amqp=batchllm_celery.worker.broker:Amqp`, as `make_app`'s are.
     """
-    tags: dict[_QoS, list[str]] = {}
-    _gathered.tags = tags
-    try:
-        yield
-    finally:
-        _gathered.tags = None
-        for qos, ended in tags.items():
-            qos.forget(ended)
+    if _gathered.tags is None:
+        _gathered.tags = {}
+
+
+def send_acknowledgements() -> None:
+    """Send what was gathered, in one round trip; further ones go at once."""
+    tags, _gathered.tags = _gathered.tags, None
+    for qos, ended in (tags or {}).items():
+        qos.forget(ended)
 
 
 class _QoS(kombu_redis.QoS):
+    _arriving: list[Any] | None = None
+
+    @contextlib.contextmanager
+    def arriving_together(self) -> Iterator[None]:
+        """Note all that is delivered in the block as unacknowledged, in one round trip."""
+        self._arriving = []
+        try:
+            yield
+        finally:
+            arrived, self._arriving = self._arriving, None
+            if arrived:
+                self._note(arrived)
+
+    def append(self, message: Any, delivery_tag: str) -> None:
+        if self._arriving is None:
+            super().append(message, delivery_tag)
+            return
+        self._arriving.append(message)
+        virtual.QoS.append(self, message, delivery_tag)
+
+    def _note(self, arrived: list[Any]) -> None:
+        now, bodies = time.time(), {}
+        for message in arrived:
+            at = message.delivery_info
+            bodies[message.delivery_tag] = dumps([message._raw, at["exchange"], at["routing_key"]])
+        with self.pipe_or_acquire() as pipe:
+            pipe.zadd(self.unacked_index_key, dict.fromkeys(bodies, now))
+            pipe.hset(self.unacked_key, mapping=bodies)
+            pipe.execute()
+
     def ack(self, delivery_tag: str) -> None:
         if _gathered.tags is None:
             super().ack(delivery_tag)
@@ -77,28 +135,65 @@ class _QoS(kombu_redis.QoS):
             logger.warning("broker.ack_failed messages=%d error=%s", len(tags), name)
 
 
-class _Channel(kombu_redis.Channel):
+class _Channel(_KombuChannel):  # type: ignore[misc]  # an Any is no class for mypy
     """kombu makes a redis-py client for every command, a quarter of what a message costs; one
     serves as well, for it takes each command's connection from the same pool."""
 
     QoS = _QoS
     _kept: Any = None
+    _asked_at = 0.0
+    _fetches_many = True
 
     def _connparams(self, asynchronous: bool = False) -> Any:
         """A task that ends after the broker was lost acknowledges on the old channel. kombu then
         fails with an AttributeError, at which Celery ends its consumer, but not the process."""
         if self.connection is None or self.connection.client is None:
             raise RedisConnectionError("this connection to the broker was closed")
-        channel: Any = super()
-        return channel._connparams(asynchronous)
+        return super()._connparams(asynchronous)
 
     def _create_client(self, asynchronous: bool = False) -> Any:
-        channel: Any = super()
         if asynchronous:
-            return channel._create_client(asynchronous=True)
+            return super()._create_client(asynchronous=True)
         if self._kept is None or self._kept.connection_pool is not self.pool:
-            self._kept = channel._create_client()
+            self._kept = super()._create_client()
         return self._kept
+
+    def _brpop_start(self, timeout: Any = None) -> None:
+        self._asked_at = time.monotonic()
+        super()._brpop_start(timeout)
+
+    def _brpop_read(self, **options: Any) -> Any:
+        if _gathered.room is None:
+            return super()._brpop_read(**options)
+        busy = time.monotonic() - self._asked_at < BUSY_SECONDS
+        with self.qos.arriving_together():
+            found = super()._brpop_read(**options)
+            if busy and self._fetches_many and self.qos.can_consume():
+                self._fetch_more(min(_gathered.room(), MOST_TOGETHER))
+        return found
+
+    def _fetch_more(self, count: int) -> None:
+        """What waits behind the message that came, of the same priority."""
+        if count <= 0:
+            return
+        queues = self._queue_cycle.consume(len(self.active_queues))
+        prefix = self.global_keyprefix or ""
+        keys = [
+            prefix + self._q_for_pri(queue, priority)
+            for priority in self.priority_steps
+            for queue in queues
+        ]
+        try:
+            with self.conn_or_acquire() as client:
+                reply = client.execute_command("LMPOP", len(keys), *keys, "RIGHT", "COUNT", count)
+        except ResponseError:  # a Redis before 7.0, or a user who may not: one at a time then
+            self._fetches_many = False
+            return
+        if reply:
+            key, messages = reply
+            queue = bytes_to_str(key)[len(prefix) :].rsplit(self.sep, 1)[0]
+            for message in messages:
+                self.connection._deliver(loads(bytes_to_str(message)), queue)
 
 
 class _Transport(kombu_redis.Transport):

@@ -40,7 +40,7 @@ from celery.worker import state as worker_state
 
 from batchllm_celery import event_loop
 from batchllm_celery.worker.bridge import BridgedCall, run_in_greenlet
-from batchllm_celery.worker.broker import acknowledged_together
+from batchllm_celery.worker.broker import gather_acknowledgements, send_acknowledgements
 from batchllm_celery.worker.watchdog import Watchdog
 
 logger = logging.getLogger("batchllm_celery")
@@ -203,8 +203,8 @@ class AsyncioPool(BasePool):
     limit: int
     app: Celery | None
 
-    admit: Callable[[int], bool] | None = None
-    """In place of `limit`: whether one more message may be taken, given how many are in hand.
+    admit: Callable[[int], int] | None = None
+    """In place of `limit`: how many more messages may be taken, given how many are in hand.
     Celery asks before each, under `worker_disable_prefetch`; `look_again` makes it ask anew."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -243,6 +243,8 @@ class AsyncioPool(BasePool):
         """Let Celery's hub listen for finished tasks; called again after each reconnect."""
         self._hub = hub
         hub.add_reader(self._waker.reader, self._deliver)
+        # Celery acknowledges in the hub's turn after our report, and before that turn's ticks.
+        hub.on_tick.add(send_acknowledgements)
 
     def flush(self) -> None:
         """Forget tasks that have not begun: the broker, which was lost, delivers them again."""
@@ -273,6 +275,8 @@ class AsyncioPool(BasePool):
         if self._hub is not None:
             hub, self._hub = self._hub, None
             hub.remove_reader(self._waker.reader)
+            hub.on_tick.discard(send_acknowledgements)
+        send_acknowledgements()
 
     # -- Celery's thread
 
@@ -309,7 +313,13 @@ class AsyncioPool(BasePool):
         """What Celery compares the messages in hand with before it takes another."""
         if self.admit is None:
             return self.limit
-        return sys.maxsize if self.admit(len(self._running) + len(self._waiting)) else 0
+        return sys.maxsize if self.room > 0 else 0
+
+    @property
+    def room(self) -> int:
+        """How many more messages may be taken now."""
+        in_hand = len(self._running) + len(self._waiting)
+        return self.limit - in_hand if self.admit is None else self.admit(in_hand)
 
     def shrink(self, n: int = 1) -> None:
         """Let `n` fewer tasks run at once, at least one; nothing that runs is stopped."""
@@ -334,9 +344,11 @@ class AsyncioPool(BasePool):
         """Report what the loop's thread has queued, then fill the slots that became free."""
         self._waker.drain()
         self._celery_is_awake = False
-        with acknowledged_together():
-            while self._to_celery:
-                self._safely(self._to_celery.popleft())
+        gather_acknowledgements()
+        while self._to_celery:
+            self._safely(self._to_celery.popleft())
+        if self._hub is None:
+            send_acknowledgements()
         self._admit()
 
     def _settle(self, job: Job) -> None:
@@ -367,6 +379,9 @@ class AsyncioPool(BasePool):
                 self._turn()
             else:
                 self._turn_hub()
+        if not cold and self._hub is not None:
+            self._waker.wake()  # Celery acknowledges in the turn after the last report
+            self._turn_hub()
 
     def _cancel_all(self) -> None:
         for job in list(self._running):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import socket
 import time
@@ -313,14 +314,16 @@ class Runtime:
 
     # -- work -------------------------------------------------------------------------------------
 
-    def has_room(self, in_hand: int) -> bool:
-        """Whether another message may be taken: asked by the pool before each, from its thread.
+    def room_for_messages(self, in_hand: int) -> int:
+        """How many more messages may be taken: asked by the pool before each, from its thread.
 
-        Of the messages in hand some have not reached us yet: each is taken to be as large as
-        the last one that did.
+        Those that have not reached us yet, in hand or still to be taken, pass for as large as the
+        last one that did.
         """
+        if self.draining:
+            return 0
         on_the_way = max(0, in_hand - self._messages) * self._message_items
-        return not self.draining and self._has_admission(on_the_way)
+        return max(0, math.ceil(self._free_admissions(on_the_way) / self._message_items))
 
     async def run_items(
         self, batch_id: str, indexes: Sequence[int], *, offered: bool = False
@@ -383,9 +386,9 @@ class Runtime:
     def _on_left(self, items: int) -> None:
         """Items have ended, or were not ours to run: the next message need not wait for the last
         of their neighbours."""
-        was_full = not self._has_admission()
+        was_full = self._free_admissions() <= 0
         self._admitted -= items
-        if was_full and self._has_admission():
+        if was_full and self._free_admissions() > 0:
             self._spawn(self._announce_room())
 
     async def _announce_room(self) -> None:
@@ -394,10 +397,10 @@ class Runtime:
         self.on_room()
 
     def _may_enter(self) -> bool:
-        return self.draining or self._has_admission()
+        return self.draining or self._free_admissions() > 0
 
-    def _has_admission(self, on_the_way: int = 0) -> bool:
-        return self._admitted + on_the_way < ADMITTED_PER_SLOT * self._slots.limit
+    def _free_admissions(self, on_the_way: int = 0) -> int:
+        return ADMITTED_PER_SLOT * self._slots.limit - self._admitted - on_the_way
 
     def _start(
         self, spec: BatchSpec, claim: Claim

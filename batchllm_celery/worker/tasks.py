@@ -19,6 +19,7 @@ from batchllm_celery.observability import LogListener
 from batchllm_celery.queue import DEFAULT_QUEUE, OFFERED, RUN_ITEMS, make_app, publish
 from batchllm_celery.settings import Settings
 from batchllm_celery.worker import watchdog
+from batchllm_celery.worker.broker import fetch_together
 from batchllm_celery.worker.retry_events import RetryEvents
 from batchllm_celery.worker.runtime import Runtime
 from batchllm_celery.worker.task_events import gather_task_events
@@ -177,7 +178,8 @@ class _Process:
         gather_task_events(sender)
         if hasattr(pool, "admit"):
             self._pool, self._slots = pool, pool.limit
-            pool.admit = lambda in_hand: self._current().has_room(in_hand)
+            pool.admit = lambda in_hand: self._current().room_for_messages(in_hand)
+            fetch_together(lambda: int(pool.room))
         asyncio.run_coroutine_threadsafe(self._current().open(), event_loop.loop())
 
     def _on_process_init(self, **_: Any) -> None:
@@ -189,6 +191,7 @@ class _Process:
             event_loop.loop().call_soon_threadsafe(end)
 
     def _on_shutdown(self, **_: Any) -> None:
+        fetch_together(None)
         with self._lock:
             runtime, self._runtime = self._runtime, None
         if runtime is not None and self._pid == os.getpid():

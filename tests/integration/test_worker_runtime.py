@@ -22,10 +22,11 @@ from batchllm_celery.settings import Settings
 from batchllm_celery.worker.runtime import Runtime
 from batchllm_celery.worker.slots import Slots
 from tests.integration import worker_app  # noqa: F401 - registers its strategy here too
-from tests.support import wait_until, wait_until_async
+from tests.support import ValkeyServer, wait_until, wait_until_async
 
 ROOT = Path(__file__).parents[2]
 Start = Callable[..., "subprocess.Popen[bytes]"]
+UNHINDERED = Quota(name="wide", limits=QuotaLimits(requests_per_minute=1_000_000))
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def start(redis_url: str, namespace: str, tmp_path: Path) -> Iterator[Start]:
     """Starts plain `celery -A batchllm_celery worker`s."""
     workers: list[subprocess.Popen[bytes]] = []
 
-    def worker(*options: str, slots: int = 4) -> subprocess.Popen[bytes]:
+    def worker(*options: str, slots: int = 4, url: str = redis_url) -> subprocess.Popen[bytes]:
         name = f"w{len(workers)}@{namespace}"
         command = [
             sys.executable,
@@ -60,7 +61,7 @@ def start(redis_url: str, namespace: str, tmp_path: Path) -> Iterator[Start]:
             start_new_session=True,
             env=os.environ
             | {
-                "BATCHLLM_REDIS_URL": redis_url,
+                "BATCHLLM_REDIS_URL": url,
                 "BATCHLLM_NAMESPACE": namespace,
                 "BATCHLLM_APP": "tests.integration.worker_app",
                 "BATCHLLM_SLOTS": str(slots),
@@ -119,13 +120,14 @@ async def test_about_four_items_a_slot_are_admitted(redis_url: str, namespace: s
     seen one it takes each to be large."""
     settings = Settings(redis_url=redis_url, namespace=namespace)
     runtime = Runtime(settings, redis_url, lambda *_: None, slots=50)
-    assert runtime.has_room(1)
-    assert not runtime.has_room(2)  # of a hundred items each
+    assert [runtime.room_for_messages(n) for n in (0, 1, 2)] == [2, 1, 0]  # of a hundred items each
     async with runtime._admission(50):
-        assert runtime.has_room(1)
-        assert runtime.has_room(3)  # one is known, two of fifty are on their way
-        assert not runtime.has_room(4)
-    assert runtime.has_room(3)
+        # One is known; those that are on their way are of fifty, too.
+        assert [runtime.room_for_messages(n) for n in (1, 3, 4)] == [3, 1, 0]
+        runtime.draining = True
+        assert runtime.room_for_messages(1) == 0
+        runtime.draining = False
+    assert runtime.room_for_messages(3) == 1
 
 
 async def test_items_handed_back_before_they_began_are_given_back(
@@ -223,6 +225,40 @@ def test_a_straggler_does_not_hold_up_its_neighbours(producer: Producer, start: 
     start(slots=2)
     assert quick.wait(timeout=40).finished == 40
     assert slow.progress().finished == 0
+
+
+def _commands(url: str) -> dict[str, int]:
+    with redis.Redis.from_url(url) as client:
+        statistics: Any = client.info("commandstats")
+    return {name.removeprefix("cmdstat_"): row["calls"] for name, row in statistics.items()}
+
+
+def test_many_small_messages_are_fetched_and_acknowledged_together(
+    producer: Producer, start: Start, redis_url: str
+) -> None:
+    """A message of one item does not cost a fetch, a note and an acknowledgement of its own."""
+    batch = _submit(producer, 400, 0.0, items_per_task=1, quota=UNHINDERED)
+    before = _commands(redis_url)
+    start(slots=100)
+    assert batch.wait(timeout=60).succeeded == 400
+    after = _commands(redis_url)
+    assert after["brpop"] - before.get("brpop", 0) < 100
+    assert after["exec"] - before.get("exec", 0) < 200  # notes and acknowledgements
+
+
+def test_a_redis_that_gives_one_message_at_a_time_will_do(start: Start, namespace: str) -> None:
+    """Fetching many at once needs Redis 7.0, and a user who may."""
+    server = ValkeyServer().start()
+    try:
+        with redis.Redis.from_url(server.url) as client:
+            client.execute_command("ACL", "SETUSER", "default", "-lmpop")
+        with Producer(redis_url=server.url, namespace=namespace) as producer:
+            batch = _submit(producer, 100, 0.0, items_per_task=1, quota=UNHINDERED)
+            start(slots=20, url=server.url)
+            assert batch.wait(timeout=60).succeeded == 100
+        assert "lmpop" in _commands(server.url)  # it was tried
+    finally:
+        server.stop()
 
 
 def test_a_revoked_task_is_cancelled_and_its_items_run_elsewhere(

@@ -239,8 +239,9 @@ def test_workers_that_never_get_ready_are_given_up(tmp_path: Path) -> None:
 
 
 def test_the_doctor_knows_settings_of_redis_that_lose_batches() -> None:
-    """Eviction, no persistence, a full memory and a replica are named."""
-    good = {"maxmemory_policy": "noeviction", "aof_enabled": 1, "role": "master", "used_memory": 1}
+    """An old server, eviction, no persistence, a full memory and a replica are named."""
+    good = {"redis_version": "7.2.4", "maxmemory_policy": "noeviction", "aof_enabled": 1}
     assert {finding.verdict for finding in check_server(good)} == {"ok"}
-    bad = {"maxmemory_policy": "allkeys-lru", "maxmemory": 10, "used_memory": 9, "role": "slave"}
-    assert [finding.verdict for finding in check_server(bad)] == ["bad"] * 4
+    bad = {"redis_version": "6.0.9", "maxmemory_policy": "allkeys-lru", "role": "slave"}
+    full = {"maxmemory": 10, "used_memory": 9}
+    assert [finding.verdict for finding in check_server(bad | full)] == ["bad"] * 5
