@@ -4,7 +4,7 @@
     python -m benchmarks.peers --peers ours,ours:2,arq --items 500
 
 Each makes the same aiohttp POST to the same provider process, which keeps the times: from the first
-call's arrival to the last answer. async-batch-llm has no queue and one process; arq, taskiq and saq
+call's arrival to the last answer. async-batch-llm has no queue and one process; the others
 have a queue, but neither limiter nor ledger nor results that outlive a worker. `ours:2` is two
 processes. CPU counts the workers' processes from their start. The peers' venv is .bench/peers, made
 on first use.
@@ -27,9 +27,10 @@ import psutil
 from benchmarks.lab import BENCH, ROOT, UNHINDERED, Lab, table, wait
 
 NEEDS = (
-    "async-batch-llm==0.28.*", "arq", "taskiq<0.12", "taskiq-redis", "saq", "aiohttp",
+    "async-batch-llm==0.28.*", "arq", "taskiq<0.12", "taskiq-redis", "saq", "streaq",
+    "dramatiq[redis]", "aiohttp",
 )  # fmt: skip
-DEFAULT = "async-batch-llm,ours,ours:2,arq,saq"
+DEFAULT = "async-batch-llm,ours,ours:2,arq,saq,taskiq,streaq,dramatiq"
 
 
 @dataclass(frozen=True)
@@ -105,19 +106,22 @@ def _ours(name: str, lab: Lab, provider: Provider, items: int, slots: int) -> fl
 def _peer(name: str, lab: Lab, provider: Provider, items: int, slots: int) -> float:
     binaries, app = venv(), "benchmarks.peers_app"
     environ = os.environ | {
+        "PEERS_NAME": name,
         "PEERS_URL": f"{provider.url}/call",
         "PEERS_SLOTS": str(slots),
         "PEERS_ITEMS": str(items),
         "PEERS_SOCKET": str(lab.server.socket),
         "PYTHONPATH": str(ROOT),
     }
-    feed = [f"{binaries}/python", "-m", app, name]
+    feed = [f"{binaries}/python", "-m", app]
     commands = {
         "async-batch-llm": feed,
         "arq": [f"{binaries}/arq", f"{app}.ArqWorker"],
         "taskiq": [f"{binaries}/taskiq", "worker", f"{app}:broker", "--workers", "1",
                    "--max-async-tasks", str(slots)],
         "saq": [f"{binaries}/saq", f"{app}.settings"],
+        "streaq": [f"{binaries}/streaq", "run", f"{app}:streaq_worker"],
+        "dramatiq": [f"{binaries}/dramatiq", app, "--processes", "1", "--threads", str(slots)],
     }  # fmt: skip
     if name != "async-batch-llm":
         subprocess.run(feed, env=environ, check=True, cwd=ROOT)
@@ -154,10 +158,15 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=100)
     parser.add_argument("--peers", default=DEFAULT)
     options = parser.parse_args()
-    print(report([
-        measure(name, options.items, options.slots, options.seconds)
-        for name in options.peers.split(",")
-    ]))  # fmt: skip
+    outcomes, failed = [], []
+    for name in options.peers.split(","):
+        try:
+            outcomes.append(measure(name, options.items, options.slots, options.seconds))
+        except subprocess.CalledProcessError:  # a peer's own trouble; it has said what
+            failed.append(name)
+    print(report(outcomes))
+    if failed:
+        raise SystemExit(f"did not run: {', '.join(failed)}")
 
 
 def report(outcomes: list[Outcome]) -> str:

@@ -1,16 +1,16 @@
 """The same call for every peer, and each peer's worker around it. Runs in the peers' venv, so it
-imports nothing of ours. Configured by PEERS_URL, PEERS_SLOTS, PEERS_ITEMS, PEERS_SOCKET.
+imports nothing of ours. Configured by PEERS_NAME, _URL, _SLOTS, _ITEMS and _SOCKET.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import sys
 from typing import Any
 
 import aiohttp
 
+NAME = os.environ.get("PEERS_NAME", "")
 URL = os.environ.get("PEERS_URL", "")
 SLOTS = int(os.environ.get("PEERS_SLOTS", "100"))
 ITEMS = int(os.environ.get("PEERS_ITEMS", "0"))
@@ -81,7 +81,7 @@ class ArqWorker:
 
     functions = (arq_call,)
     max_jobs = SLOTS
-    redis_settings = _arq_settings() if "arq" in sys.argv[0] else None
+    redis_settings = _arq_settings() if NAME == "arq" else None
 
 
 # -- taskiq
@@ -93,7 +93,7 @@ def _taskiq_broker() -> Any:
     return ListQueueBroker(f"unix://{SOCKET}")
 
 
-if "taskiq" in sys.argv[0] or sys.argv[-1] == "taskiq":
+if NAME == "taskiq":
     broker = _taskiq_broker()
     taskiq_call = broker.task(task_name="call")(call)
 
@@ -113,9 +113,11 @@ async def saq_call(context: dict[str, Any], *, number: int) -> dict[str, Any]:
 
 
 def _saq_queue() -> Any:
-    from saq import Queue
+    from redis.asyncio import Redis
+    from saq.queue.redis import RedisQueue
 
-    return Queue.from_url(f"unix://{SOCKET}")
+    # (`Queue.from_url` knows no unix sockets.)
+    return RedisQueue(Redis.from_url(f"unix://{SOCKET}"))
 
 
 async def feed_saq() -> None:
@@ -125,8 +127,45 @@ async def feed_saq() -> None:
     await queue.disconnect()
 
 
-if "saq" in sys.argv[0]:
+if NAME == "saq":
     settings = {"queue": _saq_queue(), "functions": [saq_call], "concurrency": SLOTS}
+
+
+# -- streaq
+
+
+if NAME == "streaq":
+    from streaq import Worker
+
+    # `prefetch` is what it fetches beyond its slots; its default is as many again.
+    streaq_worker = Worker(redis_url=f"unix://{SOCKET}", concurrency=SLOTS)
+    streaq_call = streaq_worker.task()(call)
+
+
+async def feed_streaq() -> None:
+    async with streaq_worker:
+        for first in range(0, ITEMS, 500):
+            numbers = range(first, min(first + 500, ITEMS))
+            await streaq_worker.enqueue_many([streaq_call.enqueue(number) for number in numbers])
+
+
+# -- dramatiq: each async actor in flight takes one of its threads
+
+
+if NAME == "dramatiq":
+    import dramatiq
+    from dramatiq.brokers.redis import RedisBroker
+    from dramatiq.middleware import AsyncIO
+
+    dramatiq_broker = RedisBroker(url=f"unix://{SOCKET}")
+    dramatiq_broker.add_middleware(AsyncIO())
+    dramatiq.set_broker(dramatiq_broker)
+    dramatiq_call = dramatiq.actor(call, actor_name="call")
+
+
+async def feed_dramatiq() -> None:
+    for number in range(ITEMS):
+        dramatiq_call.send(number)
 
 
 if __name__ == "__main__":
@@ -135,4 +174,6 @@ if __name__ == "__main__":
         "arq": feed_arq,
         "taskiq": feed_taskiq,
         "saq": feed_saq,
-    }[sys.argv[-1]]())  # fmt: skip
+        "streaq": feed_streaq,
+        "dramatiq": feed_dramatiq,
+    }[NAME]())  # fmt: skip
