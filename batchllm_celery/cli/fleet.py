@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from batchllm_celery.errors import UsageError
+from batchllm_celery.errors import BatchLLMError, UsageError
 from batchllm_celery.settings import Settings
 
 #: A worker that lives shorter than this is started again more and more slowly.
@@ -271,6 +271,15 @@ class SimulatedProviderProcess:
             self.close()
             raise UsageError("the simulated provider did not start")
         return words[-1]
+
+    def check(self) -> None:
+        """Notice its end: every further call would fail, and count as a failure of its row.
+
+        Raises:
+            BatchLLMError: it has ended.
+        """
+        if (code := self._process.poll()) is not None:
+            raise BatchLLMError(f"the simulated provider has ended (exit code {code})")
 
     def close(self) -> None:
         """Stop it."""

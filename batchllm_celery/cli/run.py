@@ -151,7 +151,7 @@ def _run(
     producer = Producer(plan.settings, events=Events(redis))
     stack.callback(_in_time, producer.close, interrupts)
     producer.check()
-    settings = _with_simulation(plan, chosen, stack)
+    settings, provider = _with_simulation(plan, chosen, stack)
     sink = open_sink(
         plan.out, plan.spec.batch_id, overwrite=chosen["overwrite"], ordered=chosen["ordered"]
     )
@@ -170,6 +170,7 @@ def _run(
     session = Session(
         producer, batch, plan.rows, sink, fleet, display,
         interrupts=interrupts, redis=redis, drain_seconds=settings.drain_seconds,
+        check=provider.check if provider is not None else None,
     )  # fmt: skip
     try:
         end = session.follow()
@@ -182,18 +183,20 @@ def _run(
     return end, _kept_logs(logs, fleet, end), took
 
 
-def _with_simulation(plan: Plan, chosen: dict[str, Any], stack: contextlib.ExitStack) -> Settings:
-    """Settings for the workers; for `--model simulated` with the URL of a provider of our own."""
+def _with_simulation(
+    plan: Plan, chosen: dict[str, Any], stack: contextlib.ExitStack
+) -> tuple[Settings, SimulatedProviderProcess | None]:
+    """Settings for the workers; for `--model simulated` with a provider of our own and its URL."""
     settings = plan.settings
     needs_one = plan.spec.strategy.name == "simulated" and settings.simulated_url is None
     if not needs_one or not plan.workers or chosen["dry_run"]:
-        return settings
+        return settings, None
     from batchllm_celery.simulation.config import SimulationConfig
 
     config = SimulationConfig.model_validate_json(chosen["simulation"] or '{"latency": 0.2}')
     provider = SimulatedProviderProcess(config.model_dump_json())
     stack.callback(provider.close)
-    return settings.model_copy(update={"simulated_url": provider.url})
+    return settings.model_copy(update={"simulated_url": provider.url}), provider
 
 
 def _refuse_lost_results(batch: Batch, sink: Sink, out: str) -> None:

@@ -115,6 +115,7 @@ class Session:
         interrupts: counted from outside.
         redis: listens to the producer's events.
         drain_seconds: how long calls in flight may take after the first Ctrl-C.
+        check: called now and then; what it raises ends the session.
     """
 
     def __init__(
@@ -129,6 +130,7 @@ class Session:
         interrupts: Interrupts,
         redis: RedisWatch,
         drain_seconds: float,
+        check: Callable[[], None] | None = None,
     ) -> None:
         self._producer = producer
         self._batch = batch
@@ -139,6 +141,7 @@ class Session:
         self._interrupts = interrupts
         self._redis = redis
         self._drain_seconds = drain_seconds
+        self._check = check
         self._progress: BatchProgress = batch.progress()
         self._quota: QuotaState | None = None
         self._meter = RateMeter()
@@ -206,6 +209,8 @@ class Session:
         for job in (self._feeder, self._writer, self._watcher):
             if job.failure is not None:
                 raise job.failure
+        if self._check is not None:
+            self._check()
         if self._fleet.started or self._needs_workers():
             self._fleet.poll()
         self._display.update(self._view())

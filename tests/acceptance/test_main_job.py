@@ -247,6 +247,30 @@ def test_a_killed_worker_costs_no_row(lone_fleet: Fleet, provide: StartProvider)
     assert_one_line_each(out, 120)
 
 
+def test_a_simulated_provider_that_dies_fails_no_row(lone_fleet: Fleet) -> None:
+    """Its end is said in one line, and the printed command goes on with another one."""
+    write_rows(lone_fleet.folder / "rows.jsonl", 90)
+    out = lone_fleet.folder / "out.jsonl"
+    command = ("run", "rows.jsonl", "-o", "out.jsonl", "--model", "simulated", "--rpm", "600")
+    run = lone_fleet.start(*command, name="run")
+    wait_until(lambda: out.exists() and len(out.read_text().splitlines()) >= 15, timeout=60)
+    (provider,) = [
+        process
+        for process in processes_of(lone_fleet.folder)
+        if "batchllm_celery.simulation" in process.cmdline()
+    ]
+    provider.kill()
+    assert run.wait(timeout=60) == 3
+    said = lone_fleet.said("run")
+    assert "Error: the simulated provider has ended" in said
+    (line,) = [line.strip() for line in said.splitlines() if "--batch-id" in line]
+
+    resumed = lone_fleet.run(*line.split()[line.split().index("batchllm") + 1 :])
+
+    assert resumed.returncode == 0, resumed.stderr
+    assert_one_line_each(out, 90)
+
+
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_no_process_outlives_a_run_that_was_ended(
     lone_fleet: Fleet, provide: StartProvider, how: signal.Signals
