@@ -31,7 +31,8 @@ def quota_words(state: QuotaState, now: float) -> str:
     if state.exhausted_until is not None and state.exhausted_until > now:
         return f"the day's quota is used up, {duration(state.exhausted_until - now)} to its reset"
     if state.cooldown_remaining > 0:
-        return f"cooling down for {duration(state.cooldown_remaining)} after a refusal"
+        why = "a refusal" if state.consecutive else "a restart of Redis"
+        return f"cooling down for {duration(state.cooldown_remaining)} after {why}"
     if state.probing:
         return "the provider is refusing; trying one call at a time"
     if state.ramp_position is not None:
@@ -49,5 +50,5 @@ def doing(progress: BatchProgress, quota: QuotaState | None, now: float) -> str:
         until = f" for {duration(progress.parked_until - now)}" if progress.parked_until else ""
         return f"parked{until}: the day's quota is used up"
     if progress.state.stopped:
-        return f"{progress.state}: ending what is left"
+        return str(progress.state) if progress.is_over else f"{progress.state}: ending what is left"
     return quota_words(quota, now) if quota is not None else ""

@@ -113,7 +113,8 @@ def test_quiet_says_nothing() -> None:
         ({}, ""),
         ({"waiting": 2}, "at the quota's speed"),
         ({"waiting": 2, "rate_factor": 0.7}, "at 70% of the quota"),
-        ({"cooldown_remaining": 12.0}, "cooling down for 12 s"),
+        ({"cooldown_remaining": 12.0, "consecutive": 1}, "cooling down for 12 s after a refusal"),
+        ({"cooldown_remaining": 13.0}, "for 13 s after a restart of Redis"),
         ({"probing": True}, "one call at a time"),
         ({"ramp_position": 3}, "starting slowly"),
         ({"exhausted_until": 4600.0}, "the day's quota is used up, 1 h 00 min"),
@@ -132,6 +133,13 @@ def test_a_parked_batch_says_until_when() -> None:
     assert doing(parked, QuotaState(name="q", waiting=1), 1000.0).startswith(
         "parked for 2 min 00 s"
     )
+
+
+def test_a_stopped_batch_says_whether_anything_is_left() -> None:
+    """Its last items get their outcomes in the background."""
+    some = {"state": BatchState.CANCELLED, "total": 2, "succeeded": 1}
+    assert doing(progress(**some, failed=0), None, 1000.0) == "cancelled: ending what is left"
+    assert doing(progress(**some, failed=1), None, 1000.0) == "cancelled"
 
 
 @pytest.mark.parametrize(
