@@ -24,6 +24,8 @@ App: TypeAlias = Celery
 """A Celery app, for those who only hand one on."""
 
 RUN_ITEMS: Final = "batchllm.run_items"
+#: How many items a message names: a worker must know before it reads the body.
+ITEMS_HEADER: Final = "items"
 #: Ids of messages begin so that a worker sent for items which no message had brought.
 OFFERED: Final = "offered-"
 DEFAULT_QUEUE: Final = "default"
@@ -106,6 +108,7 @@ def publish(
                 queue=app.conf.task_default_queue if queue == DEFAULT_QUEUE else queue,
                 # Celery on Redis serves 0 first; ours is 0 for usual, 9 for urgent.
                 priority=9 - priority,
+                headers={ITEMS_HEADER: len(indexes)},
                 argsrepr=show_items(batch_id, indexes),
                 kwargsrepr="",
                 retry=False,

@@ -20,12 +20,10 @@ from batchllm_celery.ledger.calls import Argument, text
 from batchllm_celery.ledger.locks import died_here
 from batchllm_celery.ledger.observer import Observer
 from batchllm_celery.ledger.producer_side import ProducerSide
-from batchllm_celery.ledger.worker_side import CALL_ITEMS, RECORD_FIELDS, WorkerSide
+from batchllm_celery.ledger.worker_side import CALL_ITEMS, RECORD_FIELDS, REOFFER, WorkerSide
 from batchllm_celery.models import BatchState
 from batchllm_celery.settings import Settings
 
-#: An offered item is offered again after this many idle times of a worker.
-REOFFER = 5
 #: Batches that one look goes through, a script call each.
 BATCHES_A_LOOK = 1000
 
@@ -182,7 +180,7 @@ class Ledger(WorkerSide, ProducerSide):
             ]
             arguments = [part for index, token in strays for part in (index, token, 0)]
             if arguments:
-                await self._run(scripts.RELEASE, batch_id, [self.process_id, *arguments])
+                await self._run(scripts.RELEASE, batch_id, [self.process_id, 0, *arguments])
 
 
 def _holders(held: Mapping[bytes, bytes]) -> Iterator[tuple[bytes, list[str]]]:

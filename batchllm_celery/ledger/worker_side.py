@@ -40,6 +40,8 @@ KNOWN_BATCHES = 64
 #: Outcomes that are kept for a Redis that comes back without its last second, and how long.
 RECENT_OUTCOMES = 20_000
 RECENT_SECONDS = 30.0
+#: An offered item is offered again after this many idle times of a worker.
+REOFFER = 5
 
 _Record = tuple[Claim, tuple[Argument, ...]]
 _Save = tuple[Claim, bytes, int]
@@ -244,13 +246,15 @@ class WorkerSide(LedgerCalls):
             reply = await self._run(scripts.CLAIM, calls.batch_id, arguments)
             unreadable = self._take_in(calls, token, reply, found)
             if unreadable:
-                await self._run(scripts.RELEASE, calls.batch_id, [self.process_id, *unreadable])
+                later = round(self._settings.offer_seconds * REOFFER * 1000)
+                arguments = [self.process_id, later, *unreadable]
+                await self._run(scripts.RELEASE, calls.batch_id, arguments)
         finally:
             self._claiming.discard(token)
 
     def _take_in(self, calls: _BatchCalls, token: str, reply: Any, found: _Found) -> list[Argument]:
         """Hold what was claimed. Returns the arguments of `release.lua` for what can't be read:
-        it goes back, for a process of another version, and its neighbours run."""
+        it goes back, behind all else, for a process of another version; its neighbours run."""
         unreadable: list[Argument] = []
         state, revision, spec, now, claims, _, gone = reply
         found.state = BatchState(text(state))
@@ -314,7 +318,7 @@ class WorkerSide(LedgerCalls):
             self._recent.popleft()
 
     async def _release(self, batch_id: str, claims: list[Claim]) -> None:
-        arguments: list[Argument] = [self.process_id]
+        arguments: list[Argument] = [self.process_id, 0]
         for claim in claims:
             arguments += (claim.index, claim.token, max(claim.given_up, int(claim.calling)))
         async with self._moving:

@@ -94,7 +94,9 @@ local function read_clock()
   -- The clock had been ahead, and all that lies ahead on it would be waited for.
   local function set_back(by)
     before = now
-    for _, name in ipairs({'cool_until', 'probe_at', 'ramp_next', 'limited', 'ok_since', 'busy_since'}) do
+    for _, name in ipairs({
+      'cool_until', 'probe_at', 'ramp_next', 'limited', 'ok_since', 'busy_since', 'day_until',
+    }) do
       s[name] = max(s[name] - by, 0)
     end
     s.day_reset = min(s.day_reset, now - now % DAY + DAY)

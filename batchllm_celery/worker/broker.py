@@ -10,6 +10,7 @@ import contextlib
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -41,12 +42,16 @@ class _Gathered(threading.local):
     """Acknowledgements that wait to travel together; None: each goes at once."""
     room: Callable[[], int] | None = None
     """How many messages may be fetched now; None: always one, as kombu does."""
+    seen: Callable[[dict[str, Any]], None] = staticmethod(lambda headers: None)
+    """Told the headers of each message before the next one is thought of."""
 
 
 _gathered = _Gathered()
 
 
-def fetch_together(room: Callable[[], int] | None) -> None:
+def fetch_together(
+    room: Callable[[], int] | None, seen: Callable[[dict[str, Any]], None] = lambda headers: None
+) -> None:
     """Let this thread's consumers fetch as many messages at once as there is room for.
 
     Only for tasks whose work survives the loss of its message, as a batch's items do: if the
@@ -54,8 +59,9 @@ def fetch_together(room: Callable[[], int] | None) -> None:
 
     Args:
         room: messages that may be fetched now; None: one at a time again.
+        seen: told the headers of each that is passed on; `room` may answer otherwise after it.
     """
-    _gathered.room = room
+    _gathered.room, _gathered.seen = room, seen
 
 
 def gather_acknowledgements() -> None:
@@ -85,18 +91,21 @@ class _QoS(kombu_redis.QoS):
         try:
             yield
         finally:
-            arrived, self._arriving = self._arriving, None
-            if arrived:
-                self._note(arrived)
+            self._note_arrived()
+            self._arriving = None
 
     def append(self, message: Any, delivery_tag: str) -> None:
         if self._arriving is None:
             super().append(message, delivery_tag)
             return
         self._arriving.append(message)
+        _gathered.seen(message.headers or {})
         virtual.QoS.append(self, message, delivery_tag)
 
-    def _note(self, arrived: list[Any]) -> None:
+    def _note_arrived(self) -> None:
+        arrived, self._arriving = self._arriving, []
+        if not arrived:
+            return
         now, bodies = time.time(), {}
         for message in arrived:
             at = message.delivery_info
@@ -106,7 +115,14 @@ class _QoS(kombu_redis.QoS):
             pipe.hset(self.unacked_key, mapping=bodies)
             pipe.execute()
 
+    def reject(self, delivery_tag: str, requeue: bool = False) -> None:
+        if self._arriving:  # a message that nobody wants is refused while it is passed on
+            self._note_arrived()
+        super().reject(delivery_tag, requeue)
+
     def ack(self, delivery_tag: str) -> None:
+        if self._arriving:
+            self._note_arrived()
         if _gathered.tags is None:
             super().ack(delivery_tag)
             return
@@ -163,13 +179,15 @@ class _Channel(_KombuChannel):  # type: ignore[misc]  # an Any is no class for m
         super()._brpop_start(timeout)
 
     def _brpop_read(self, **options: Any) -> Any:
-        if _gathered.room is None:
+        if _gathered.room is None or not isinstance(self.qos, _QoS):
             return super()._brpop_read(**options)
         busy = time.monotonic() - self._asked_at < BUSY_SECONDS
         with self.qos.arriving_together():
             found = super()._brpop_read(**options)
             if busy and self._fetches_many and self.qos.can_consume():
-                self._fetch_more(min(_gathered.room(), MOST_TOGETHER))
+                allowed = self.qos.can_consume_max_estimate()
+                count = min(_gathered.room(), MOST_TOGETHER)
+                self._fetch_more(count if allowed is None else min(count, allowed))
         return found
 
     def _fetch_more(self, count: int) -> None:
@@ -190,10 +208,18 @@ class _Channel(_KombuChannel):  # type: ignore[misc]  # an Any is no class for m
             self._fetches_many = False
             return
         if reply:
-            key, messages = reply
-            queue = bytes_to_str(key)[len(prefix) :].rsplit(self.sep, 1)[0]
-            for message in messages:
-                self.connection._deliver(loads(bytes_to_str(message)), queue)
+            self._pass_on(bytes_to_str(reply[0])[len(prefix) :], deque(reply[1]))
+
+    def _pass_on(self, key: str, messages: deque[bytes]) -> None:
+        """Deliver while there is room; the others go back to where they were."""
+        queue = key.rsplit(self.sep, 1)[0]
+        try:
+            while messages and self.qos.can_consume():
+                self.connection._deliver(loads(bytes_to_str(messages.popleft())), queue)
+        finally:
+            if messages:
+                with self.conn_or_acquire() as client:
+                    client.rpush(key, *reversed(messages))
 
 
 class _Transport(kombu_redis.Transport):

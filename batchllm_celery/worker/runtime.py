@@ -325,6 +325,10 @@ class Runtime:
         on_the_way = max(0, in_hand - self._messages) * self._message_items
         return max(0, math.ceil(self._free_admissions(on_the_way) / self._message_items))
 
+    def expect(self, items: int) -> None:
+        """A message of so many items is on its way to us; from the pool's thread."""
+        self._message_items = max(1, items)
+
     async def run_items(
         self, batch_id: str, indexes: Sequence[int], *, offered: bool = False
     ) -> Tally:
@@ -371,7 +375,7 @@ class Runtime:
         self._admitted += items
         self._messages += 1
         if items != self._message_items:
-            self._message_items = items
+            self._message_items = max(1, items)
             self.on_room()
         admission = _Admission(items, self._on_left)
         try:

@@ -17,7 +17,14 @@ from batchllm_celery import event_loop
 from batchllm_celery.embedded import resolve_url, revive_when_lost
 from batchllm_celery.events import Events
 from batchllm_celery.observability import LogListener
-from batchllm_celery.queue import DEFAULT_QUEUE, OFFERED, RUN_ITEMS, make_app, publish
+from batchllm_celery.queue import (
+    DEFAULT_QUEUE,
+    ITEMS_HEADER,
+    OFFERED,
+    RUN_ITEMS,
+    make_app,
+    publish,
+)
 from batchllm_celery.settings import Settings
 from batchllm_celery.worker import watchdog
 from batchllm_celery.worker.broker import fetch_together
@@ -180,12 +187,16 @@ class _Process:
         if hasattr(pool, "admit"):
             self._pool, self._slots = pool, pool.limit
             pool.admit = lambda in_hand: self._current().room_for_messages(in_hand)
-            fetch_together(lambda: int(pool.room))
+            fetch_together(lambda: int(pool.room), self._seen)
             # What has been imported stays: a full collection that looks at it stops all calls' loop
             # for 50 ms or more.
             gc.collect()
             gc.freeze()
         asyncio.run_coroutine_threadsafe(self._current().open(), event_loop.loop())
+
+    def _seen(self, headers: dict[str, Any]) -> None:
+        if headers.get("task") == RUN_ITEMS:
+            self._current().expect(int(headers.get(ITEMS_HEADER) or 1))
 
     def _on_process_init(self, **_: Any) -> None:
         asyncio.run_coroutine_threadsafe(self._current().open(), event_loop.loop())

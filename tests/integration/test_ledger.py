@@ -299,6 +299,21 @@ async def test_a_row_that_cannot_be_read_goes_back_and_its_neighbours_run(
         assert await call_and_answer(one, claim)
 
 
+async def test_unreadable_rows_are_offered_behind_all_others(one: Ledger) -> None:
+    """As many of them as a worker has slots do not keep it from the readable ones."""
+    await feed_all(one, 8)
+    key, client = one._keys.batch(BATCH).item, one._connection.client
+    for index in range(4):
+        row = await client.execute_command("HGET", key, index)
+        await client.execute_command("HSET", key, index, row.replace(b'"v":1', b'"v":9'))
+    await asyncio.sleep(0.02)
+    ((_, first),) = await one.offer("default", 4)
+    assert first == [0, 1, 2, 3]
+    assert (await one.claim(BATCH, first)).held == first
+    ((_, then),) = await one.offer("default", 4)
+    assert then == [4, 5, 6, 7]
+
+
 async def test_rows_fed_to_a_cancelled_batch_get_their_outcome_too(one: Ledger) -> None:
     """One line for every row, even for those that the producer was still reading."""
     await feed_all(one, 3)

@@ -59,7 +59,7 @@ class Scripts:
             self.generation if told.get("refused") else -1,
             -1 if retry_after is None else round(retry_after * 1e6),
             told.get("overloads", 0),
-            -1,
+            round(told["day_exhausted"] * 1e6) if "day_exhausted" in told else -1,
             told.get("probe_ended", 0),
             0,
             0,
@@ -248,6 +248,18 @@ def test_a_clock_that_was_ahead_for_a_while_is_not_waited_for(
     given = scripts.ask("a", [1] * 5, in_flight=5)
     assert len(given.starts_in) >= 1
     assert max(given.starts_in) < 1
+
+
+def test_a_days_end_told_by_a_clock_that_was_ahead_is_set_back_too(server: VirtualRedis) -> None:
+    """Exhausted for an hour on a clock that is a month ahead: not for a month and an hour."""
+    scripts = Scripts(server, Quota(name="q"))
+    scripts.ask("a", [1])
+    server.now += 30 * 86_400
+    assert scripts.ask("a", [1], in_flight=1, day_exhausted=3600.0).exhausted_until
+    server.now -= 30 * 86_400 - 60
+    assert scripts.ask("a", [1]).exhausted_until <= (server.now + 3600) * 1e6
+    server.now += 3600
+    assert len(scripts.ask("a", [1]).starts_in) == 1
 
 
 def test_nothing_starts_for_a_while_after_redis_restarted(server: VirtualRedis) -> None:

@@ -17,7 +17,7 @@ import redis
 from batchllm_celery import Batch, Producer
 from batchllm_celery.keys import Keys
 from batchllm_celery.models import Quota, QuotaLimits
-from batchllm_celery.queue import make_app
+from batchllm_celery.queue import ITEMS_HEADER, RUN_ITEMS, make_app
 from batchllm_celery.settings import Settings
 from batchllm_celery.worker.runtime import Runtime
 from batchllm_celery.worker.slots import Slots
@@ -244,6 +244,23 @@ def test_many_small_messages_are_fetched_and_acknowledged_together(
     after = _commands(redis_url)
     assert after["brpop"] - before.get("brpop", 0) < 100
     assert after["exec"] - before.get("exec", 0) < 200  # notes and acknowledgements
+
+
+def test_messages_that_are_not_ours_or_name_nothing_harm_nobody(
+    producer: Producer, start: Start, redis_url: str, namespace: str
+) -> None:
+    """An unknown task is thrown away once, and a message without items is only acknowledged."""
+    app = make_app(Settings(redis_url=redis_url, namespace=namespace), redis_url)
+    for _ in range(5):
+        app.send_task("nobodys.task")
+        app.send_task(RUN_ITEMS, args=("no-such-batch", []), headers={ITEMS_HEADER: 0})
+    batch = _submit(producer, 100, 0.0, items_per_task=10, quota=UNHINDERED)
+    worker = start(slots=20)
+    assert batch.wait(timeout=60).succeeded == 100
+    with redis.Redis.from_url(redis_url) as client:
+        wait_until(lambda: not client.exists(f"{namespace}:celery:unacked"))
+    assert worker.poll() is None
+    app.close()
 
 
 def test_a_redis_that_gives_one_message_at_a_time_will_do(start: Start, namespace: str) -> None:
