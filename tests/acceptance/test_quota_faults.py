@@ -73,14 +73,21 @@ class Stage:
             if call["time"] >= since
         ]
 
-    def refuse_one(self, retry_after: float) -> float:
-        """One 429; the moment at which the provider gave it."""
+    def refuse_one(self, retry_after: float) -> Call:
+        """One 429; the call that got it. Returns when the fleet has heard of it: a worker killed
+        before could not tell anybody."""
         before = time.time()
         self.provider.refuse(1, retry_after)
         refused = wait_until(
-            lambda: [call.time for call in self.calls(before) if call.status == 429]
+            lambda: [call for call in self.calls(before) if call.status == 429], interval=0.01
         )
-        return float(refused[0])
+        wait_until(self._is_cooling, interval=0.01)
+        call: Call = refused[0]
+        return call
+
+    def _is_cooling(self) -> bool:
+        state = self.producer.quota(QUOTA.name)
+        return state is not None and state.consecutive > 0
 
     def share(self, since: float, until: float) -> float:
         """Used share of the quota."""
@@ -142,8 +149,9 @@ def test_one_refusal_stops_all_processes_though_one_is_killed(
         quota = QUOTA.model_copy(update={"policy": policy_from(config)})
     stage.work(2_000, quota)
     stage.start(4)
-    refused_at = stage.refuse_one(2.5)
-    os.kill(stage.workers[0].pid, signal.SIGKILL)
+    refused = stage.refuse_one(2.5)
+    os.kill(refused.pid, signal.SIGKILL)
+    refused_at = refused.time
     stage.wait_for(refused_at + 8)
     after = [call.time - refused_at for call in stage.calls(refused_at)][1:]
     assert [at for at in after if 0.25 < at < 2.5] == []
@@ -224,7 +232,7 @@ def test_wrong_clocks_of_workers_make_no_difference(make_stage: MakeStage, tmp_p
         stage.start(1, PYTHONPATH=path)
     begun = time.time()
     stage.wait_for(begun + 6)
-    refused_at = stage.refuse_one(1.5)
+    refused_at = stage.refuse_one(1.5).time
     stage.wait_for(refused_at + 4)
     after = [call.time - refused_at for call in stage.calls(refused_at)][1:]
     assert [at for at in after if 0.25 < at < 1.5] == []
