@@ -388,7 +388,8 @@ local function grant(room, base, ramp)
     end
     if ramp then
       if s.ramp_i >= c.ramp_n and c.ramp_repeats == 0 then
-        ramp = nil
+        ramp, base = nil, max(base, s.ramp_next)
+        start = max(start, base)
       elseif s.ramp_i > 0 then
         start = max(start, s.ramp_next + ramp[min(s.ramp_i + 1, #ramp)])
       end

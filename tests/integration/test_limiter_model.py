@@ -318,6 +318,20 @@ def test_overloads_open_no_cooldown_but_the_breaker(server: VirtualRedis) -> Non
     assert len(scripts.ask("a", [1] * 6, in_flight=1).starts_in) == 1
 
 
+def test_nobody_overtakes_the_last_step_of_a_slow_start(server: VirtualRedis) -> None:
+    """What is asked for together with it starts after it."""
+    policy = CooldownPolicy(kind="slow_start", cooldowns=(1.0,), ramp=(0.5, 0.4, 0.2))
+    scripts = Scripts(server, Quota(name="q", policy=policy))
+    scripts.ask("a", [1])
+    scripts.ask("a", [], refused=True)
+    server.now += 1.0
+    scripts.ask("a", [1])
+    server.now += 0.4
+    starts = scripts.ask("a", [1, 1, 1]).starts_in
+    assert sorted(starts) == list(starts)
+    assert starts[1] == starts[2] == pytest.approx(0.2, abs=1e-5)
+
+
 def test_a_late_refusal_opens_no_second_cooldown(server: VirtualRedis) -> None:
     """A 429 of an older generation changes nothing."""
     scripts = Scripts(server, Quota(name="q", limits=QuotaLimits(requests_per_minute=6_000)))
