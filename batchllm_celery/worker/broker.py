@@ -42,8 +42,8 @@ class _Gathered(threading.local):
     """Acknowledgements that wait to travel together; None: each goes at once."""
     room: Callable[[], int] | None = None
     """How many messages may be fetched now; None: always one, as kombu does."""
-    seen: Callable[[dict[str, Any]], None] = staticmethod(lambda headers: None)
-    """Told the headers of each message before the next one is thought of."""
+    seen: Callable[[dict[str, Any]], None]
+    """Told the headers of each message before the next one is thought of; set with `room`."""
 
 
 _gathered = _Gathered()

@@ -89,6 +89,12 @@ def install(
     return app
 
 
+def has_only_our_tasks(app: Celery) -> bool:
+    """Whether every message of an app may be lost: a batch's items are offered again, but an
+    app's other tasks would be gone."""
+    return all(name == RUN_ITEMS or name.startswith("celery.") for name in app.tasks)
+
+
 class _Process:
     """The runtime of this process, whichever pool it is of. Signals differ by pool: `worker_ready`
     comes to the parent, `worker_process_init` to each child of prefork (and to solo)."""
@@ -187,7 +193,8 @@ class _Process:
         if hasattr(pool, "admit"):
             self._pool, self._slots = pool, pool.limit
             pool.admit = lambda in_hand: self._current().room_for_messages(in_hand)
-            fetch_together(lambda: int(pool.room), self._seen)
+            if has_only_our_tasks(self._app):
+                fetch_together(lambda: int(pool.room), self._seen)
             # What has been imported stays: a full collection that looks at it stops all calls' loop
             # for 50 ms or more.
             gc.collect()

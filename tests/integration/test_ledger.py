@@ -18,7 +18,15 @@ from batchllm_celery.errors import (
     UsageError,
 )
 from batchllm_celery.keys import Keys
-from batchllm_celery.ledger import Heartbeat, Ledger, Payload, WorkerInfo, list_workers, scripts
+from batchllm_celery.ledger import (
+    Claim,
+    Heartbeat,
+    Ledger,
+    Payload,
+    WorkerInfo,
+    list_workers,
+    scripts,
+)
 from batchllm_celery.ledger.heartbeat import Beat
 from batchllm_celery.ledger.observer import Observer
 from batchllm_celery.models import (
@@ -240,14 +248,20 @@ async def test_cancel_gives_each_item_its_outcome_and_resume_takes_it_back(
     Snapshot(one._connection.url, one._keys.namespace).check()
 
 
-async def test_a_stop_that_comes_after_the_resume_is_no_outcome(one: Ledger, two: Ledger) -> None:
-    """Read cancelled, resumed meanwhile: the item runs instead of staying cancelled for ever."""
+async def stopped_and_resumed(one: Ledger, two: Ledger) -> tuple[Claim, FailureKind]:
+    """An item whose process has heard that the batch is cancelled, and not that it goes on."""
     await feed_all(one, 1)
     (claim,) = await take(one, 0)
     await two.cancel(BATCH)
     verdict = await one.begin(claim)
     assert isinstance(verdict, FailureKind)
     await two.resume(BATCH)
+    return claim, verdict
+
+
+async def test_a_stop_that_comes_after_the_resume_is_no_outcome(one: Ledger, two: Ledger) -> None:
+    """Read cancelled, resumed meanwhile: the item runs instead of staying cancelled for ever."""
+    claim, verdict = await stopped_and_resumed(one, two)
     assert not await one.record(claim, failure(claim, verdict), spent_tokens=0, cost=None)
     (again,) = await take(two, 0)
     assert await call_and_answer(two, again)
@@ -258,12 +272,7 @@ async def test_a_refused_stop_that_was_adopted_meanwhile_goes_back(
 ) -> None:
     """A heartbeat that takes everything back while the refusal travels: the item stays with nobody
     who does not know of it."""
-    await feed_all(one, 1)
-    (claim,) = await take(one, 0)
-    await two.cancel(BATCH)
-    verdict = await one.begin(claim)
-    assert isinstance(verdict, FailureKind)
-    await two.resume(BATCH)
+    claim, verdict = await stopped_and_resumed(one, two)
     run = one._run
 
     async def slow(script: Any, *arguments: Any) -> Any:

@@ -40,7 +40,12 @@ def start(redis_url: str, namespace: str, tmp_path: Path) -> Iterator[Start]:
     """Starts plain `celery -A batchllm_celery worker`s."""
     workers: list[subprocess.Popen[bytes]] = []
 
-    def worker(*options: str, slots: int = 4, url: str = redis_url) -> subprocess.Popen[bytes]:
+    def worker(
+        *options: str,
+        slots: int = 4,
+        url: str = redis_url,
+        app: str = "tests.integration.worker_app",
+    ) -> subprocess.Popen[bytes]:
         name = f"w{len(workers)}@{namespace}"
         command = [
             sys.executable,
@@ -63,7 +68,7 @@ def start(redis_url: str, namespace: str, tmp_path: Path) -> Iterator[Start]:
             | {
                 "BATCHLLM_REDIS_URL": url,
                 "BATCHLLM_NAMESPACE": namespace,
-                "BATCHLLM_APP": "tests.integration.worker_app",
+                "BATCHLLM_APP": app,
                 "BATCHLLM_SLOTS": str(slots),
                 "BATCHLLM_LEASE_SECONDS": "3",
                 "BATCHLLM_HEARTBEAT_SECONDS": "0.3",
@@ -244,6 +249,20 @@ def test_many_small_messages_are_fetched_and_acknowledged_together(
     after = _commands(redis_url)
     assert after["brpop"] - before.get("brpop", 0) < 100
     assert after["exec"] - before.get("exec", 0) < 200  # notes and acknowledgements
+
+
+def test_messages_of_other_tasks_are_fetched_one_by_one(
+    producer: Producer, start: Start, redis_url: str, tmp_path: Path
+) -> None:
+    """An app with tasks of its own loses no more of them with a worker than Celery does."""
+    (tmp_path / "shop.py").write_text(
+        "from celery import shared_task\n\n@shared_task(name='shop.mail')\ndef mail(): ...\n"
+    )
+    batch = _submit(producer, 100, 0.0, items_per_task=1, quota=UNHINDERED)
+    before = _commands(redis_url).get("lmpop", 0)
+    start(slots=20, app="tests.integration.worker_app,shop")
+    assert batch.wait(timeout=60).succeeded == 100
+    assert _commands(redis_url).get("lmpop", 0) == before
 
 
 def test_messages_that_are_not_ours_or_name_nothing_harm_nobody(
