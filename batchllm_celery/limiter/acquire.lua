@@ -71,7 +71,7 @@ local function load()
   s = packed[2] and unpack_live(packed[2]) or {
     now = 0, gen = 0, run_id = '', saved = 0, cool_until = 0, consecutive = 0, success = 1,
     fails = 0, probe = '', probe_at = 0, ramp_i = -1, ramp_next = 0,
-    tat = {0, 0, 0, 0}, credit = {0, 0, 0, 0}, day_used = 0, day_reset = 0, day_until = 0,
+    tat = {0, 0, 0, 0}, credit = {0, 0, 0, 0}, full = {0, 0, 0, 0}, day_used = 0, day_reset = 0, day_until = 0,
     ceiling = 0, active = 0, limited = 0, rate = START_RATE, cycle_ok = 0, ok = 0, ok_since = 0,
     pace = 0, in_flight = 0, swept = 0, busy_since = 0, heard = 0,
   }
@@ -88,7 +88,7 @@ local function read_clock()
   local function hold()
     new_generation()
     s.cool_until = max(s.cool_until, now + c.horizon + 1000000)
-    s.tat, s.credit = {0, 0, 0, 0}, {0, 0, 0, 0}
+    s.tat, s.credit, s.full = {0, 0, 0, 0}, {0, 0, 0, 0}, {0, 0, 0, 0}
   end
 
   -- The clock had been ahead, and all that lies ahead on it would be waited for.
@@ -212,6 +212,7 @@ local function cool_down()
     end
     for d = 1, 4 do
       if s.tat[d] > 0 then s.tat[d] = max(first, s.tat[d] - look) end
+      s.full[d] = min(s.full[d], s.tat[d])
     end
   end
 
@@ -358,10 +359,12 @@ local function slow_start()
   return ramp
 end
 
--- Start, then pay: the start is when all buckets allow it, whatever the request costs.
+-- Start, then pay: the start is when all buckets allow it, whatever the request costs. Credit makes
+-- it earlier, but not so early that the provider's bucket of a second, which never knew of it (it
+-- was full), lacks the tokens: `full` is when that one would be full again.
 -- (The one hot loop: comparisons in place of calls of min and max.)
 local function grant(room, base, ramp)
-  local tat, credit, burst, count = s.tat, s.credit, c.burst, #dims
+  local tat, credit, full, burst, count = s.tat, s.credit, s.full, c.burst, #dims
   local costs, share, max_ahead = {}, look / waiting, max(burst, SECOND)
   local tokens, input, output = nil, spare_input, spare_output
   if #estimates > 0 then
@@ -384,7 +387,12 @@ local function grant(room, base, ramp)
       elseif d == 4 then cost = cost * output end
       costs[i] = cost
       if cost > step then step = cost end
-      if d > 1 and cost > 60000000 then large = true end
+      if d > 1 then
+        local lacks = full[d]
+        if cost < max_ahead then lacks = lacks + cost - max_ahead
+        elseif cost > 60000000 then large = true end
+        if lacks > start then start = lacks end
+      end
     end
     if ramp then
       if s.ramp_i >= c.ramp_n and c.ramp_repeats == 0 then
@@ -408,11 +416,18 @@ local function grant(room, base, ramp)
     for i = 1, count do
       local d, cost = dims[i], costs[i]
       local at, back, ahead = tat[d], credit[d], max_ahead - cost
+      if d > 1 then
+        local to = full[d]
+        if to < start then to = start end
+        full[d] = to + cost
+      end
       if ahead < 0 then ahead = 0 end
       local earliest = start - (ahead < burst and ahead or burst)
       if at < earliest then at = earliest end
       if back > 0 then
-        back = min(back, ahead, cost * 0.75)
+        local most = cost * 0.75
+        if back > ahead then back = ahead end
+        if back > most then back = most end
         credit[d], cost = credit[d] - back, cost - back
       end
       tat[d] = at + cost

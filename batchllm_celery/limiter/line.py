@@ -49,6 +49,7 @@ class Waiter:
 
     guess: Callable[[], Estimate]
     granted: asyncio.Future[Permit]
+    has_ticket: bool = False
 
     @property
     def estimate(self) -> Estimate:
@@ -63,20 +64,27 @@ class Ticket:
     generation: int
     reserved: Estimate
     probe: bool
+    waiter: Waiter | None = None
+    """Whose tokens are reserved: a large request that took the ticket of a small one would let the
+    next call start too soon. None: no tokens are, or a caller's to come."""
 
 
 @dataclass(slots=True)
 class Question:
-    """Arguments of acquire.lua, and what each ticket of the answer will have reserved."""
+    """Arguments of acquire.lua, and for whom each ticket of the answer will have reserved what."""
 
     arguments: list[bytes | str | int | float]
+    waiters: list[Waiter]
     reserved: list[Estimate]
     spare: Estimate
 
 
 @dataclass(slots=True)
 class Line:
-    """Waiters, oldest first, and tickets, earliest first. Any waiter may use any ticket."""
+    """Waiters, oldest first, and tickets, earliest first.
+
+    Where tokens are limited a ticket is its waiter's own; else any waiter may use any ticket.
+    """
 
     quota: str
     again: deque[Waiter] = field(default_factory=deque)
@@ -117,18 +125,24 @@ class Line:
         self.waiting -= 1
         waiter.granted.cancel()
 
-    def _next_waiter(self) -> Waiter | None:
-        for line in (self.again, self.waiters):
-            while line:
-                waiter = line.popleft()
-                if not waiter.granted.done():
-                    self.waiting -= 1
-                    return waiter
-        return None
+    def _waiter_for(self, ticket: Ticket) -> Waiter | None:
+        """Its own; if that one is gone, the oldest without a ticket, or else the oldest."""
+        own = ticket.waiter
+        if own is not None and not own.granted.done():
+            return own
+        return next(self._without_ticket(), None) or next(self.alive(), None)
+
+    def _without_ticket(self) -> Iterator[Waiter]:
+        return (waiter for waiter in self.alive() if not waiter.has_ticket)
 
     def alive(self) -> Iterator[Waiter]:
         everybody = chain(self.again, self.waiters)
         return (waiter for waiter in everybody if not waiter.granted.done())
+
+    def _forget_served(self) -> None:
+        for line in (self.again, self.waiters):
+            while line and line[0].granted.done():
+                line.popleft()
 
     # -- tickets
 
@@ -143,15 +157,17 @@ class Line:
         return self._permit(self.tickets.popleft(), estimate, now)
 
     def release(self, now: float) -> None:
-        """Give every ticket whose time has come to the oldest waiter."""
+        """Hand out every ticket whose time has come."""
         self.drop_late(now)
         while self.waiting and self.tickets and self.tickets[0].start <= now + 1e-4:
             if now - self.proof > PROOF:
                 return
-            waiter = self._next_waiter()
+            waiter = self._waiter_for(self.tickets[0])
             if waiter is None:  # all of them were cancelled just now, and leave by themselves
                 return
+            self.waiting -= 1
             waiter.granted.set_result(self._permit(self.tickets.popleft(), waiter.estimate, now))
+            self._forget_served()
 
     def _permit(self, ticket: Ticket, estimate: Estimate, now: float) -> Permit:
         reserved = ticket.reserved
@@ -176,6 +192,8 @@ class Line:
             self._give_back(self.tickets.popleft(), now)
 
     def _give_back(self, ticket: Ticket, now: float) -> None:
+        if ticket.waiter is not None:
+            ticket.waiter.has_ticket = False
         pending = self.pending
         current = ticket.generation == self.generation
         pending.give_back(ticket.reserved, ticket.start, current=current)
@@ -243,7 +261,8 @@ class Line:
         self._measure(now)
         held = len(self.tickets)
         want = min(max(self.waiting - held, 0), LARGEST_ASK)
-        reserved = self._estimates(held, want)
+        waiters = self._unprovided(want) if self.by_tokens else []
+        reserved = [waiter.estimate for waiter in waiters]
         if self.by_tokens:
             want = len(reserved)  # some were cancelled just now, and have not left yet
         spare = min(self._spare(), LARGEST_ASK - want)
@@ -261,12 +280,13 @@ class Line:
         self.pending = Pending(generation=self.generation)
         self.urgent = False
         self.asked_at = now
-        return Question(pack_question(process, numbers, reserved), reserved, mean)
+        return Question(pack_question(process, numbers, reserved), waiters, reserved, mean)
 
-    def _estimates(self, held: int, want: int) -> list[Estimate]:
-        if not self.by_tokens:
-            return []
-        return [waiter.estimate for waiter in islice(self.alive(), held, held + want)]
+    def _unprovided(self, want: int) -> list[Waiter]:
+        """The oldest that have no ticket, but for those who will use the tickets of nobody."""
+        owners = (ticket.waiter for ticket in self.tickets)
+        free = sum(owner is None or owner.granted.done() for owner in owners)
+        return list(islice(self._without_ticket(), free, free + want))
 
     def _measure(self, now: float) -> None:
         gone = min(now - self.asked_at, 10.0)
@@ -283,31 +303,34 @@ class Line:
     def take(self, question: Question, reply: Reply, sent: float, at: float, now: float) -> None:
         """The answer: `at` is the local time of the server's `now`, `sent` that of the question."""
         self.saw_generation(reply.generation, now)
+        tickets = list(self._tickets(question, reply, at))
         if reply.generation == self.generation:
             self.proof = sent
-            self._add_tickets(question, reply, at)
+            self._add_tickets(tickets)
         else:  # a newer generation was announced while this answer travelled
-            self._refuse_tickets(question, reply, at, now)
+            self._refuse_tickets(tickets, now)
         self.last = reply
         self.ask_after = self._ask_after(reply, at, now)
 
     def _tickets(self, question: Question, reply: Reply, at: float) -> Iterator[Ticket]:
-        known = len(question.reserved)
+        known = len(question.waiters)
         for i, delay in enumerate(reply.starts_in):
+            waiter = question.waiters[i] if i < known else None
             reserved = question.reserved[i] if i < known else question.spare
-            yield Ticket(at + delay, reply.generation, reserved, reply.probing)
+            yield Ticket(at + delay, reply.generation, reserved, reply.probing, waiter)
 
-    def _add_tickets(self, question: Question, reply: Reply, at: float) -> None:
+    def _add_tickets(self, tickets: list[Ticket]) -> None:
         # Refunds may let a later answer start earlier than tickets that are held already.
-        unsorted = bool(
-            self.tickets and reply.starts_in and at + reply.starts_in[0] < self.tickets[-1].start
-        )
-        self.tickets.extend(self._tickets(question, reply, at))
+        unsorted = bool(self.tickets and tickets and tickets[0].start < self.tickets[-1].start)
+        self.tickets.extend(tickets)
+        for ticket in tickets:
+            if ticket.waiter is not None:
+                ticket.waiter.has_ticket = True
         if unsorted:
             self.tickets = deque(sorted(self.tickets, key=lambda ticket: ticket.start))
 
-    def _refuse_tickets(self, question: Question, reply: Reply, at: float, now: float) -> None:
-        for ticket in self._tickets(question, reply, at):
+    def _refuse_tickets(self, tickets: list[Ticket], now: float) -> None:
+        for ticket in tickets:
             self._give_back(ticket, now)
         self.urgent = True
 

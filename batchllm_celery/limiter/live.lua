@@ -3,7 +3,7 @@
 -- Every permit costs one reading and one writing of it, so it is a struct: a msgpack map took three
 -- times as long.
 
-local LIVE = '<' .. string.rep('d', 33) .. 'ss'
+local LIVE = '<' .. string.rep('d', 36) .. 'ss'
 
 local function unpack_live(packed)
   local v = {struct.unpack(LIVE, packed)}
@@ -14,12 +14,12 @@ local function unpack_live(packed)
     cycle_ok = v[17], ok = v[18], ok_since = v[19], pace = v[20], in_flight = v[21],
     swept = v[22], busy_since = v[23], saved = v[24],
     tat = {v[25], v[26], v[27], v[28]}, credit = {v[29], v[30], v[31], v[32]},
-    heard = v[33], probe = v[34], run_id = v[35],
+    heard = v[33], full = {0, v[34], v[35], v[36]}, probe = v[37], run_id = v[38],
   }
 end
 
 local function pack_live(s)
-  local tat, credit = s.tat, s.credit
+  local tat, credit, full = s.tat, s.credit, s.full
   return struct.pack(LIVE,
     s.now, s.gen, s.cool_until, s.consecutive, s.success, s.fails,
     s.probe_at, s.ramp_i, s.ramp_next, s.day_used, s.day_reset,
@@ -27,6 +27,6 @@ local function pack_live(s)
     s.cycle_ok, s.ok, s.ok_since, s.pace, s.in_flight,
     s.swept, s.busy_since, s.saved,
     tat[1], tat[2], tat[3], tat[4], credit[1], credit[2], credit[3], credit[4],
-    s.heard, s.probe, s.run_id)
+    s.heard, full[2], full[3], full[4], s.probe, s.run_id)
 end
 

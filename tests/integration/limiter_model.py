@@ -24,6 +24,8 @@ class Bucket:
     """Whether what is given back makes later starts cheaper (tokens), or is started anew."""
     tat: float | None = None
     credit: float = 0.0
+    full: float = 0.0
+    """When the provider's bucket of a second, which knows of no credit, is full again."""
 
     def settle(self, now: float, burst: float, units: float) -> None:
         self.tat = now if self.tat is None else max(self.tat, now - burst)
@@ -33,9 +35,16 @@ class Bucket:
             self.credit -= units * self.per
         self.credit = max(min(self.credit, self.tat - now + burst), 0.0)
 
+    def earliest(self, burst: float, units: float) -> float:
+        """When all before it is paid and, where there was credit, the second has room for it."""
+        holds = max(burst, SECOND)
+        lacks = self.full - max(holds - units * self.per, 0.0) if self.lends else 0.0
+        return max(self.tat or 0.0, lacks)
+
     def pay(self, start: float, burst: float, units: float) -> None:
         assert self.tat is not None
         cost = units * self.per
+        self.full = max(self.full, start) + cost
         ahead = max(max(burst, SECOND) - cost, 0.0)
         refund = min(self.credit, cost * 0.75, ahead)
         self.credit -= refund
@@ -111,6 +120,7 @@ class Model:
         for bucket in self.buckets.values():
             if bucket.tat is not None:
                 bucket.tat = max(self.cool_until, bucket.tat - LOOK)
+                bucket.full = min(bucket.full, bucket.tat)
         self.ramp_i, self.ramp_next = 0, self.cool_until
 
     def _new_day(self, now: float, unused: int) -> None:
@@ -142,7 +152,7 @@ class Model:
         starts: list[int] = []
         spent = 0.0
         for tokens in wants[:room]:
-            start = self._start(now)
+            start = self._start(now, tokens)
             if start > now + LOOK:
                 break
             step = max(
@@ -166,9 +176,11 @@ class Model:
     def _units(name: str, tokens: int) -> int:
         return 1 if name == "r" else tokens
 
-    def _start(self, now: float) -> float:
-        tats = [bucket.tat or 0.0 for bucket in self.buckets.values()]
-        start = max([now, self.cool_until, self.ramp_next, *tats])
+    def _start(self, now: float, tokens: int) -> float:
+        paid = [
+            b.earliest(self.burst, self._units(name, tokens)) for name, b in self.buckets.items()
+        ]
+        start = max([now, self.cool_until, self.ramp_next, *paid])
         if 0 < self.ramp_i < len(self.ramp):
             start = max(start, self.ramp_next + self.ramp[self.ramp_i] * 1e6)
         return start

@@ -17,6 +17,7 @@ from batchllm_celery.limiter import Estimate
 from batchllm_celery.limiter.limiter import script_fields
 from batchllm_celery.limiter.wire import Reply, pack_question
 from batchllm_celery.models import CooldownPolicy, Quota, QuotaLimits
+from batchllm_celery.simulation.quotas import Bucket
 from tests.integration.limiter_model import Answer, Model
 from tests.integration.virtual_redis import VirtualRedis
 from tests.support import ValkeyServer
@@ -274,6 +275,28 @@ def test_nothing_starts_for_a_while_after_redis_restarted(server: VirtualRedis) 
     assert after.cooldown == pytest.approx(3.0)
     server.now += 3.0
     assert len(scripts.ask("a", [1]).starts_in) == 1
+
+
+@pytest.mark.parametrize("size", [100, 200, 400])
+def test_returned_tokens_never_empty_the_providers_second(server: VirtualRedis, size: int) -> None:
+    """What a provider's bucket of a second did not take, it does not hold on top of its second.
+
+    Cheap starts follow closely on credit; a large one after them waits until there is room for it.
+    """
+    scripts = Scripts(server, Quota(name="q", limits=QuotaLimits(tokens_per_minute=60_000)))
+    bucket = Bucket(60_000, 1.0, server.now)
+    scripts.ask("a", [900] * 2)
+    bucket.charge(100, server.now)
+    server.now += 0.9
+    bucket.charge(100, server.now)
+    scripts.ask("a", [], tokens_owed=-1600)
+    wants = [size] * (800 // size) + [890, 890]
+    while wants:
+        for delay, tokens in zip(scripts.ask("a", wants).starts_in, list(wants), strict=False):
+            assert bucket.wait(tokens, server.now + delay) == 0
+            bucket.charge(tokens, server.now + delay)
+            wants.pop(0)
+        server.now += 0.5
 
 
 def test_a_quota_that_redis_lost_starts_carefully(server: VirtualRedis) -> None:
