@@ -25,6 +25,9 @@ class Coalescer(Generic[T, R]):
         max_batch: items in one flush at most.
         concurrency: flushes under way at the same time at most.
         gap: seconds between the starts of two flushes at least, unless one is full.
+        group: a flush takes no more than so many, or a quarter of those that wait; with so many it
+            is full. Of a crowd that came together the first go on while the others are served; as
+            a whole it would stay together, whatever it does next.
     """
 
     def __init__(
@@ -34,11 +37,13 @@ class Coalescer(Generic[T, R]):
         max_batch: int = 500,
         concurrency: int = 1,
         gap: float = 0.0,
+        group: int | None = None,
     ) -> None:
         self._flush = flush
         self._max_batch = max_batch
         self._concurrency = concurrency
         self._gap = gap
+        self._group = max_batch if group is None else group
         self._started = -math.inf
         self._waiting: deque[tuple[T, asyncio.Future[R]]] = deque()
         self._flushes: set[asyncio.Task[None]] = set()
@@ -73,7 +78,7 @@ class Coalescer(Generic[T, R]):
             return
         self._scheduled = True
         early = self._started + self._gap - loop.time()
-        if early > 0 and len(self._waiting) < self._max_batch:
+        if early > 0 and len(self._waiting) < self._group:
             loop.call_later(early, self._start, loop)
         else:
             loop.call_soon(self._start, loop)  # after everything else of this tick has asked
@@ -88,7 +93,9 @@ class Coalescer(Generic[T, R]):
 
     def _next_batch(self) -> list[tuple[T, asyncio.Future[R]]]:
         batch: list[tuple[T, asyncio.Future[R]]] = []
-        while self._waiting and len(batch) < self._max_batch:
+        # A share of a large crowd: else a slow link would carry but a group in each round trip.
+        most = min(max(self._group, len(self._waiting) // 4), self._max_batch)
+        while self._waiting and len(batch) < most:
             item, answer = self._waiting.popleft()
             if not answer.done():  # else its caller was cancelled
                 batch.append((item, answer))

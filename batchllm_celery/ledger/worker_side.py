@@ -33,6 +33,9 @@ CALL_ITEMS = 1000
 CLAIM_GAP = 0.02
 #: Short: an answer that waits to be recorded is lost with its process.
 BEGIN_GAP = RECORD_GAP = 0.005
+#: Calls that end together are dealt with in groups: as a whole they would stay together for ever,
+#: their slots empty until the last of them is recorded and the last of the next ones is let in.
+GROUP = 16
 #: Arguments of one outcome in `record.lua`.
 RECORD_FIELDS = 12
 #: Batches whose spec and coalescers are kept; more is only slower.
@@ -59,14 +62,17 @@ class _BatchCalls:
             lambda requests: ledger._claim_all(self, requests), gap=CLAIM_GAP
         )
         self.begin: Coalescer[Claim, FailureKind | BatchState | None] = Coalescer(
-            lambda claims: ledger._begin_all(batch_id, claims), gap=BEGIN_GAP
+            lambda claims: ledger._begin_all(batch_id, claims), gap=BEGIN_GAP, group=GROUP
         )
         self.save: Coalescer[_Save, bool] = Coalescer(
             lambda saves: ledger._save_all(batch_id, saves), gap=RECORD_GAP
         )
         # One at a time: the script remembers the reply to this process's last record.
         self.record: Coalescer[_Record, bool] = Coalescer(
-            lambda records: ledger._record_all(batch_id, records), concurrency=1, gap=RECORD_GAP
+            lambda records: ledger._record_all(batch_id, records),
+            concurrency=1,
+            gap=RECORD_GAP,
+            group=GROUP,
         )
 
 

@@ -32,8 +32,13 @@ FLUSH_SLOT = 0.005
 RENEW_LEASE = 3.0
 #: Tickets asked for at once.
 LARGEST_ASK = 256
-#: At this many starts a second, questions are gathered: at most 0.2 of them per start.
+#: At this many starts a second, questions are gathered: at most so many of them per start.
 BUSY_RATE = 25.0
+ASKS_PER_START = 0.2
+#: What was saved of them is left for calls that end (and others that start) together ...
+MOST_SAVED = 10.0
+#: ... whose questions are so far apart.
+BURST_GAP = 0.005
 _RATE_MEMORY = 0.3
 _NEVER = math.inf
 _NO_TOKENS = Estimate()
@@ -103,6 +108,8 @@ class Line:
     rate: float = 0.0
     acquired: int = 0
     permits: int = 0
+    saved: float = MOST_SAVED
+    """Questions that may follow closely on one another."""
     mean_input: float = 0.0
     mean_output: float = 0.0
 
@@ -292,6 +299,8 @@ class Line:
         gone = min(now - self.asked_at, 10.0)
         weight = 1 - math.exp(-gone / _RATE_MEMORY)
         self.rate += weight * (self.acquired / max(gone, 1e-3) - self.rate)
+        earned = min(self.saved + ASKS_PER_START * self.acquired, MOST_SAVED)
+        self.saved = max(earned - 1.0, -1.0)
         self.acquired = 0
 
     def _spare(self) -> int:
@@ -335,10 +344,10 @@ class Line:
         self.urgent = True
 
     def _ask_after(self, reply: Reply, at: float, now: float) -> float:
-        gap = min(5.0 / self.rate, 0.1) if self.rate > BUSY_RATE else 0.001
-        soonest = self.asked_at + gap
+        gap = min(1.0 / ASKS_PER_START / self.rate, 0.1) if self.rate > BUSY_RATE else 0.001
         if not reply.limited:
-            return soonest
+            return self.asked_at + (min(gap, BURST_GAP) if self.saved >= 1.0 else gap)
+        soonest = self.asked_at + gap
         if self.tickets:
             enough = min(self.asked_at + RENEW, self.tickets[-1].start - AHEAD)
             return max(soonest, enough, min(at + reply.again_in, now + RENEW))

@@ -203,6 +203,16 @@ async def test_no_flush_is_larger_than_max_batch() -> None:
     assert flushes.batches == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
 
+async def test_a_crowd_is_served_in_groups_without_waiting_for_the_gap() -> None:
+    """A group or a quarter of the crowd at a time, so that its first need not wait for its last."""
+    flushes = Flushes()
+    flushes.gate.set()
+    coalescer: Coalescer[int, int] = Coalescer(flushes, gap=3600.0, group=4)
+    assert await asyncio.gather(*_ask(coalescer, *range(36))) == [-item for item in range(36)]
+    assert [len(batch) for batch in flushes.batches] == [9, 6, 5, 4, 4, 4, 4]
+    assert [item for batch in flushes.batches for item in batch] == list(range(36))
+
+
 async def test_as_many_flushes_run_together_as_allowed() -> None:
     """With concurrency 2 a second flush starts while the first is under way, a third doesn't."""
     flushes = Flushes()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from batchllm_celery.limiter import Estimate, Permit
-from batchllm_celery.limiter.line import LATE, Line, Question, Waiter
+from batchllm_celery.limiter.line import BURST_GAP, LATE, MOST_SAVED, Line, Question, Waiter
 from batchllm_celery.limiter.wire import Reply
 
 TOKENS_LIMITED, HELD_UP = 1, 32
@@ -131,3 +131,46 @@ async def test_without_tokens_any_waiter_uses_any_ticket(stand: Stand) -> None:
     stand.line.release(10.1)
     assert refused.granted.done()
     assert not waiting.granted.done()
+
+
+class Caller:
+    """Waiters that come at given times before a quota without limits; when each was served."""
+
+    def __init__(self, stand: Stand) -> None:
+        self.stand, self.asks, self.longest = stand, 0, 0.0
+        self.waiting: list[tuple[float, Waiter]] = []
+        stand.flags = 0
+
+    def come(self, at: float) -> None:
+        self.waiting.append((at, self.stand.join(1)))
+        self.look(at)
+
+    def look(self, now: float) -> None:
+        line = self.stand.line
+        if line.next_ask() <= now:
+            self.asks += 1
+            self.stand.fetch([now] * line.waiting, now)
+            line.release(now)
+        served = [came for came, waiter in self.waiting if waiter.granted.done()]
+        self.longest = max([self.longest, *(now - came for came in served)])
+        self.waiting = [one for one in self.waiting if not one[1].granted.done()]
+
+
+async def test_calls_that_start_together_wait_for_no_quiet_moment(stand: Stand) -> None:
+    """A hundred within 50 ms, when the fleet was idle before: each is served within the gap."""
+    caller = Caller(stand)
+    for step in range(100):
+        caller.come(10.0 + step * 0.0005)
+    for step in range(100, 112):
+        caller.look(10.0 + step * 0.0005)
+    assert not caller.waiting
+    assert caller.longest <= BURST_GAP + 0.001
+
+
+async def test_a_steady_stream_costs_a_question_for_five_starts(stand: Stand) -> None:
+    """What bursts may spend is saved by the others."""
+    caller = Caller(stand)
+    for step in range(2_000):
+        caller.come(10.0 + step * 0.01)
+    assert caller.asks <= 0.2 * 2_000 + MOST_SAVED + 1
+    assert caller.longest <= 0.1
