@@ -176,7 +176,7 @@ class Process:
                 world.at(now + HANDLED, lambda: self.wait(prompt, again=True))
                 return
             usage = TokenUsage(input_tokens=len(prompt) // 4, output_tokens=OUTPUT)
-            self.estimator.observe("s", permit.estimate, usage)
+            self.estimator.observe("s", prompt, usage)
             line.pending.add(permit, CallOutcome.SUCCEEDED, now, usage)
             line.settle(permit, CallOutcome.SUCCEEDED)
             self.next_item()

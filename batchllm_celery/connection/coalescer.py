@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeVar
+
+#: Seconds; a flush that takes longer had a slow link under it.
+SLOW = 0.005
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -25,9 +29,9 @@ class Coalescer(Generic[T, R]):
         max_batch: items in one flush at most.
         concurrency: flushes under way at the same time at most.
         gap: seconds between the starts of two flushes at least, unless one is full.
-        group: a flush takes no more than so many, or a quarter of those that wait; with so many it
-            is full. Of a crowd that came together the first go on while the others are served; as
-            a whole it would stay together, whatever it does next.
+        group: while flushes are quick (under 5 ms), one takes no more than so many, or a quarter of
+            those that wait; with so many it is full. Of a crowd that came together the first go on
+            while the others are served; as a whole it would stay together, whatever it does next.
     """
 
     def __init__(
@@ -44,6 +48,7 @@ class Coalescer(Generic[T, R]):
         self._concurrency = concurrency
         self._gap = gap
         self._group = max_batch if group is None else group
+        self._quickest = 0.0
         self._started = -math.inf
         self._waiting: deque[tuple[T, asyncio.Future[R]]] = deque()
         self._flushes: set[asyncio.Task[None]] = set()
@@ -78,7 +83,7 @@ class Coalescer(Generic[T, R]):
             return
         self._scheduled = True
         early = self._started + self._gap - loop.time()
-        if early > 0 and len(self._waiting) < self._group:
+        if early > 0 and len(self._waiting) < self._full:
             loop.call_later(early, self._start, loop)
         else:
             loop.call_soon(self._start, loop)  # after everything else of this tick has asked
@@ -93,17 +98,25 @@ class Coalescer(Generic[T, R]):
 
     def _next_batch(self) -> list[tuple[T, asyncio.Future[R]]]:
         batch: list[tuple[T, asyncio.Future[R]]] = []
-        # A share of a large crowd: else a slow link would carry but a group in each round trip.
-        most = min(max(self._group, len(self._waiting) // 4), self._max_batch)
+        most = min(max(self._full, len(self._waiting) // 4), self._max_batch)
         while self._waiting and len(batch) < most:
             item, answer = self._waiting.popleft()
             if not answer.done():  # else its caller was cancelled
                 batch.append((item, answer))
         return batch
 
+    @property
+    def _full(self) -> int:
+        # On a slow link everybody would wait for the round trips of all groups before.
+        return self._group if self._quickest < SLOW else self._max_batch
+
     async def _run(self, batch: list[tuple[T, asyncio.Future[R]]]) -> None:
+        began = time.monotonic()
         try:
             replies = await self._flush([item for item, _ in batch])
+            # The quickest of late: a long one among them was this process' own doing.
+            took = time.monotonic() - began
+            self._quickest = min(took, self._quickest * 1.25 + 0.0005)
             pairs = list(zip(batch, replies, strict=True))
         except asyncio.CancelledError:
             for _, answer in batch:

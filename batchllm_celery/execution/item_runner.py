@@ -391,7 +391,7 @@ class _Run:
         runner.limiter.settle(permit, CallOutcome.SUCCEEDED, usage=usage)
         runner.successes[job.quota] = runner.successes.get(job.quota, 0) + 1
         if usage:
-            runner.estimator.observe(_estimate_key(job), permit.estimate, usage)
+            runner.estimator.observe(_estimate_key(job), job.prompt, usage)
         job.attempts += 1
         self._spend(usage, completion.metadata.get("model"))
 

@@ -71,9 +71,10 @@ local function load()
   s = packed[2] and unpack_live(packed[2]) or {
     now = 0, gen = 0, run_id = '', saved = 0, cool_until = 0, consecutive = 0, success = 1,
     fails = 0, probe = '', probe_at = 0, ramp_i = -1, ramp_next = 0,
-    tat = {0, 0, 0, 0}, credit = {0, 0, 0, 0}, full = {0, 0, 0, 0}, day_used = 0, day_reset = 0, day_until = 0,
-    ceiling = 0, active = 0, limited = 0, rate = START_RATE, cycle_ok = 0, ok = 0, ok_since = 0,
-    pace = 0, in_flight = 0, swept = 0, busy_since = 0, heard = 0,
+    tat = {0, 0, 0, 0}, credit = {0, 0, 0, 0}, full = {0, 0, 0, 0},
+    day_used = 0, day_reset = 0, day_until = 0, ceiling = 0, active = 0, limited = 0,
+    rate = START_RATE, cycle_ok = 0, ok = 0, ok_since = 0, pace = 0, in_flight = 0, swept = 0,
+    busy_since = 0, heard = 0,
   }
 end
 
@@ -361,11 +362,14 @@ end
 
 -- Start, then pay: the start is when all buckets allow it, whatever the request costs. Credit makes
 -- it earlier, but not so early that the provider's bucket of a second, which never knew of it (it
--- was full), lacks the tokens: `full` is when that one would be full again.
+-- was full), lacks the tokens: `full` is `tat` without credit. Nobody lets it run further ahead
+-- than starts are handed out: small requests would keep a large one, which needs more of the second,
+-- from ever starting.
 -- (The one hot loop: comparisons in place of calls of min and max.)
 local function grant(room, base, ramp)
   local tat, credit, full, burst, count = s.tat, s.credit, s.full, c.burst, #dims
   local costs, share, max_ahead = {}, look / waiting, max(burst, SECOND)
+  local lends, horizon = SECOND - burst, now + look
   local tokens, input, output = nil, spare_input, spare_output
   if #estimates > 0 then
     tokens = {struct.unpack('<' .. string.rep('I4', #estimates / 4), estimates)}
@@ -378,7 +382,7 @@ local function grant(room, base, ramp)
         input, output = spare_input, spare_output
       end
     end
-    local start, step, large = base, 0, false
+    local start, step, large, front = base, 0, false, 0
     for i = 1, count do
       local d = dims[i]
       local at, cost = tat[d], cost_of[d]
@@ -388,10 +392,11 @@ local function grant(room, base, ramp)
       costs[i] = cost
       if cost > step then step = cost end
       if d > 1 then
-        local lacks = full[d]
-        if cost < max_ahead then lacks = lacks + cost - max_ahead
-        elseif cost > 60000000 then large = true end
-        if lacks > start then start = lacks end
+        local to, ahead = full[d], lends - cost
+        if to > front then front = to end
+        if ahead > 0 then to = to - ahead end
+        if to > start then start = to end
+        if cost > 60000000 then large = true end
       end
     end
     if ramp then
@@ -403,8 +408,9 @@ local function grant(room, base, ramp)
       end
     end
     if n >= want and start > now + SPARE_LOOK then break end
-    if start > now + look then
-      why, again = start > base and 1 or 4, start - look - now
+    if start > horizon or front > horizon then
+      if front > start then start = front end
+      why, again = start > base and 1 or 4, start - horizon
       break
     end
     if waiting > 1 and n + held > 0 and (n + held) * (spent + step) / (n + 1) >= share then
@@ -416,14 +422,14 @@ local function grant(room, base, ramp)
     for i = 1, count do
       local d, cost = dims[i], costs[i]
       local at, back, ahead = tat[d], credit[d], max_ahead - cost
-      if d > 1 then
-        local to = full[d]
-        if to < start then to = start end
-        full[d] = to + cost
-      end
       if ahead < 0 then ahead = 0 end
       local earliest = start - (ahead < burst and ahead or burst)
       if at < earliest then at = earliest end
+      if d > 1 then
+        local to = full[d]
+        if to < earliest then to = earliest end
+        full[d] = to + cost
+      end
       if back > 0 then
         local most = cost * 0.75
         if back > ahead then back = ahead end

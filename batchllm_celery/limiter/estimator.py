@@ -17,17 +17,26 @@ BOUNDS = (0.1, 10.0)
 
 @dataclass(slots=True)
 class _Learned:
-    count: int = 0
-    input_factor: float = 1.0
-    output_mean: float = 0.0
+    """Means of the latest calls. The correction is the ratio of two means, not a mean of ratios:
+    so what is reserved for many calls sums up to what they use, whatever their sizes."""
 
-    def observe(self, plain_input: int, usage: TokenUsage) -> None:
+    count: int = 0
+    plain: float = 0.0
+    input: float = 0.0
+    output: float = 0.0
+
+    @property
+    def input_factor(self) -> float:
+        return self.input / self.plain if self.plain else 1.0
+
+    def observe(self, plain: int, usage: TokenUsage) -> None:
         self.count += 1
         weight = max(1.0 / self.count, WEIGHT)
-        if usage.input_tokens and plain_input:
-            seen = min(max(usage.input_tokens / plain_input, BOUNDS[0]), BOUNDS[1])
-            self.input_factor += weight * (seen - self.input_factor)
-        self.output_mean += weight * (usage.output_tokens - self.output_mean)
+        if usage.input_tokens:
+            seen = min(max(usage.input_tokens, plain * BOUNDS[0]), plain * BOUNDS[1])
+            self.plain += weight * (plain - self.plain)
+            self.input += weight * (seen - self.input)
+        self.output += weight * (usage.output_tokens - self.output)
 
 
 class Estimator:
@@ -43,17 +52,15 @@ class Estimator:
         if learned is None or not learned.count:
             reserve = DEFAULT_OUTPUT if max_output_tokens is None else max_output_tokens
             return Estimate(plain, reserve)
-        output = round(learned.output_mean)
+        output = round(learned.output)
         if max_output_tokens is not None:
             output = min(output, max_output_tokens)
         return Estimate(max(round(plain * learned.input_factor), 1), output)
 
-    def observe(self, key: str, estimate: Estimate, usage: TokenUsage) -> None:
-        """Learn from what a call used that was estimated so."""
-        if not usage:
-            return
-        learned = self._learned.setdefault(key, _Learned())
-        learned.observe(round(estimate.input_tokens / learned.input_factor), usage)
+    def observe(self, key: str, prompt: str, usage: TokenUsage) -> None:
+        """Learn from what a call with this prompt used."""
+        if usage:
+            self._learned.setdefault(key, _Learned()).observe(plain_tokens(prompt), usage)
 
 
 def plain_tokens(prompt: str) -> int:

@@ -32,7 +32,7 @@ FLUSH_SLOT = 0.005
 RENEW_LEASE = 3.0
 #: Tickets asked for at once.
 LARGEST_ASK = 256
-#: At this many starts a second, questions are gathered: at most so many of them per start.
+#: At this many starts a second questions are gathered: over time there are so many per start.
 BUSY_RATE = 25.0
 ASKS_PER_START = 0.2
 #: What was saved of them is left for calls that end (and others that start) together ...

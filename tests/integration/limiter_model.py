@@ -25,7 +25,7 @@ class Bucket:
     tat: float | None = None
     credit: float = 0.0
     full: float = 0.0
-    """When the provider's bucket of a second, which knows of no credit, is full again."""
+    """`tat` without credit: what the provider's bucket, which knows of none, has been charged."""
 
     def settle(self, now: float, burst: float, units: float) -> None:
         self.tat = now if self.tat is None else max(self.tat, now - burst)
@@ -37,18 +37,19 @@ class Bucket:
 
     def earliest(self, burst: float, units: float) -> float:
         """When all before it is paid and, where there was credit, the second has room for it."""
-        holds = max(burst, SECOND)
-        lacks = self.full - max(holds - units * self.per, 0.0) if self.lends else 0.0
-        return max(self.tat or 0.0, lacks)
+        room = max(SECOND - burst - units * self.per, 0.0)
+        return max(self.tat or 0.0, self.full - room)
 
     def pay(self, start: float, burst: float, units: float) -> None:
         assert self.tat is not None
         cost = units * self.per
-        self.full = max(self.full, start) + cost
         ahead = max(max(burst, SECOND) - cost, 0.0)
         refund = min(self.credit, cost * 0.75, ahead)
         self.credit -= refund
-        self.tat = max(self.tat, start - min(burst, ahead)) + cost - refund
+        earliest = start - min(burst, ahead)
+        self.tat = max(self.tat, earliest) + cost - refund
+        if self.lends:
+            self.full = max(self.full, earliest) + cost
 
 
 @dataclass
@@ -153,7 +154,7 @@ class Model:
         spent = 0.0
         for tokens in wants[:room]:
             start = self._start(now, tokens)
-            if start > now + LOOK:
+            if max([start, *(bucket.full for bucket in self.buckets.values())]) > now + LOOK:
                 break
             step = max(
                 (b.per * self._units(name, tokens) for name, b in self.buckets.items()), default=0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import uuid
 from collections.abc import Iterator
 from itertools import pairwise
@@ -34,11 +35,17 @@ class Scripts:
         self.keys = [keys.state, keys.procs, keys.waiting, keys.channel]
         self.sequence = 0
         self.generation = 0
-        server.call(
+        self.configure(quota)
+
+    def configure(self, quota: Quota) -> None:
+        self.server.call(
             "configure.lua",
-            [keys.state, keys.channel],
-            [quota.model_dump_json(), 0, *script_fields(quota)],
+            [self.keys[0], self.keys[3]],
+            [quota.model_dump_json(), 1, *script_fields(quota)],
         )
+
+    def state(self) -> list[bytes]:
+        return list(self.server.call("state.lua", [self.keys[0], self.keys[2]], []))
 
     def ask(self, process: str, wants: list[int], **told: Any) -> Reply:
         """The named values default to nothing having happened."""
@@ -297,6 +304,51 @@ def test_returned_tokens_never_empty_the_providers_second(server: VirtualRedis, 
             bucket.charge(tokens, server.now + delay)
             wants.pop(0)
         server.now += 0.5
+
+
+def test_a_large_request_starts_beside_small_ones_on_credit(server: VirtualRedis) -> None:
+    """Small ones of another process, made cheap by returned tokens, don't use up its second."""
+    scripts = Scripts(server, Quota(name="q", limits=QuotaLimits(tokens_per_minute=60_000)))
+    credit = {"tokens_owed": -20}
+    for _ in range(40):
+        scripts.ask("small", [50] * 8, **credit)
+        server.now += 0.05
+    waited = 0.0
+    while not scripts.ask("large", [900]).starts_in:
+        scripts.ask("small", [50] * 8, **credit)
+        server.now += 0.05
+        waited += 0.05
+        assert waited <= 2.0
+
+
+def test_a_raised_quota_is_used_at_once(server: VirtualRedis) -> None:
+    """What a large request owed at the old rate is paid at the new one."""
+    low, high = (Quota(name="q", limits=QuotaLimits(tokens_per_minute=n)) for n in (6_000, 600_000))
+    scripts = Scripts(server, low)
+    assert scripts.ask("a", [6_000]).starts_in
+    server.now += 1
+    assert not scripts.ask("a", [100]).starts_in
+    scripts.configure(high)
+    server.now += 0.6
+    assert scripts.ask("a", [100]).starts_in
+
+
+def test_versions_side_by_side_share_a_quota(server: VirtualRedis) -> None:
+    """What an older version left out is made up for; what it knows is where it has always been."""
+    limits = QuotaLimits(tokens_per_minute=60_000)
+    scripts = Scripts(server, Quota(name="q", limits=limits))
+    scripts.ask("a", [900])
+    live = server.client.hget(scripts.keys[0], "live")
+    assert isinstance(live, bytes)
+    older = struct.pack("<33d", *struct.unpack_from("<33d", live)) + b"\0first\0"
+    assert live.startswith(older)
+    server.client.hset(scripts.keys[0], "live", older)
+    server.now += 0.5
+    [start] = scripts.ask("a", [900, 900]).starts_in
+    assert start == pytest.approx(0.9 / 0.995 - 0.5, abs=0.001)
+    scripts.state()
+    server.client.hset(scripts.keys[0], "live", older)
+    scripts.configure(Quota(name="q", limits=QuotaLimits(tokens_per_minute=70_000)))
 
 
 def test_a_quota_that_redis_lost_starts_carefully(server: VirtualRedis) -> None:

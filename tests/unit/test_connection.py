@@ -213,6 +213,22 @@ async def test_a_crowd_is_served_in_groups_without_waiting_for_the_gap() -> None
     assert [item for batch in flushes.batches for item in batch] == list(range(36))
 
 
+async def test_on_a_slow_link_a_crowd_travels_together() -> None:
+    """Its last would else wait for the round trips of all groups before it."""
+    sizes: list[int] = []
+
+    async def flush(items: list[int]) -> list[int]:
+        sizes.append(len(items))
+        await asyncio.sleep(0.02)
+        return items
+
+    coalescer = Coalescer(flush, group=4)
+    for item in range(10):
+        await coalescer(item)
+    await asyncio.gather(*_ask(coalescer, *range(100)))
+    assert sizes[-1] == 100
+
+
 async def test_as_many_flushes_run_together_as_allowed() -> None:
     """With concurrency 2 a second flush starts while the first is under way, a third doesn't."""
     flushes = Flushes()

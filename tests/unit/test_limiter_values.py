@@ -91,10 +91,22 @@ def test_estimates_learn_per_key() -> None:
     """Observed usage corrects the estimates of its own key only."""
     estimator = Estimator()
     for _ in range(30):
-        guess = estimator.estimate("json", "a" * 300, 1000)
-        estimator.observe("json", guess, TokenUsage(input_tokens=150, output_tokens=20))
+        estimator.observe("json", "a" * 300, TokenUsage(input_tokens=150, output_tokens=20))
     assert estimator.estimate("json", "a" * 300, 1000) == Estimate(150, 20)
     assert estimator.estimate("other", "a" * 300, 1000) == Estimate(100, 1000)
+
+
+def test_what_is_reserved_for_many_sums_up_to_what_they_use() -> None:
+    """Long prompts of few tokens beside short ones of many: nothing is reserved in excess for good.
+
+    (By the mean of their ratios it would be four times as much.)
+    """
+    estimator = Estimator()
+    sizes = {"a" * 3000: 500, "b" * 30: 40}
+    for prompt, tokens in list(sizes.items()) * 50:
+        estimator.observe("s", prompt, TokenUsage(input_tokens=tokens, output_tokens=1))
+    reserved = sum(estimator.estimate("s", prompt).input_tokens for prompt in sizes)
+    assert reserved == pytest.approx(sum(sizes.values()), rel=0.06)
 
 
 def test_sums_replace_estimates_by_actual_tokens() -> None:
