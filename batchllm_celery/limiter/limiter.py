@@ -25,7 +25,7 @@ from batchllm_celery.events import (
     RateLimitHit,
 )
 from batchllm_celery.keys import Keys, QuotaKeys
-from batchllm_celery.limiter.line import Line, Question, Waiter
+from batchllm_celery.limiter.line import LATE, Line, Question, Waiter
 from batchllm_celery.limiter.permit import CallOutcome, Estimate, Permit
 from batchllm_celery.limiter.state import QuotaState, read_state
 from batchllm_celery.limiter.wire import Reply, ServerClock
@@ -390,10 +390,14 @@ class _Desk:
         return raw
 
     def _day_is_over(self, resets_at: float) -> None:
-        """Nobody here will be served today. While tickets are held, the next answer will say so
-        again: the first item that hears of it may park the batch, and their calls are still due."""
+        """Nobody here will be served today. While tickets are held, or permits that may not have
+        begun, the next answer will say so again: the first item that hears of it may park the
+        batch, and their calls are still due."""
         line = self.line
         if line.tickets:
+            return
+        if time.monotonic() < line.permitted_at + LATE:
+            line.ask_after = line.permitted_at + LATE
             return
         for waiter in list(line.alive()):
             line.waiting -= 1

@@ -108,6 +108,7 @@ class Line:
     rate: float = 0.0
     acquired: int = 0
     permits: int = 0
+    permitted_at: float = -_NEVER
     saved: float = MOST_SAVED
     """Questions that may follow closely on one another."""
     mean_input: float = 0.0
@@ -185,6 +186,7 @@ class Line:
             )
         self.in_flight += 1
         self.permits += 1
+        self.permitted_at = now
         return Permit(
             self.quota, ticket.generation, ticket.start, self.permits, estimate, now, ticket.probe
         )

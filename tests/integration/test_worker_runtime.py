@@ -16,6 +16,7 @@ import redis
 
 from batchllm_celery import Batch, Producer
 from batchllm_celery.keys import Keys
+from batchllm_celery.ledger import Ledger
 from batchllm_celery.models import Quota, QuotaLimits
 from batchllm_celery.queue import ITEMS_HEADER, RUN_ITEMS, make_app
 from batchllm_celery.settings import Settings
@@ -187,13 +188,20 @@ async def test_what_a_claim_brings_to_a_draining_worker_goes_back(
 
 
 async def test_a_days_end_leaves_nothing_held(
-    producer: Producer, redis_url: str, namespace: str
+    producer: Producer, redis_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Hundreds of items park at once and are handed back while they do: all are free for others."""
     quota = Quota(name="naps", limits=QuotaLimits(requests_per_day=20))
     batch = await asyncio.to_thread(_submit, producer, 300, 0.01, quota=quota)
     settings = Settings(redis_url=redis_url, namespace=namespace, slots=300)
     runtime = Runtime(settings, redis_url, lambda *_: None)
+    begin_all = Ledger._begin_all
+
+    async def begin_slowly(*args: Any) -> Any:
+        await asyncio.sleep(0.05)
+        return await begin_all(*args)
+
+    monkeypatch.setattr(Ledger, "_begin_all", begin_slowly)
     tally = await runtime.run_items(batch.id, range(300))
     assert tally.failed == 0
     assert (tally.succeeded, tally.returned) == (20, 280)  # none of the day's calls is wasted
