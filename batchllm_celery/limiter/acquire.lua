@@ -35,6 +35,7 @@ local STORED, REPLY = '<ddI4', '<dddddI4I4I4'
 local SLICE, SLICE_SIZE = '<dI4', 12
 local LOOK = 500000             -- starts are handed out this far ahead: a proof lasts 250 ms anyway
 local SPARE_LOOK = 50000
+local PATIENCE = 50000          -- between questions of a process while `full` holds it up
 local AGAIN = 900000            -- a waiter asks again by then, whatever it was told
 -- Leases end on a clock that stands still while nobody is heard of for longer than the shorter one:
 -- Redis was away, and those who had calls in flight have them still.
@@ -370,6 +371,10 @@ local function grant(room, base, ramp)
   local tat, credit, full, burst, count = s.tat, s.credit, s.full, c.burst, #dims
   local costs, share, max_ahead = {}, look / waiting, max(burst, SECOND)
   local lends, horizon = SECOND - burst, now + look
+  -- In turns: the nearest to Redis would else be the first whenever there is room.
+  local frontier = horizon
+  if waiting > 1 and count > 0 and dims[count] > 1
+    and not (queued and redis.call('ZRANK', WAIT, me) == 0) then frontier = horizon - share end
   local tokens, input, output = nil, spare_input, spare_output
   if #estimates > 0 then
     tokens = {struct.unpack('<' .. string.rep('I4', #estimates / 4), estimates)}
@@ -408,9 +413,9 @@ local function grant(room, base, ramp)
       end
     end
     if n >= want and start > now + SPARE_LOOK then break end
-    if start > horizon or front > horizon then
-      if front > start then start = front end
+    if start > horizon or front > frontier then
       why, again = start > base and 1 or 4, start - horizon
+      if front > frontier then why, again = 1, max(again, front - frontier, PATIENCE) end
       break
     end
     if waiting > 1 and n + held > 0 and (n + held) * (spent + step) / (n + 1) >= share then
@@ -471,7 +476,7 @@ end
 local function stay_or_leave(given)
   if given == want then
     if queued then redis.call('ZREM', WAIT, me) end
-  elseif not queued or has_share or c.concurrency > 0 and given > 0 then
+  elseif not queued or has_share or given > 0 then
     redis.call('ZADD', WAIT, now, me)     -- served: to the end of the line
   end
 end

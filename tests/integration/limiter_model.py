@@ -78,7 +78,8 @@ class Model:
     ramp_next: float = 0.0
     day_used: int = 0
     day_reset: float = 0.0
-    waiting: set[str] = field(default_factory=set)
+    waiting: dict[str, float] = field(default_factory=dict)
+    """Since when; a process that was served stands at the end of the line."""
     mine: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -146,15 +147,17 @@ class Model:
     def _grant(
         self, process: str, now: float, wants: list[int], held: int, in_flight: int
     ) -> list[int]:
-        if wants:
-            self.waiting.add(process)
-        sharers = max(len(self.waiting), 1) if wants else 1
+        queued = process in self.waiting
+        first = queued and min((at, name) for name, at in self.waiting.items())[1] == process
+        sharers = len(self.waiting) + (not queued) if wants else 1
+        frontier = now + LOOK if sharers == 1 or first else now + LOOK - LOOK / sharers
         room = self._room(process, len(wants), in_flight)
         starts: list[int] = []
         spent = 0.0
         for tokens in wants[:room]:
             start = self._start(now, tokens)
-            if max([start, *(bucket.full for bucket in self.buckets.values())]) > now + LOOK:
+            front = max((bucket.full for bucket in self.buckets.values()), default=0.0)
+            if start > now + LOOK or front > frontier:
                 break
             step = max(
                 (b.per * self._units(name, tokens) for name, b in self.buckets.items()), default=0
@@ -168,7 +171,9 @@ class Model:
             self._step_ramp(start)
             starts.append(math.ceil(start - now))
         if len(starts) == len(wants):
-            self.waiting.discard(process)
+            self.waiting.pop(process, None)
+        elif starts or not queued:
+            self.waiting[process] = now
         self.mine[process] = in_flight + len(starts)
         self.day_used += len(starts) if self.per_day else 0
         return starts

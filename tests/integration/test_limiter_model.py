@@ -321,6 +321,18 @@ def test_a_large_request_starts_beside_small_ones_on_credit(server: VirtualRedis
         assert waited <= 2.0
 
 
+def test_on_credit_the_nearest_to_redis_does_not_win_all(server: VirtualRedis) -> None:
+    """One process always asks first when there is room again: they take turns all the same."""
+    scripts = Scripts(server, Quota(name="q", limits=QuotaLimits(tokens_per_minute=60_000)))
+    started = {"near": 0, "far": 0}
+    for _ in range(300):
+        for name in started:
+            started[name] += len(scripts.ask(name, [50] * 8, tokens_owed=-20).starts_in)
+            server.now += 0.005
+        server.now += 0.04
+    assert 0.45 <= started["far"] / sum(started.values()) <= 0.55
+
+
 def test_a_raised_quota_is_used_at_once(server: VirtualRedis) -> None:
     """What a large request owed at the old rate is paid at the new one."""
     low, high = (Quota(name="q", limits=QuotaLimits(tokens_per_minute=n)) for n in (6_000, 600_000))
