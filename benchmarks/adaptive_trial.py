@@ -168,7 +168,6 @@ class Sender:
         if not self.tickets or permit.generation != self.generation:
             return  # void: the fleet cooled down meanwhile
         self.tickets.popleft()
-        permit.started_at = now
         self.in_flight += 1
         wait = self.provider.refuse(now + self.latency / 2)
         self.run.calls.append((now, wait > 0))
@@ -220,7 +219,7 @@ class Sender:
         for delay in reply.starts_in:
             start = now + delay
             self.tickets.append(start)
-            permit = Permit("q", self.generation, start, 0, NOTHING, start, reply.probing)
+            permit = Permit("q", self.generation, start, 0, NOTHING, reply.probing)
             self._at(start, "start", permit)
         if self.tickets:
             again = max(now + 0.01, min(now + 0.19, self.tickets[-1] - 0.05))

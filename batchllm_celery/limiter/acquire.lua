@@ -19,7 +19,7 @@ local sequence,
   held,                         -- tickets it holds
   mine,                         -- permits it holds, tickets included
   want, spare,                  -- tickets wanted by waiters, and by waiters to come
-  known_gen, ok, late, latency, -- successes begun in known_gen and before it, sum of their latencies
+  known_gen, ok, late,          -- successes begun in known_gen and before it
   unused, reusable,             -- tickets given back, and those of them whose start lies ahead
   owed_input, owed_output,      -- tokens used beyond the reserved ones (negative: a refund)
   refused_gen, retry_after,     -- generation of the newest refused call, its Retry-After; or -1
@@ -28,7 +28,7 @@ local sequence,
   probe_ended,                  -- 0, 1
   void,                         -- tickets dropped for an old generation: freed here already
   spare_input, spare_output     -- tokens of a ticket for waiters to come
-  = struct.unpack('<ddddddddddddddddddddd', ARGV[2])
+  = struct.unpack('<dddddddddddddddddddd', ARGV[2])
 local max, min, ceil = math.max, math.min, math.ceil
 
 local STORED, REPLY = '<ddI4', '<dddddI4I4I4'
@@ -363,9 +363,9 @@ end
 
 -- Start, then pay: the start is when all buckets allow it, whatever the request costs. Credit makes
 -- it earlier, but not so early that the provider's bucket of a second, which never knew of it (it
--- was full), lacks the tokens: `full` is `tat` without credit. Nobody lets it run further ahead
--- than starts are handed out: small requests would keep a large one, which needs more of the second,
--- from ever starting.
+-- was full), lacks the tokens: `full` is `tat` without credit. While it lies further ahead than
+-- starts are handed out nobody gets one: small requests would keep a large one, which needs more of
+-- the second, from ever starting.
 -- (The one hot loop: comparisons in place of calls of min and max.)
 local function grant(room, base, ramp)
   local tat, credit, full, burst, count = s.tat, s.credit, s.full, c.burst, #dims

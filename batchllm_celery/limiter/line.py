@@ -188,7 +188,7 @@ class Line:
         self.permits += 1
         self.permitted_at = now
         return Permit(
-            self.quota, ticket.generation, ticket.start, self.permits, estimate, now, ticket.probe
+            self.quota, ticket.generation, ticket.start, self.permits, estimate, ticket.probe
         )
 
     def drop_late(self, now: float) -> None:

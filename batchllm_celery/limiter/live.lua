@@ -6,12 +6,11 @@
 -- What came later stands at the end: an older version reads what it knows, and a newer one what an
 -- older one has written.
 local LIVE, LATER = '<' .. string.rep('d', 33) .. 'ss', '<ddd'
-local LATER_SIZE = 24
 
 local function unpack_live(packed)
   local v = {struct.unpack(LIVE, packed)}
   local at, full = v[36], {0, 0, 0}
-  if #packed >= at + LATER_SIZE - 1 then full = {struct.unpack(LATER, packed, at)} end
+  if at <= #packed then full = {struct.unpack(LATER, packed, at)} end
   return {
     now = v[1], gen = v[2], cool_until = v[3], consecutive = v[4], success = v[5], fails = v[6],
     probe_at = v[7], ramp_i = v[8], ramp_next = v[9], day_used = v[10], day_reset = v[11],

@@ -15,7 +15,6 @@ class Pending:
     generation: int = 0
     successes: int = 0
     late_successes: int = 0
-    latency: float = 0.0
     unused: list[float] = field(default_factory=list)
     """Start times of the tickets and permits that started nothing."""
     void: int = 0
@@ -43,7 +42,7 @@ class Pending:
         if permit.probe:
             self.probe_ended = True
         if outcome is CallOutcome.SUCCEEDED:
-            self._succeeded(permit, now)
+            self._succeeded(permit)
         elif outcome is CallOutcome.REFUSED:
             self._refused(permit, retry_after)
         elif outcome is CallOutcome.OVERLOADED:
@@ -74,8 +73,7 @@ class Pending:
         self.input_tokens += input_tokens
         self.output_tokens += output_tokens
 
-    def _succeeded(self, permit: Permit, now: float) -> None:
-        self.latency += now - permit.started_at
+    def _succeeded(self, permit: Permit) -> None:
         if permit.generation > self.generation:
             self.late_successes += self.successes
             self.generation, self.successes = permit.generation, 0
@@ -101,7 +99,6 @@ class Pending:
             max(self.generation, generation),
             self.successes if current else 0,
             self.late_successes if current else self.late_successes + self.successes,
-            int(self.latency * 1e6),
             len(self.unused),
             sum(start > now for start in self.unused),
             self.input_tokens,

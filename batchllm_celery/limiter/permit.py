@@ -40,6 +40,5 @@ class Permit:
     start: float
     id: int
     estimate: Estimate
-    started_at: float
     probe: bool = False
     settled: bool = False

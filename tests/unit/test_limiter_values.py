@@ -23,7 +23,7 @@ from batchllm_celery.models import RateLimitConfig, TokenUsage
 
 
 def permit(generation: int = 1, **more: object) -> Permit:
-    values = {"start": 0.0, "id": 1, "estimate": Estimate(100, 50), "started_at": 10.0}
+    values = {"start": 0.0, "id": 1, "estimate": Estimate(100, 50)}
     return Permit(quota="q", generation=generation, **{**values, **more})  # type: ignore[arg-type]  # a test's shorthand
 
 
@@ -116,7 +116,7 @@ def test_sums_replace_estimates_by_actual_tokens() -> None:
     pending.add(permit(), CallOutcome.SUCCEEDED, 11.0, usage)
     pending.add(permit(), CallOutcome.UNUSED, 11.0)
     assert (pending.input_tokens, pending.output_tokens) == (-20 - 100, 20 - 50)
-    assert (pending.successes, len(pending.unused), pending.latency) == (1, 1, 1.0)
+    assert (pending.successes, len(pending.unused)) == (1, 1)
 
 
 def test_of_unused_starts_only_those_ahead_go_to_others() -> None:
@@ -124,7 +124,7 @@ def test_of_unused_starts_only_those_ahead_go_to_others() -> None:
     pending = Pending()
     for start in (9.0, 9.9, 10.1):
         pending.give_back(Estimate(), start, current=True)
-    assert pending.arguments(0, now=10.0)[4:6] == [3, 1]
+    assert pending.arguments(0, now=10.0)[3:5] == [3, 1]
 
 
 def test_a_success_of_an_older_generation_is_late() -> None:

@@ -37,7 +37,7 @@ class Line:
             while self.waiting[0].done():
                 self.waiting.popleft()
             self.issued += 1
-            self.waiting.popleft().set_result(Permit("q", 0, 0.0, self.issued, ESTIMATE, 0.0))
+            self.waiting.popleft().set_result(Permit("q", 0, 0.0, self.issued, ESTIMATE))
             await settled()
 
 
@@ -105,7 +105,7 @@ async def test_a_cancelled_item_leaves_no_permit_behind(items: Items) -> None:
     await items.arrive("usual")
     await items.arrive("urgent", 9)
     items.line.issued += 1
-    items.line.waiting.popleft().set_result(Permit("q", 0, 0.0, 1, ESTIMATE, 0.0))
+    items.line.waiting.popleft().set_result(Permit("q", 0, 0.0, 1, ESTIMATE))
     await asyncio.sleep(0)  # the usual one has handed it on, the urgent one has not woken yet
     items.tasks["urgent"].cancel()
     await settled()
@@ -121,7 +121,7 @@ async def test_two_permits_in_one_moment_are_not_both_kept(items: Items) -> None
     await items.arrive("usual")
     await items.arrive("urgent", 9)
     for number in (1, 2):
-        items.line.waiting.popleft().set_result(Permit("q", 0, 0.0, number, ESTIMATE, 0.0))
+        items.line.waiting.popleft().set_result(Permit("q", 0, 0.0, number, ESTIMATE))
     await settled()
     assert items.served == ["urgent"]
     assert len(items.line.unused) == 1
