@@ -12,6 +12,9 @@
 --          16 a request is larger than a minute's worth, 32 waiters are held up by a limit
 --
 -- The same process and sequence again: the reply is repeated and nothing is done twice.
+--
+-- One sequence of steps, not functions: making a closure that captures what such a step needs takes
+-- 1 to 3 us here, and a question takes 60. What is needed rarely is a function where it is needed.
 
 local Q, PROCS, WAIT, CHANNEL = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local me, estimates = ARGV[1], ARGV[3]
@@ -55,85 +58,77 @@ local BREAKER = 5               -- cooldowns or overloads in a row that leave on
 local DAY = 86400000000
 local TTL = 172800
 
-local c, s                      -- setup and live state
-local rates, look, now, before, known
-local bumped, sweep = false, false
-local dims, cost_of = {}, {}    -- limited dimensions (1 requests, 2 tokens, 3 input, 4 output)
+-- Asked before? ----------------------------------------------------------------------------------
 
-local function load()
-  local packed = redis.call('HMGET', Q, 'setup', 'live')
-  c = packed[1] and cmsgpack.unpack(packed[1]) or {
-    version = 0, rate_r = 0, rate_t = 0, rate_i = 0, rate_o = 0, per_day = 0, concurrency = 0,
-    burst = 100000, horizon = 2000000, adaptive = 1, max_cooldown = 600000000,
-    ramp_n = 0, ramp_repeats = 0,
-  }
-  rates, look = {c.rate_r, c.rate_t, c.rate_i, c.rate_o}, min(c.horizon, LOOK)
-  known = rates[1] + rates[2] + rates[3] + rates[4] > 0
-  s = packed[2] and unpack_live(packed[2]) or {
-    now = 0, gen = 0, run_id = '', saved = 0, cool_until = 0, consecutive = 0, success = 1,
-    fails = 0, probe = '', probe_at = 0, ramp_i = -1, ramp_next = 0,
-    tat = {0, 0, 0, 0}, credit = {0, 0, 0, 0}, full = {0, 0, 0, 0},
-    day_used = 0, day_reset = 0, day_until = 0, ceiling = 0, active = 0, limited = 0,
-    rate = START_RATE, cycle_ok = 0, ok = 0, ok_since = 0, pace = 0, in_flight = 0, swept = 0,
-    busy_since = 0, heard = 0,
-  }
+local stored, was_mine = redis.call('HGET', PROCS, me), 0
+if stored then
+  local done, _, calls, at = struct.unpack(STORED, stored)
+  if done == sequence then return string.sub(stored, at) end
+  was_mine = calls
 end
+
+local packed = redis.call('HMGET', Q, 'setup', 'live')
+local c = packed[1] and cmsgpack.unpack(packed[1]) or {
+  version = 0, rate_r = 0, rate_t = 0, rate_i = 0, rate_o = 0, per_day = 0, concurrency = 0,
+  burst = 100000, horizon = 2000000, adaptive = 1, max_cooldown = 600000000,
+  ramp_n = 0, ramp_repeats = 0,
+}
+local s = packed[2] and unpack_live(packed[2]) or {
+  now = 0, gen = 0, run_id = '', saved = 0, cool_until = 0, consecutive = 0, success = 1,
+  fails = 0, probe = '', probe_at = 0, ramp_i = -1, ramp_next = 0,
+  tat = {0, 0, 0, 0}, credit = {0, 0, 0, 0}, full = {0, 0, 0, 0},
+  day_used = 0, day_reset = 0, day_until = 0, ceiling = 0, active = 0, limited = 0,
+  rate = START_RATE, cycle_ok = 0, ok = 0, ok_since = 0, pace = 0, in_flight = 0, swept = 0,
+  busy_since = 0, heard = 0,
+}
+local rates, look = {c.rate_r, c.rate_t, c.rate_i, c.rate_o}, min(c.horizon, LOOK)
+local known = rates[1] + rates[2] + rates[3] + rates[4] > 0
+local failing = s.fails > 0
+local bumped = false            -- a new generation: what was handed out before it is void
 
 -- Clock and restarts -----------------------------------------------------------------------------
 
-local function new_generation()
-  s.gen, bumped = max(s.gen + 1, now), true
-end
-
-local function read_clock()
-  -- Redis may have forgotten its last second: void all tickets, wait until none of them counts.
-  local function hold()
-    new_generation()
-    s.cool_until = max(s.cool_until, now + c.horizon + 1000000)
-    s.tat, s.credit, s.full = {0, 0, 0, 0}, {0, 0, 0, 0}, {0, 0, 0, 0}
-  end
-
+local time = redis.call('TIME')
+local now, before = time[1] * 1000000 + time[2], s.now
+local forgotten = false         -- Redis may have forgotten its last second
+if before - now > SET_BACK then
   -- The clock had been ahead, and all that lies ahead on it would be waited for.
-  local function set_back(by)
-    before = now
-    for _, name in ipairs({
-      'cool_until', 'probe_at', 'ramp_next', 'limited', 'ok_since', 'busy_since', 'day_until',
-    }) do
-      s[name] = max(s[name] - by, 0)
-    end
-    s.day_reset = min(s.day_reset, now - now % DAY + DAY)
-    redis.call('HDEL', Q, 'history')
-    redis.call('DEL', WAIT)
-    hold()
+  for _, name in ipairs({
+    'cool_until', 'probe_at', 'ramp_next', 'limited', 'ok_since', 'busy_since', 'day_until',
+  }) do
+    s[name] = max(s[name] - (before - now), 0)
   end
-
-  local time = redis.call('TIME')
-  now, before = time[1] * 1000000 + time[2], s.now
-  if before - now > SET_BACK then set_back(before - now) end
-  now = max(now, before)                  -- a little behind: it stands still
-  if before > 0 then s.heard = s.heard + min(now - before, WAIT_LEASE) end
-  if s.gen == 0 then
-    s.gen = now
-    if known_gen > 0 then hold() end      -- the process knows a quota that Redis has lost
+  before, forgotten = now, true
+  s.day_reset = min(s.day_reset, now - now % DAY + DAY)
+  redis.call('HDEL', Q, 'history')
+  redis.call('DEL', WAIT)
+end
+now = max(now, before)                  -- a little behind: it stands still
+if before > 0 then s.heard = s.heard + min(now - before, WAIT_LEASE) end
+if s.gen == 0 then
+  s.gen, forgotten = now, known_gen > 0   -- the process knows a quota that Redis has lost
+end
+if now - before > 20000 then            -- no Redis restarts faster than that
+  -- INFO is dear. LASTSAVE begins anew with the server too, but has whole seconds only.
+  local saved = redis.pcall('LASTSAVE')
+  if saved ~= s.saved or now / 1000000 - saved < 5 then
+    local info = redis.pcall('INFO', 'server')
+    local id = type(info) == 'string' and string.match(info, 'run_id:(%w+)') or s.run_id
+    if s.run_id ~= '' and id ~= s.run_id then forgotten = true end
+    s.saved, s.run_id = type(saved) == 'number' and saved or 0, id
   end
-  if now - before > 20000 then            -- no Redis restarts faster than that
-    -- INFO is dear. LASTSAVE begins anew with the server too, but has whole seconds only.
-    local saved = redis.pcall('LASTSAVE')
-    if saved ~= s.saved or now / 1000000 - saved < 5 then
-      local info = redis.pcall('INFO', 'server')
-      local id = type(info) == 'string' and string.match(info, 'run_id:(%w+)') or s.run_id
-      if s.run_id ~= '' and id ~= s.run_id then hold() end
-      s.saved, s.run_id = type(saved) == 'number' and saved or 0, id
-    end
-  end
-  -- the curve advances only while somebody waits for the rate
+end
+if forgotten then                       -- all tickets are void; wait until none of them counts
+  s.gen, bumped = max(s.gen + 1, now), true
+  s.cool_until = max(s.cool_until, now + c.horizon + 1000000)
+  s.tat, s.credit, s.full = {0, 0, 0, 0}, {0, 0, 0, 0}, {0, 0, 0, 0}
+end
+do -- the curve advances only while somebody waits for the rate
   local since, till = max(before > 0 and before or now, s.cool_until), min(now, s.limited)
   if till > since then s.active = s.active + (till - since) / 1000000 end
-  if s.ok_since == 0 then s.ok_since = now end
-  s.now = now
 end
-
--- The rate ---------------------------------------------------------------------------------------
+if s.ok_since == 0 then s.ok_since = now end
+s.now = now
 
 -- Of a known rate the share that is allowed, else starts a second.
 local function pace()
@@ -145,8 +140,25 @@ end
 
 -- Settling ---------------------------------------------------------------------------------------
 
--- (What is rarely needed is a function inside a function: making one costs 0.2 us.)
-local function cool_down()
+if known_gen ~= s.gen then ok, late = 0, ok + late end
+if s.probe == me and (probe_ended == 1 or mine == 0) then s.probe = '' end
+if ok > 0 then s.consecutive, s.fails, s.success = 0, 0, 1 end
+if ok + late > 0 then
+  s.cycle_ok, s.ok = s.cycle_ok + ok + late, s.ok + ok + late
+  if now - s.ok_since > 5000000 then
+    -- Slices of some seconds, the newest first: when it began, how many calls succeeded in it.
+    local history = redis.call('HGET', Q, 'history') or ''
+    history = struct.pack(SLICE, s.ok_since, s.ok) .. string.sub(history, 1, 11 * SLICE_SIZE)
+    redis.call('HSET', Q, 'history', history)
+    s.ok_since, s.ok = now, 0
+  end
+  if c.adaptive == 1 and s.ceiling == 0 and not known and now - s.limited < 1000000 then
+    s.rate = min(s.rate + GAIN * (ok + late), s.rate * 2)
+  end
+end
+
+-- only a call that began after the last cooldown opens another one
+if refused_gen >= s.gen and not bumped then
   -- the `row`-th of the quota's cooldowns; the last one repeats
   local function listed_cooldown(row)
     local listed = redis.call('HGET', Q, 'cooldowns') or '1,2,4,8,16,32,60'
@@ -221,57 +233,32 @@ local function cool_down()
   s.consecutive, s.fails = s.consecutive + 1, s.fails + 1
   local wait = cooldown_time()
   if c.adaptive == 1 and s.success == 1 then cut(wait) end   -- one cut for a burst of refusals
-  new_generation()
+  s.gen, bumped = max(s.gen + 1, now), true
   s.cool_until = max(s.cool_until, now + wait)
   void_tickets()
   s.ramp_i, s.ramp_next, s.limited = 0, s.cool_until, s.cool_until
 end
 
--- Slices of some seconds, the newest first: when it began, how many calls succeeded in it.
-local function remember_successes()
-  local history = redis.call('HGET', Q, 'history') or ''
-  history = struct.pack(SLICE, s.ok_since, s.ok) .. string.sub(history, 1, 11 * SLICE_SIZE)
-  redis.call('HSET', Q, 'history', history)
-  s.ok_since, s.ok = now, 0
-end
-
-local function settle_day()
-  if day >= 0 then
-    local midnight = now - now % DAY + DAY
-    if day < 600000000 then day = min(midnight - now, 3600000000) end
-    s.day_until = max(s.day_until, now + day)
-  end
-  if c.per_day > 0 then
-    if now >= s.day_reset then s.day_used, s.day_reset = 0, now - now % DAY + DAY end
-    s.day_used = max(s.day_used - unused - void, 0)
+if ok == 0 and overloads > 0 then
+  s.fails = s.fails + overloads
+  if s.fails >= BREAKER then
+    s.probe_at = max(s.probe_at, now + min(1000000 * 2 ^ (s.fails - BREAKER), 30000000))
   end
 end
-
-local function settle()
-  if known_gen ~= s.gen then ok, late = 0, ok + late end
-  if s.probe == me and (probe_ended == 1 or mine == 0) then s.probe = '' end
-  if ok > 0 then s.consecutive, s.fails, s.success = 0, 0, 1 end
-  if ok + late > 0 then
-    s.cycle_ok, s.ok = s.cycle_ok + ok + late, s.ok + ok + late
-    if now - s.ok_since > 5000000 then remember_successes() end
-    if c.adaptive == 1 and s.ceiling == 0 and not known and now - s.limited < 1000000 then
-      s.rate = min(s.rate + GAIN * (ok + late), s.rate * 2)
-    end
-  end
-  -- only a call that began after the last cooldown opens another one
-  if refused_gen >= s.gen and not bumped then cool_down() end
-  if ok == 0 and overloads > 0 then
-    s.fails = s.fails + overloads
-    if s.fails >= BREAKER then
-      s.probe_at = max(s.probe_at, now + min(1000000 * 2 ^ (s.fails - BREAKER), 30000000))
-    end
-  end
-  if day >= 0 or c.per_day > 0 then settle_day() end
+if day >= 0 then
+  if day < 600000000 then day = min(DAY - now % DAY, 3600000000) end
+  s.day_until = max(s.day_until, now + day)
+end
+if c.per_day > 0 then
+  if now >= s.day_reset then s.day_used, s.day_reset = 0, now - now % DAY + DAY end
+  s.day_used = max(s.day_used - unused - void, 0)
 end
 
--- What is owed moves the next start; tokens given back make later ones cheaper, since they come when
--- the start that paid for them is long past. Tickets given back lie ahead: others start in their place.
-local function refill()
+-- Refill: what is owed moves the next start; tokens given back make later ones cheaper, since they
+-- come when the start that paid for them is long past. Tickets given back lie ahead: others start in
+-- their place.
+local dims, cost_of = {}, {}    -- limited dimensions (1 requests, 2 tokens, 3 input, 4 output)
+do
   local p = pace()
   s.pace = p
   local factor = known and p * HEADROOM or 1
@@ -296,69 +283,81 @@ end
 -- Processes --------------------------------------------------------------------------------------
 
 -- Once a second (while anybody is heard of): whose lease has ended, and how many calls are in flight.
-local function sweep_processes()
-  local heard = s.heard
-  if heard - s.swept < 1000000 then return end
-  s.swept, sweep = heard, true
-  local all, total = redis.call('HGETALL', PROCS), 0
+local sweep = s.heard - s.swept >= 1000000
+s.in_flight = s.in_flight - was_mine
+if sweep then
+  s.swept, s.in_flight = s.heard, 0
+  local all = redis.call('HGETALL', PROCS)
   for i = 1, #all, 2 do
     if all[i] ~= me then
       local _, lease, calls = struct.unpack(STORED, all[i + 1])
-      if heard > lease + LEASE then
+      if s.heard > lease + LEASE then
         redis.call('HDEL', PROCS, all[i])
         if s.probe == all[i] then s.probe = '' end
       else
-        total = total + calls
+        s.in_flight = s.in_flight + calls
       end
-      if heard > lease + WAIT_LEASE then redis.call('ZREM', WAIT, all[i]) end
+      if s.heard > lease + WAIT_LEASE then redis.call('ZREM', WAIT, all[i]) end
     end
   end
-  s.in_flight = total
+end
+s.in_flight = max(s.in_flight, 0)
+
+local waiting, queued = 1, false        -- processes that wait; we among them already
+if want > 0 then
+  waiting = redis.call('ZCARD', WAIT)   -- mostly nobody: then no more calls are needed
+  queued = waiting > 0 and redis.call('ZSCORE', WAIT, me) and true
+  if not queued then waiting = waiting + 1 end
+else
+  queued = stored                       -- perhaps
 end
 
--- A slot is free, or the breaker has closed.
-local function tell_first_waiter()
-  local first = redis.call('ZRANGE', WAIT, 0, 0)[1]
-  if first and first ~= me then redis.call('PUBLISH', CHANNEL, 'f:' .. first) end
+do
+  local idle = true                     -- nothing is owed: the fleet asks for less than the rate
+  for i = 1, #dims do
+    if s.tat[dims[i]] > now then idle = false end
+  end
+  if idle or s.cool_until > now then s.busy_since = max(now, s.cool_until) end
+  -- Probing beyond the ceiling begins anew after a lull: what was found then holds no more.
+  if idle and s.active > K then s.active = K end
 end
 
 -- Start times ------------------------------------------------------------------------------------
 
-local waiting, queued, open = 1, false, false   -- processes that wait; we among them already
-local has_share = false         -- we have our share of the slots: let others pass
+local room = want + spare       -- how many tickets the day, the slots and the breaker leave
 local why = 0                   -- what holds waiters up: 1 rate, 2 slots, 3 day, 4 cooldown or probe
-local exhausted, again, oversize = 0, AGAIN, false
-local starts, n, last, spent = {}, 0, 0, 0
-
--- How many tickets the day, the slots and the breaker leave.
-local function room_for(wanted)
-  local room = wanted
-  if c.per_day > 0 and c.per_day - s.day_used < room then
-    room, why = max(c.per_day - s.day_used, 0), 3
-    if room == 0 and want > 0 then exhausted = s.day_reset end
+local exhausted, again = 0, AGAIN
+local has_share = false         -- we have our share of the slots: let others pass
+if c.per_day > 0 and c.per_day - s.day_used < room then
+  room, why = max(c.per_day - s.day_used, 0), 3
+  if room == 0 and want > 0 then exhausted = s.day_reset end
+end
+if s.day_until > now then room, why, exhausted = 0, 3, s.day_until end
+if c.concurrency > 0 then
+  local free = c.concurrency - s.in_flight - mine
+  if waiting > 1 then
+    local ahead = queued and redis.call('ZRANK', WAIT, me) or waiting - 1
+    local share = max(ceil(c.concurrency / waiting), 1) - mine
+    has_share = share <= 0
+    free = min(free - min(ahead, free), share)
   end
-  if s.day_until > now then room, why, exhausted = 0, 3, s.day_until end
-  if c.concurrency > 0 then
-    local free = c.concurrency - s.in_flight - mine
-    if waiting > 1 then
-      local ahead = queued and redis.call('ZRANK', WAIT, me) or waiting - 1
-      local share = max(ceil(c.concurrency / waiting), 1) - mine
-      has_share = share <= 0
-      free = min(free - min(ahead, free), share)
-    end
-    if free < room then room, why = max(free, 0), 2 end
-  end
-  return room
+  if free < room then room, why = max(free, 0), 2 end
 end
 
--- The spacings (us) of a slow start that is under way.
-local function slow_start()
-  if s.ramp_i >= c.ramp_n and c.ramp_repeats == 0 then return nil end
-  local ramp = {}
+local base = max(now, s.cool_until, s.ramp_next)   -- nobody overtakes a slow start
+local open = s.fails >= BREAKER
+if open then
+  base = max(base, s.probe_at)
+  if s.probe ~= '' or base > now + look then room, why = 0, 4 else room = min(room, 1) end
+end
+
+local ramp                      -- the spacings (us) of a slow start that is under way
+if s.ramp_i >= 0 and c.adaptive == 0 and c.ramp_n > 0
+  and (s.ramp_i < c.ramp_n or c.ramp_repeats ~= 0) then
+  ramp = {}
   for seconds in string.gmatch(redis.call('HGET', Q, 'ramp') or '', '[^,]+') do
     ramp[#ramp + 1] = tonumber(seconds) * 1000000
   end
-  return ramp
 end
 
 -- Start, then pay: the start is when all buckets allow it, whatever the request costs. Credit makes
@@ -367,7 +366,8 @@ end
 -- starts are handed out nobody gets one: small requests would keep a large one, which needs more of
 -- the second, from ever starting.
 -- (The one hot loop: comparisons in place of calls of min and max.)
-local function grant(room, base, ramp)
+local starts, n, last, spent, oversize = {}, 0, now, 0, false
+do
   local tat, credit, full, burst, count = s.tat, s.credit, s.full, c.burst, #dims
   local costs, share, max_ahead = {}, look / waiting, max(burst, SECOND)
   local lends, horizon = SECOND - burst, now + look
@@ -448,111 +448,51 @@ local function grant(room, base, ramp)
     starts[n] = start - now + 1           -- whole microseconds, never early
     if n <= want then last = start end
   end
-  return ramp
 end
+if open and n > 0 then s.probe = me end
+if c.per_day > 0 then s.day_used = s.day_used + n end
+mine = mine + n
+s.in_flight = s.in_flight + mine
 
-local function note_lull()
-  local idle = true                       -- nothing is owed: the fleet asks for less than the rate
-  for i = 1, #dims do
-    if s.tat[dims[i]] > now then idle = false end
-  end
-  if not idle and s.cool_until <= now then return end
-  s.busy_since = max(now, s.cool_until)
-  -- Probing beyond the ceiling begins anew after a lull: what was found then holds no more.
-  if idle and s.active > K then s.active = K end
+local given = min(n, want)
+if given == want then
+  if queued then redis.call('ZREM', WAIT, me) end
+elseif not queued or has_share or given > 0 then
+  redis.call('ZADD', WAIT, now, me)       -- served: to the end of the line
 end
 
 -- The rate is what holds the fleet up if starts have lain ahead for a while without a gap: a pair
 -- of requests that came together is no sign of it.
-local function note_limited(given)
-  if given > 0 and last <= now + 1000 and why ~= 1 then s.busy_since = now end
-  if want == 0 or now - s.busy_since < max(250000, 4 * spent / max(n, 1)) then return end
+if given > 0 and last <= now + 1000 and why ~= 1 then s.busy_since = now end
+if want > 0 and now - s.busy_since >= max(250000, 4 * spent / max(n, 1)) then
   if not known and s.limited > 0 and now > s.limited then
     s.active = min(s.active, max(K * (1 - (now - s.limited) / LULL), 0))
   end
   for i = 1, #dims do s.limited = max(s.limited, s.tat[dims[i]]) end
 end
 
-local function stay_or_leave(given)
-  if given == want then
-    if queued then redis.call('ZREM', WAIT, me) end
-  elseif not queued or has_share or given > 0 then
-    redis.call('ZADD', WAIT, now, me)     -- served: to the end of the line
-  end
-end
-
--- Remember and answer ----------------------------------------------------------------------------
-
-local function reply_for(given, ramp)
-  local plain = c.concurrency == 0 and c.per_day == 0 and not open and not ramp
-    and s.cool_until <= now
-  local flags = (rates[2] + rates[3] + rates[4] > 0 and 1 or 0) + (c.concurrency > 0 and 2 or 0)
-    + (open and 4 or 0) + (plain and 8 or 0) + (oversize and 16 or 0) + (given < want and 32 or 0)
-  return struct.pack(REPLY .. string.rep('I4', n), s.gen, now, s.cool_until,
-    max(min(again, AGAIN), 1000), exhausted, flags, s.consecutive, c.version, unpack(starts))
-end
-
-local function remember(reply, given)
-  local new = redis.call('HSET', PROCS, me, struct.pack(STORED, sequence, s.heard, mine) .. reply)
-  redis.call('HSET', Q, 'live', pack_live(s))
-  if sweep or new == 1 or given < want and not queued then
-    local ttl = TTL + max(ceil((s.day_until - now) / 1000000), 0)
-    redis.call('EXPIRE', Q, ttl)
-    redis.call('EXPIRE', PROCS, ttl)
-    redis.call('EXPIRE', WAIT, ttl)
-  end
-end
-
--- What is asked ----------------------------------------------------------------------------------
-
-local stored, was_mine = redis.call('HGET', PROCS, me), 0
-if stored then
-  local done, _, calls, at = struct.unpack(STORED, stored)
-  if done == sequence then return string.sub(stored, at) end
-  was_mine = calls
-end
-load()
-read_clock()
-local failing = s.fails > 0
-settle()
-refill()
-s.in_flight = s.in_flight - was_mine
-sweep_processes()
-s.in_flight = max(s.in_flight, 0)
-if want > 0 then
-  waiting = redis.call('ZCARD', WAIT)     -- mostly nobody: then no more calls are needed
-  queued = waiting > 0 and redis.call('ZSCORE', WAIT, me) and true
-  if not queued then waiting = waiting + 1 end
-else
-  queued = stored                       -- perhaps
-end
-note_lull()
-
-local room = room_for(want + spare)
-local base = max(now, s.cool_until, s.ramp_next)   -- nobody overtakes a slow start
-open = s.fails >= BREAKER
-if open then
-  base = max(base, s.probe_at)
-  if s.probe ~= '' or base > now + look then room, why = 0, 4 else room = min(room, 1) end
-end
-last = now
-local ramp
-if s.ramp_i >= 0 and c.adaptive == 0 and c.ramp_n > 0 then ramp = slow_start() end
-ramp = grant(room, base, ramp)
-if open and n > 0 then s.probe = me end
-if c.per_day > 0 then s.day_used = s.day_used + n end
-mine = mine + n
-local given = min(n, want)
-stay_or_leave(given)
-note_limited(given)
-s.in_flight = s.in_flight + mine
+-- Tell, remember and answer ----------------------------------------------------------------------
 
 if bumped then redis.call('PUBLISH', CHANNEL, string.format('g:%.0f', s.gen)) end
-if c.concurrency > 0 and s.in_flight < c.concurrency and mine < was_mine + n then
-  tell_first_waiter()
+if c.concurrency > 0 and s.in_flight < c.concurrency and mine < was_mine + n   -- a slot is free
+  or open and s.probe == '' or failing and s.fails == 0 then                   -- the breaker closed
+  local first = redis.call('ZRANGE', WAIT, 0, 0)[1]
+  if first and first ~= me then redis.call('PUBLISH', CHANNEL, 'f:' .. first) end
 end
-if open and s.probe == '' or failing and s.fails == 0 then tell_first_waiter() end
+
 if why == 4 and base > now + look then again = base - look - now end
-local reply = reply_for(given, ramp)
-remember(reply, given)
+local plain = c.concurrency == 0 and c.per_day == 0 and not open and not ramp
+  and s.cool_until <= now
+local flags = (rates[2] + rates[3] + rates[4] > 0 and 1 or 0) + (c.concurrency > 0 and 2 or 0)
+  + (open and 4 or 0) + (plain and 8 or 0) + (oversize and 16 or 0) + (given < want and 32 or 0)
+local reply = struct.pack(REPLY .. string.rep('I4', n), s.gen, now, s.cool_until,
+  max(min(again, AGAIN), 1000), exhausted, flags, s.consecutive, c.version, unpack(starts))
+local new = redis.call('HSET', PROCS, me, struct.pack(STORED, sequence, s.heard, mine) .. reply)
+redis.call('HSET', Q, 'live', pack_live(s))
+if sweep or new == 1 or given < want and not queued then
+  local ttl = TTL + max(ceil((s.day_until - now) / 1000000), 0)
+  redis.call('EXPIRE', Q, ttl)
+  redis.call('EXPIRE', PROCS, ttl)
+  redis.call('EXPIRE', WAIT, ttl)
+end
 return reply

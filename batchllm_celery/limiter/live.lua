@@ -8,17 +8,21 @@
 local LIVE, LATER = '<' .. string.rep('d', 33) .. 'ss', '<ddd'
 
 local function unpack_live(packed)
-  local v = {struct.unpack(LIVE, packed)}
-  local at, full = v[36], {0, 0, 0}
-  if at <= #packed then full = {struct.unpack(LATER, packed, at)} end
+  local now, gen, cool_until, consecutive, success, fails, probe_at, ramp_i, ramp_next, day_used,
+    day_reset, day_until, ceiling, active, limited, rate, cycle_ok, ok, ok_since, pace, in_flight,
+    swept, busy_since, saved, tat1, tat2, tat3, tat4, credit1, credit2, credit3, credit4,
+    heard, probe, run_id, at = struct.unpack(LIVE, packed)
+  local full2, full3, full4 = 0, 0, 0
+  if at <= #packed then full2, full3, full4 = struct.unpack(LATER, packed, at) end
   return {
-    now = v[1], gen = v[2], cool_until = v[3], consecutive = v[4], success = v[5], fails = v[6],
-    probe_at = v[7], ramp_i = v[8], ramp_next = v[9], day_used = v[10], day_reset = v[11],
-    day_until = v[12], ceiling = v[13], active = v[14], limited = v[15], rate = v[16],
-    cycle_ok = v[17], ok = v[18], ok_since = v[19], pace = v[20], in_flight = v[21],
-    swept = v[22], busy_since = v[23], saved = v[24],
-    tat = {v[25], v[26], v[27], v[28]}, credit = {v[29], v[30], v[31], v[32]},
-    heard = v[33], probe = v[34], run_id = v[35], full = {0, full[1], full[2], full[3]},
+    now = now, gen = gen, cool_until = cool_until, consecutive = consecutive, success = success,
+    fails = fails, probe_at = probe_at, ramp_i = ramp_i, ramp_next = ramp_next,
+    day_used = day_used, day_reset = day_reset, day_until = day_until, ceiling = ceiling,
+    active = active, limited = limited, rate = rate, cycle_ok = cycle_ok, ok = ok,
+    ok_since = ok_since, pace = pace, in_flight = in_flight, swept = swept,
+    busy_since = busy_since, saved = saved, heard = heard, probe = probe, run_id = run_id,
+    tat = {tat1, tat2, tat3, tat4}, credit = {credit1, credit2, credit3, credit4},
+    full = {0, full2, full3, full4},
   }
 end
 
