@@ -45,12 +45,12 @@ def server_time(url: str) -> None:
                     *script_fields(quota))  # fmt: skip
         sha = client.script_load(ACQUIRE.text)
         head = [4, keys.state, keys.procs, keys.waiting, keys.channel]
-        nothing = [0, 0, 0, 0, 0, 0, 0, -1, -1, 0, -1, 0, 0, 0, 0]
+        nothing = [0, 0, 0, 0, 0, 0, 0, 0, 0, -1, -1, 0, -1, 0, 0, 0, 0]
         first = client.evalsha(sha, *head, *pack_question("p1", [0, 0, 0, 0, 0, *nothing], []))
         generation = Reply.parse(first).generation
         for tickets in (1, 16, 200):
             estimates = [ONE] * tickets if name != "requests" else []
-            settled = [generation, tickets, 0, 0, 0, -tickets, tickets]
+            settled = [generation, tickets, 0, 0, 0, -tickets, tickets, 0, 0]
             settled += [-1, -1, 0, -1, 0, 0]
             measured = []
             for sequence in range(ROUNDS * CALLS):

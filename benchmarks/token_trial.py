@@ -5,6 +5,8 @@ ours are the clock, the network and the provider, which has a bucket of one seco
 arrival. What a run of ten minutes shows as one refusal or none is a rate here.
 
 Run: python -m benchmarks.token_trial [--runs 20] [--minutes 10] [--jitter 0.004] [--largest 880]
+Answers of very unequal length, a provider that looks at the minute:
+     python -m benchmarks.token_trial --largest 100 --output 600 --sigma 1 --bucket 60
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import heapq
 import itertools
+import math
 import random
 import sys
 from collections.abc import Callable
@@ -28,7 +31,6 @@ from tests.integration.virtual_redis import VirtualRedis
 from tests.support import ValkeyServer
 
 TOKENS_PER_MINUTE = 60_000
-OUTPUT = 20
 LATENCY = 0.5
 SLOTS = 120
 PROCESSES = 4
@@ -63,6 +65,8 @@ class World:
     draw: random.Random
     jitter: float
     largest: int
+    output: float
+    sigma: float
     provider: Bucket
     offset: float
     now: float = 0.0
@@ -82,6 +86,11 @@ class World:
     def delay(self) -> float:
         """From a ticket's time to the provider's door."""
         return self.draw.expovariate(1 / self.jitter)
+
+    def answer_length(self) -> int:
+        """Output tokens of a call: log-normal about its mean."""
+        mean = math.log(self.output) - self.sigma**2 / 2
+        return max(round(self.draw.lognormvariate(mean, self.sigma)), 1)
 
     def used(self) -> float:
         took = sum(tokens for at, ok, tokens in self.calls if ok and at >= SKIP)
@@ -158,7 +167,8 @@ class Process:
 
     def send(self, prompt: str, permit: Permit) -> None:
         world = self.world
-        tokens = len(prompt) // 4 + OUTPUT
+        usage = TokenUsage(input_tokens=len(prompt) // 4, output_tokens=world.answer_length())
+        tokens = usage.input_tokens + usage.output_tokens
 
         def arrive() -> None:
             wait = world.provider.wait(tokens, world.now)
@@ -175,7 +185,6 @@ class Process:
                 self.wake()
                 world.at(now + HANDLED, lambda: self.wait(prompt, again=True))
                 return
-            usage = TokenUsage(input_tokens=len(prompt) // 4, output_tokens=OUTPUT)
             self.estimator.observe("s", prompt, usage)
             line.pending.add(permit, CallOutcome.SUCCEEDED, now, usage)
             line.settle(permit, CallOutcome.SUCCEEDED)
@@ -184,7 +193,7 @@ class Process:
         world.at(world.now + world.delay(), arrive)
 
 
-def trial(server: VirtualRedis, seed: int, seconds: float, jitter: float, largest: int) -> World:
+def trial(server: VirtualRedis, seed: int, seconds: float, options: argparse.Namespace) -> World:
     quota = Quota(name="q", limits=QuotaLimits(tokens_per_minute=TOKENS_PER_MINUTE))
     keys = Keys(f"tokens-{seed}").quota(quota.name)
     server.call(
@@ -196,9 +205,11 @@ def trial(server: VirtualRedis, seed: int, seconds: float, jitter: float, larges
         server,
         [keys.state, keys.procs, keys.waiting, keys.channel],
         random.Random(seed),
-        jitter,
-        largest,
-        Bucket(TOKENS_PER_MINUTE, 1.0, 0.0),
+        options.jitter,
+        options.largest,
+        options.output,
+        options.sigma,
+        Bucket(TOKENS_PER_MINUTE, options.bucket, 0.0),
         server.now,
     )
     world.processes = [Process(world, f"p{i}") for i in range(PROCESSES)]
@@ -213,6 +224,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--jitter", type=float, default=0.004, help="mean, exponential; seconds")
     parser.add_argument("--largest", type=int, default=880, help="tokens of the largest prompt")
+    parser.add_argument("--output", type=float, default=20, help="mean tokens of an answer")
+    parser.add_argument("--sigma", type=float, default=0, help="of its logarithm; 0: all alike")
+    parser.add_argument("--bucket", type=float, default=1.0, help="the provider's, in seconds")
     arguments = parser.parse_args()
     valkey = ValkeyServer().start()
     early = late = calls = 0
@@ -220,7 +234,7 @@ def main() -> None:
     try:
         server = VirtualRedis(valkey.url)
         for seed in range(arguments.runs):
-            world = trial(server, seed, arguments.minutes * 60, arguments.jitter, arguments.largest)
+            world = trial(server, seed, arguments.minutes * 60, arguments)
             times = [round(at, 2) for at, ok, _ in world.calls if not ok]
             used.append(world.used())
             early += sum(at < SKIP for at in times)

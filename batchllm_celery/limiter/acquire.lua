@@ -25,27 +25,28 @@ local sequence,
   known_gen, ok, late,          -- successes begun in known_gen and before it
   unused, reusable,             -- tickets given back, and those of them whose start lies ahead
   owed_input, owed_output,      -- tokens used beyond the reserved ones (negative: a refund)
+  guessed_input, guessed_output,   -- what first guesses reserved too much (negative)
   refused_gen, retry_after,     -- generation of the newest refused call, its Retry-After; or -1
   overloads,
   day,                          -- the day is exhausted: its Retry-After, 0: not told; or -1
   probe_ended,                  -- 0, 1
   void,                         -- tickets dropped for an old generation: freed here already
   spare_input, spare_output     -- tokens of a ticket for waiters to come
-  = struct.unpack('<dddddddddddddddddddd', ARGV[2])
+  = struct.unpack('<dddddddddddddddddddddd', ARGV[2])
 local max, min, ceil = math.max, math.min, math.ceil
 
 local STORED, REPLY = '<ddI4', '<dddddI4I4I4'
 local SLICE, SLICE_SIZE = '<dI4', 12
 local LOOK = 500000             -- starts are handed out this far ahead: a proof lasts 250 ms anyway
 local SPARE_LOOK = 50000
-local PATIENCE = 50000          -- between questions of a process while `full` holds it up
+local PATIENCE = 50000          -- between questions of a process whose turn it is not
 local AGAIN = 900000            -- a waiter asks again by then, whatever it was told
 -- Leases end on a clock that stands still while nobody is heard of for longer than the shorter one:
 -- Redis was away, and those who had calls in flight have them still.
 local LEASE = 10000000          -- a process not heard of for so long has lost its calls in flight
 local WAIT_LEASE = 3000000      -- ... and does not count as waiting
 local SET_BACK = 5000000        -- a clock that is so far behind was set
-local SECOND = 800000           -- providers look at seconds too: burst or credit, and one request
+local SECOND = 800000           -- providers look at seconds too: the burst, and one request
 local HEADROOM = 0.995          -- of a known rate: lets the provider's bucket fill up again
 local BETA, C = 0.75, 1e-5      -- CUBIC: what is left after a cut, and how fast it comes back
 local K = ((1 - BETA) / C) ^ (1 / 3)
@@ -76,7 +77,7 @@ local c = packed[1] and cmsgpack.unpack(packed[1]) or {
 local s = packed[2] and unpack_live(packed[2]) or {
   now = 0, gen = 0, run_id = '', saved = 0, cool_until = 0, consecutive = 0, success = 1,
   fails = 0, probe = '', probe_at = 0, ramp_i = -1, ramp_next = 0,
-  tat = {0, 0, 0, 0}, credit = {0, 0, 0, 0}, full = {0, 0, 0, 0},
+  tat = {0, 0, 0, 0},
   day_used = 0, day_reset = 0, day_until = 0, ceiling = 0, active = 0, limited = 0,
   rate = START_RATE, cycle_ok = 0, ok = 0, ok_since = 0, pace = 0, in_flight = 0, swept = 0,
   busy_since = 0, heard = 0,
@@ -121,7 +122,7 @@ end
 if forgotten then                       -- all tickets are void; wait until none of them counts
   s.gen, bumped = max(s.gen + 1, now), true
   s.cool_until = max(s.cool_until, now + c.horizon + 1000000)
-  s.tat, s.credit, s.full = {0, 0, 0, 0}, {0, 0, 0, 0}, {0, 0, 0, 0}
+  s.tat = {0, 0, 0, 0}
 end
 do -- the curve advances only while somebody waits for the rate
   local since, till = max(before > 0 and before or now, s.cool_until), min(now, s.limited)
@@ -226,7 +227,6 @@ if refused_gen >= s.gen and not bumped then
     end
     for d = 1, 4 do
       if s.tat[d] > 0 then s.tat[d] = max(first, s.tat[d] - look) end
-      s.full[d] = min(s.full[d], s.tat[d])
     end
   end
 
@@ -254,9 +254,9 @@ if c.per_day > 0 then
   s.day_used = max(s.day_used - unused - void, 0)
 end
 
--- Refill: what is owed moves the next start; tokens given back make later ones cheaper, since they
--- come when the start that paid for them is long past. Tickets given back lie ahead: others start in
--- their place.
+-- Refill: what is owed moves the next start, what is given back lets it come sooner. But while first
+-- guesses held the fleet up, the provider's bucket of a second was full and took in no more: what
+-- they reserved too much comes back only where starts lie a second beyond those handed out now.
 local dims, cost_of = {}, {}    -- limited dimensions (1 requests, 2 tokens, 3 input, 4 output)
 do
   local p = pace()
@@ -266,16 +266,16 @@ do
   -- (A cooldown since has voided them already, and moved `tat` back.)
   local ahead = known_gen == s.gen and not bumped and reusable or 0
   local owed = {-ahead, owed_input + owed_output, owed_input, owed_output}
+  local guessed = {0, guessed_input + guessed_output, guessed_input, guessed_output}
   for d = 1, 4 do
     if rates[d] > 0 then
       local per = 1000000 / (rates[d] * factor)
       dims[#dims + 1], cost_of[d] = d, per
       local at = s.tat[d]
       at = max(at > 0 and at or now, now - c.burst)
-      local back = s.credit[d]
-      if owed[d] < 0 and d > 1 then back = back - owed[d] * per
-      else at = max(at + owed[d] * per, now - c.burst) end
-      s.tat[d], s.credit[d] = at, max(min(back, at - now + c.burst), 0)
+      at = max(at + owed[d] * per, now - c.burst)
+      if guessed[d] < 0 then at = max(at + guessed[d] * per, min(at, now + look + 1000000)) end
+      s.tat[d] = at
     end
   end
 end
@@ -360,18 +360,15 @@ if s.ramp_i >= 0 and c.adaptive == 0 and c.ramp_n > 0
   end
 end
 
--- Start, then pay: the start is when all buckets allow it, whatever the request costs. Credit makes
--- it earlier, but not so early that the provider's bucket of a second, which never knew of it (it
--- was full), lacks the tokens: `full` is `tat` without credit. While it lies further ahead than
--- starts are handed out nobody gets one: small requests would keep a large one, which needs more of
--- the second, from ever starting.
+-- Start, then pay: the start is when all that was started before is paid, whatever this one costs.
 -- (The one hot loop: comparisons in place of calls of min and max.)
 local starts, n, last, spent, oversize = {}, 0, now, 0, false
 do
-  local tat, credit, full, burst, count = s.tat, s.credit, s.full, c.burst, #dims
+  local tat, burst, count = s.tat, c.burst, #dims
   local costs, share, max_ahead = {}, look / waiting, max(burst, SECOND)
-  local lends, horizon = SECOND - burst, now + look
-  -- In turns: the nearest to Redis would else be the first whenever there is room.
+  local horizon = now + look
+  -- Requests of many tokens are few. Processes take turns with the last share of the horizon, or the
+  -- nearest to Redis would be the first whenever there is room.
   local frontier = horizon
   if waiting > 1 and count > 0 and dims[count] > 1
     and not (queued and redis.call('ZRANK', WAIT, me) == 0) then frontier = horizon - share end
@@ -387,7 +384,7 @@ do
         input, output = spare_input, spare_output
       end
     end
-    local start, step, large, front = base, 0, false, 0
+    local start, step, large = base, 0, false
     for i = 1, count do
       local d = dims[i]
       local at, cost = tat[d], cost_of[d]
@@ -396,13 +393,7 @@ do
       elseif d == 4 then cost = cost * output end
       costs[i] = cost
       if cost > step then step = cost end
-      if d > 1 then
-        local to, ahead = full[d], lends - cost
-        if to > front then front = to end
-        if ahead > 0 then to = to - ahead end
-        if to > start then start = to end
-        if cost > 60000000 then large = true end
-      end
+      if d > 1 and cost > 60000000 then large = true end
     end
     if ramp then
       if s.ramp_i >= c.ramp_n and c.ramp_repeats == 0 then
@@ -413,9 +404,9 @@ do
       end
     end
     if n >= want and start > now + SPARE_LOOK then break end
-    if start > horizon or front > frontier then
-      why, again = start > base and 1 or 4, start - horizon
-      if front > frontier then why, again = 1, max(again, front - frontier, PATIENCE) end
+    if start > frontier then
+      why, again = start > base and 1 or 4, start - frontier
+      if start > base and frontier < horizon then again = max(again, PATIENCE) end
       break
     end
     if waiting > 1 and n + held > 0 and (n + held) * (spent + step) / (n + 1) >= share then
@@ -426,21 +417,10 @@ do
     spent = spent + step
     for i = 1, count do
       local d, cost = dims[i], costs[i]
-      local at, back, ahead = tat[d], credit[d], max_ahead - cost
+      local at, ahead = tat[d], max_ahead - cost
       if ahead < 0 then ahead = 0 end
       local earliest = start - (ahead < burst and ahead or burst)
       if at < earliest then at = earliest end
-      if d > 1 then
-        local to = full[d]
-        if to < earliest then to = earliest end
-        full[d] = to + cost
-      end
-      if back > 0 then
-        local most = cost * 0.75
-        if back > ahead then back = ahead end
-        if back > most then back = most end
-        credit[d], cost = credit[d] - back, cost - back
-      end
       tat[d] = at + cost
     end
     if ramp then s.ramp_i, s.ramp_next = s.ramp_i + 1, start end

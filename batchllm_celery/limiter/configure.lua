@@ -27,7 +27,7 @@ local function carry_over(live, old, new)
       local owed = at - now - LOOK
       return now + (owed > 0 and rate > 0 and owed * (old[name] or 0) / rate or 0)
     end
-    live.tat[d], live.full[d], live.credit[d] = paid_at(live.tat[d]), paid_at(live.full[d]), 0
+    live.tat[d] = paid_at(live.tat[d])
   end
   live.ceiling, live.active, live.limited, live.cycle_ok = 0, 0, 0, 0
   live.gen = math.max(live.gen + 1, now)

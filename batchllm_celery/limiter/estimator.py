@@ -51,7 +51,7 @@ class Estimator:
         learned = self._learned.get(key)
         if learned is None or not learned.count:
             reserve = DEFAULT_OUTPUT if max_output_tokens is None else max_output_tokens
-            return Estimate(plain, reserve)
+            return Estimate(plain, reserve, guessed=True)
         output = round(learned.output)
         if max_output_tokens is not None:
             output = min(output, max_output_tokens)

@@ -180,10 +180,7 @@ class Line:
     def _permit(self, ticket: Ticket, estimate: Estimate, now: float) -> Permit:
         reserved = ticket.reserved
         if reserved != estimate and self.by_tokens:
-            self.pending.owe(
-                estimate.input_tokens - reserved.input_tokens,
-                estimate.output_tokens - reserved.output_tokens,
-            )
+            self.pending.replace(reserved, estimate)
         self.in_flight += 1
         self.permits += 1
         self.permitted_at = now

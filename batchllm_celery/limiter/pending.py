@@ -21,6 +21,9 @@ class Pending:
     """Given back because the generation had passed: the script has freed their places already."""
     input_tokens: int = 0
     output_tokens: int = 0
+    guessed_input: int = 0
+    guessed_output: int = 0
+    """What first guesses reserved too much (negative)."""
     refused_generation: int = -1
     retry_after: float = -1.0
     overloads: int = 0
@@ -55,10 +58,7 @@ class Pending:
         elif outcome is CallOutcome.REFUSED and not usage:
             self.owe(-permit.estimate.input_tokens, -permit.estimate.output_tokens)
         elif usage:
-            self.owe(
-                usage.input_tokens - permit.estimate.input_tokens,
-                usage.output_tokens - permit.estimate.output_tokens,
-            )
+            self.replace(permit.estimate, usage)
 
     def give_back(self, reserved: Estimate, start: float, *, current: bool) -> None:
         """A ticket that started nothing."""
@@ -67,6 +67,16 @@ class Pending:
             self.owe(-reserved.input_tokens, -reserved.output_tokens)
         else:
             self.void += 1
+
+    def replace(self, reserved: Estimate, by: Estimate | TokenUsage) -> None:
+        """Other tokens than the reserved ones count from now on."""
+        more_input = by.input_tokens - reserved.input_tokens
+        more_output = by.output_tokens - reserved.output_tokens
+        if reserved.guessed:
+            self.guessed_input += min(more_input, 0)
+            self.guessed_output += min(more_output, 0)
+            more_input, more_output = max(more_input, 0), max(more_output, 0)
+        self.owe(more_input, more_output)
 
     def owe(self, input_tokens: int, output_tokens: int) -> None:
         """Tokens used beyond what was reserved (negative: a refund)."""
@@ -103,6 +113,8 @@ class Pending:
             sum(start > now for start in self.unused),
             self.input_tokens,
             self.output_tokens,
+            self.guessed_input,
+            self.guessed_output,
             self.refused_generation,
             _microseconds(self.retry_after),
             self.overloads,

@@ -12,6 +12,8 @@ class Estimate:
 
     input_tokens: int = 0
     output_tokens: int = 0
+    guessed: bool = False
+    """Nothing was known of such calls: what it reserves too much is returned in part only."""
 
 
 class CallOutcome(StrEnum):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 LOOK = 500_000
 HEADROOM = 0.995
 SECOND = 800_000
+GUESSES = 1_000_000
 DAY = 86_400_000_000
 
 
@@ -20,36 +21,19 @@ class Bucket:
     """One dimension: `per` microseconds a unit; `tat` when all that was started is paid."""
 
     per: float
-    lends: bool = True
-    """Whether what is given back makes later starts cheaper (tokens), or is started anew."""
     tat: float | None = None
-    credit: float = 0.0
-    full: float = 0.0
-    """`tat` without credit: what the provider's bucket, which knows of none, has been charged."""
 
-    def settle(self, now: float, burst: float, units: float) -> None:
+    def settle(self, now: float, burst: float, units: float, guessed: float = 0.0) -> None:
         self.tat = now if self.tat is None else max(self.tat, now - burst)
-        if units >= 0 or not self.lends:
-            self.tat = max(self.tat + units * self.per, now - burst)
-        else:
-            self.credit -= units * self.per
-        self.credit = max(min(self.credit, self.tat - now + burst), 0.0)
-
-    def earliest(self, burst: float, units: float) -> float:
-        """When all before it is paid and, where there was credit, the second has room for it."""
-        room = max(SECOND - burst - units * self.per, 0.0)
-        return max(self.tat or 0.0, self.full - room)
+        self.tat = max(self.tat + units * self.per, now - burst)
+        if self.tat > now + LOOK + GUESSES:
+            self.tat = max(self.tat + guessed * self.per, now + LOOK + GUESSES)
 
     def pay(self, start: float, burst: float, units: float) -> None:
         assert self.tat is not None
         cost = units * self.per
         ahead = max(max(burst, SECOND) - cost, 0.0)
-        refund = min(self.credit, cost * 0.75, ahead)
-        self.credit -= refund
-        earliest = start - min(burst, ahead)
-        self.tat = max(self.tat, earliest) + cost - refund
-        if self.lends:
-            self.full = max(self.full, earliest) + cost
+        self.tat = max(self.tat, start - min(burst, ahead)) + cost
 
 
 @dataclass
@@ -85,7 +69,7 @@ class Model:
     def __post_init__(self) -> None:
         self.buckets: dict[str, Bucket] = {}
         if self.requests:
-            self.buckets["r"] = Bucket(1e6 / (self.requests * HEADROOM), lends=False)
+            self.buckets["r"] = Bucket(1e6 / (self.requests * HEADROOM))
         if self.tokens:
             self.buckets["t"] = Bucket(1e6 / (self.tokens * HEADROOM))
 
@@ -101,6 +85,7 @@ class Model:
         unused: int = 0,
         reusable: int = 0,
         tokens_owed: int = 0,
+        guessed: int = 0,
         refused: bool = False,
         retry_after: float | None = None,
     ) -> Answer:
@@ -111,7 +96,10 @@ class Model:
             self._cool_down(now, retry_after)
         self._new_day(now, unused)
         for name, bucket in self.buckets.items():
-            bucket.settle(now, self.burst, -reusable if name == "r" else tokens_owed)
+            if name == "r":
+                bucket.settle(now, self.burst, -reusable)
+            else:
+                bucket.settle(now, self.burst, tokens_owed, guessed)
         starts = self._grant(process, now, wants, held, in_flight)
         return Answer(refused, starts, self._exhausted(now, wants, starts), self.consecutive)
 
@@ -122,7 +110,6 @@ class Model:
         for bucket in self.buckets.values():
             if bucket.tat is not None:
                 bucket.tat = max(self.cool_until, bucket.tat - LOOK)
-                bucket.full = min(bucket.full, bucket.tat)
         self.ramp_i, self.ramp_next = 0, self.cool_until
 
     def _new_day(self, now: float, unused: int) -> None:
@@ -150,14 +137,14 @@ class Model:
         queued = process in self.waiting
         first = queued and min((at, name) for name, at in self.waiting.items())[1] == process
         sharers = len(self.waiting) + (not queued) if wants else 1
-        frontier = now + LOOK if sharers == 1 or first else now + LOOK - LOOK / sharers
+        waits = sharers > 1 and not first and self.tokens
+        frontier = now + LOOK - (LOOK / sharers if waits else 0)
         room = self._room(process, len(wants), in_flight)
         starts: list[int] = []
         spent = 0.0
         for tokens in wants[:room]:
-            start = self._start(now, tokens)
-            front = max((bucket.full for bucket in self.buckets.values()), default=0.0)
-            if start > now + LOOK or front > frontier:
+            start = self._start(now)
+            if start > frontier:
                 break
             step = max(
                 (b.per * self._units(name, tokens) for name, b in self.buckets.items()), default=0
@@ -182,11 +169,9 @@ class Model:
     def _units(name: str, tokens: int) -> int:
         return 1 if name == "r" else tokens
 
-    def _start(self, now: float, tokens: int) -> float:
-        paid = [
-            b.earliest(self.burst, self._units(name, tokens)) for name, b in self.buckets.items()
-        ]
-        start = max([now, self.cool_until, self.ramp_next, *paid])
+    def _start(self, now: float) -> float:
+        paid = (bucket.tat or 0.0 for bucket in self.buckets.values())
+        start = max(now, self.cool_until, self.ramp_next, *paid)
         if 0 < self.ramp_i < len(self.ramp):
             start = max(start, self.ramp_next + self.ramp[self.ramp_i] * 1e6)
         return start

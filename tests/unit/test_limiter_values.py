@@ -84,7 +84,7 @@ def test_an_estimate_counts_bytes() -> None:
     estimator = Estimator()
     assert estimator.estimate("s", "a" * 300).input_tokens == 100
     assert estimator.estimate("s", "汉" * 100).input_tokens == 100
-    assert estimator.estimate("s", "x", 70) == Estimate(1, 70)
+    assert estimator.estimate("s", "x", 70) == Estimate(1, 70, guessed=True)
 
 
 def test_estimates_learn_per_key() -> None:
@@ -93,7 +93,7 @@ def test_estimates_learn_per_key() -> None:
     for _ in range(30):
         estimator.observe("json", "a" * 300, TokenUsage(input_tokens=150, output_tokens=20))
     assert estimator.estimate("json", "a" * 300, 1000) == Estimate(150, 20)
-    assert estimator.estimate("other", "a" * 300, 1000) == Estimate(100, 1000)
+    assert estimator.estimate("other", "a" * 300, 1000) == Estimate(100, 1000, guessed=True)
 
 
 def test_what_is_reserved_for_many_sums_up_to_what_they_use() -> None:
@@ -117,6 +117,19 @@ def test_sums_replace_estimates_by_actual_tokens() -> None:
     pending.add(permit(), CallOutcome.UNUSED, 11.0)
     assert (pending.input_tokens, pending.output_tokens) == (-20 - 100, 20 - 50)
     assert (pending.successes, len(pending.unused)) == (1, 1)
+
+
+def test_what_first_guesses_reserved_too_much_is_told_apart() -> None:
+    """Beside it: what they reserved too little, and what a refused one gives back whole."""
+    guess = Estimate(100, 50, guessed=True)
+    pending = Pending()
+    usage = TokenUsage(input_tokens=80, output_tokens=70)
+    pending.add(permit(estimate=guess), CallOutcome.SUCCEEDED, 11.0, usage)
+    assert (pending.guessed_input, pending.guessed_output) == (-20, 0)
+    assert (pending.input_tokens, pending.output_tokens) == (0, 20)
+    pending.add(permit(estimate=guess), CallOutcome.REFUSED, 11.0)
+    assert (pending.input_tokens, pending.output_tokens) == (-100, 20 - 50)
+    assert pending.arguments(0, 11.0)[5:9] == [-100, -30, -20, 0]
 
 
 def test_of_unused_starts_only_those_ahead_go_to_others() -> None:
