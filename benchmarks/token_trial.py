@@ -63,10 +63,7 @@ class World:
     server: VirtualRedis
     keys: list[str]
     draw: random.Random
-    jitter: float
-    largest: int
-    output: float
-    sigma: float
+    options: argparse.Namespace
     provider: Bucket
     offset: float
     now: float = 0.0
@@ -85,12 +82,13 @@ class World:
 
     def delay(self) -> float:
         """From a ticket's time to the provider's door."""
-        return self.draw.expovariate(1 / self.jitter)
+        return self.draw.expovariate(1 / self.options.jitter)
 
     def answer_length(self) -> int:
         """Output tokens of a call: log-normal about its mean."""
-        mean = math.log(self.output) - self.sigma**2 / 2
-        return max(round(self.draw.lognormvariate(mean, self.sigma)), 1)
+        sigma = self.options.sigma
+        mean = math.log(self.options.output) - sigma**2 / 2
+        return max(round(self.draw.lognormvariate(mean, sigma)), 1)
 
     def used(self) -> float:
         took = sum(tokens for at, ok, tokens in self.calls if ok and at >= SKIP)
@@ -111,7 +109,7 @@ class Process:
             self.next_item()
 
     def next_item(self) -> None:
-        self.wait("x" * 4 * self.world.draw.randint(25, self.world.largest), again=False)
+        self.wait("x" * 4 * self.world.draw.randint(25, self.world.options.largest), again=False)
 
     def wait(self, prompt: str, *, again: bool) -> None:
         def guess() -> Estimate:
@@ -205,10 +203,7 @@ def trial(server: VirtualRedis, seed: int, seconds: float, options: argparse.Nam
         server,
         [keys.state, keys.procs, keys.waiting, keys.channel],
         random.Random(seed),
-        options.jitter,
-        options.largest,
-        options.output,
-        options.sigma,
+        options,
         Bucket(TOKENS_PER_MINUTE, options.bucket, 0.0),
         server.now,
     )

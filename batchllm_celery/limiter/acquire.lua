@@ -14,7 +14,7 @@
 -- The same process and sequence again: the reply is repeated and nothing is done twice.
 --
 -- One sequence of steps, not functions: making a closure that captures what such a step needs takes
--- 1 to 3 us here, and a question takes 60. What is needed rarely is a function where it is needed.
+-- 1 to 3 us here, and a question takes 40. What is needed rarely is a function where it is needed.
 
 local Q, PROCS, WAIT, CHANNEL = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local me, estimates = ARGV[1], ARGV[3]

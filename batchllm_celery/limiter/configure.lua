@@ -23,11 +23,8 @@ local function carry_over(live, old, new)
   local now = math.max(time[1] * 1000000 + time[2], live.now)
   for d, name in ipairs(RATES) do
     local rate = new[name]
-    local function paid_at(at)
-      local owed = at - now - LOOK
-      return now + (owed > 0 and rate > 0 and owed * (old[name] or 0) / rate or 0)
-    end
-    live.tat[d] = paid_at(live.tat[d])
+    local owed = live.tat[d] - now - LOOK
+    live.tat[d] = now + (owed > 0 and rate > 0 and owed * (old[name] or 0) / rate or 0)
   end
   live.ceiling, live.active, live.limited, live.cycle_ok = 0, 0, 0, 0
   live.gen = math.max(live.gen + 1, now)

@@ -9,7 +9,8 @@ local LIVE = '<' .. string.rep('d', 29) .. 'ss'
 local function unpack_live(packed)
   local now, gen, cool_until, consecutive, success, fails, probe_at, ramp_i, ramp_next, day_used,
     day_reset, day_until, ceiling, active, limited, rate, cycle_ok, ok, ok_since, pace, in_flight,
-    swept, busy_since, saved, tat1, tat2, tat3, tat4, heard, probe, run_id = struct.unpack(LIVE, packed)
+    swept, busy_since, saved, tat1, tat2, tat3, tat4,
+    heard, probe, run_id = struct.unpack(LIVE, packed)
   return {
     now = now, gen = gen, cool_until = cool_until, consecutive = consecutive, success = success,
     fails = fails, probe_at = probe_at, ramp_i = ramp_i, ramp_next = ramp_next,
