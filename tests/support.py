@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
+import math
 import os
 import shutil
 import signal
 import subprocess
 import tempfile
+import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +47,60 @@ async def wait_until_async(
             f"not within {timeout} s: {inspect.getsource(predicate)}"
         )
         await asyncio.sleep(interval)
+
+
+class Stalls:
+    """From when to when the machine left this process, or its event loop, without a turn.
+
+    A test that measures by how much calls lie apart allows for it: what should have started
+    meanwhile starts together afterwards.
+    """
+
+    STEP = 0.01
+    #: What is not noted: the machine's timers are no better.
+    LEAST = 0.01
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.seen: list[tuple[float, float]] = []
+        self._clock = clock
+        self._ended = threading.Event()
+
+    async def watch_loop(self) -> None:
+        """Until cancelled."""
+        while True:
+            due = self._clock() + self.STEP
+            await asyncio.sleep(self.STEP)
+            self._note(due)
+
+    @contextlib.contextmanager
+    def watch_process(self) -> Iterator[Stalls]:
+        watch = threading.Thread(target=self._watch, daemon=True)
+        watch.start()
+        try:
+            yield self
+        finally:
+            self._ended.set()
+            watch.join()
+
+    def _watch(self) -> None:
+        due = self._clock() + self.STEP
+        while not self._ended.wait(self.STEP):
+            self._note(due)
+            due = self._clock() + self.STEP
+
+    def _note(self, due: float) -> None:
+        now = self._clock()
+        if now - due > self.LEAST:
+            self.seen.append((due, now))
+
+    def longest(self, since: float, until: float) -> float:
+        """Seconds; only stalls that touch this time count."""
+        touching = (end - begin for begin, end in self.seen if begin < until and end > since)
+        return max(touching, default=0.0)
+
+    def total(self, since: float = -math.inf) -> float:
+        """Seconds of all stalls that ended after `since`."""
+        return sum(end - begin for begin, end in self.seen if end > since)
 
 
 class ValkeyServer:

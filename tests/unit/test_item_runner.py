@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -311,9 +312,10 @@ async def test_our_time_limit_has_its_own_error_with_the_numbers() -> None:
     assert result.attempts == 2
     error, attempt, _ = strategy.errors[0]
     assert isinstance(error, FrameworkTimeoutError)
-    assert str(error) == "Framework timeout after 0.1s (limit: 0.1s)"
+    assert error.elapsed is not None
+    assert 0.049 < error.elapsed < 5
+    assert str(error) == f"Framework timeout after {error.elapsed:.1f}s (limit: 0.1s)"
     assert (attempt, error.item_id, error.timeout_limit) == (1, "item-1", 0.05)
-    assert error.elapsed == pytest.approx(0.05, abs=0.04)
     assert isinstance(error.__cause__, TimeoutError)
 
 
@@ -347,7 +349,8 @@ async def test_item_timeout_bounds_waits_too() -> None:
     result = await bench.result(strategy, config=ProcessorConfig(item_timeout=0.05))
     assert time.monotonic() - started < 5
     assert result.error_kind is FailureKind.FRAMEWORK_TIMEOUT
-    assert result.error == "FrameworkTimeoutError: Framework timeout after 0.1s (limit: 0.1s)"
+    message = r"FrameworkTimeoutError: Framework timeout after \d\.\ds \(limit: 0.1s\)"
+    assert re.fullmatch(message, str(result.error))
     assert strategy.log == ["prepare", "cleanup"]
 
 
