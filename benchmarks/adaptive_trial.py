@@ -19,7 +19,7 @@ from typing import Protocol
 
 from batchllm_celery.keys import Keys
 from batchllm_celery.limiter.limiter import script_fields
-from batchllm_celery.limiter.pending import Pending
+from batchllm_celery.limiter.pending import Pending, Unused
 from batchllm_celery.limiter.permit import CallOutcome, Estimate, Permit
 from batchllm_celery.limiter.wire import Reply, pack_question
 from batchllm_celery.models import Quota
@@ -213,8 +213,9 @@ class Sender:
         arguments = pack_question("p1", numbers, [])
         reply = Reply.parse(self.server.call("acquire.lua", self.keys, arguments))
         if reply.generation > self.generation:
+            void = (Unused(start, self.generation, NOTHING) for start in self.tickets)
+            self.pending.unused.extend(void)
             self.generation = reply.generation
-            self.pending.void += len(self.tickets)
             self.tickets.clear()
         for delay in reply.starts_in:
             start = now + delay

@@ -24,27 +24,29 @@ local sequence,
   want, spare,                  -- tickets wanted by waiters, and by waiters to come
   known_gen, ok, late,          -- successes begun in known_gen and before it
   unused, reusable,             -- tickets given back, and those of them whose start lies ahead
+  reusable_input, reusable_output,   -- ... with their tokens
   owed_input, owed_output,      -- tokens used beyond the reserved ones (negative: a refund)
-  guessed_input, guessed_output,   -- what first guesses reserved too much (negative)
+  idle_input, idle_output,      -- reserved too much by first guesses, or by late starts (negative)
   refused_gen, retry_after,     -- generation of the newest refused call, its Retry-After; or -1
   overloads,
   day,                          -- the day is exhausted: its Retry-After, 0: not told; or -1
   probe_ended,                  -- 0, 1
-  void,                         -- tickets dropped for an old generation: freed here already
   spare_input, spare_output     -- tokens of a ticket for waiters to come
-  = struct.unpack('<dddddddddddddddddddddd', ARGV[2])
+  = struct.unpack('<ddddddddddddddddddddddd', ARGV[2])
 local max, min, ceil = math.max, math.min, math.ceil
 
 local STORED, REPLY = '<ddI4', '<dddddI4I4I4'
 local SLICE, SLICE_SIZE = '<dI4', 12
 local LOOK = 500000             -- starts are handed out this far ahead: a proof lasts 250 ms anyway
 local SPARE_LOOK = 50000
+local TURN = 150000             -- the next in line is waited for so long at most
 local PATIENCE = 50000          -- between questions of a process whose turn it is not
 local AGAIN = 900000            -- a waiter asks again by then, whatever it was told
 -- Leases end on a clock that stands still while nobody is heard of for longer than the shorter one:
 -- Redis was away, and those who had calls in flight have them still.
 local LEASE = 10000000          -- a process not heard of for so long has lost its calls in flight
 local WAIT_LEASE = 3000000      -- ... and does not count as waiting
+local FORGET = 600000000        -- its last reply is kept for so long: it may ask again for that
 local SET_BACK = 5000000        -- a clock that is so far behind was set
 local SECOND = 800000           -- providers look at seconds too: the burst, and one request
 local HEADROOM = 0.995          -- of a known rate: lets the provider's bucket fill up again
@@ -106,9 +108,8 @@ if before - now > SET_BACK then
 end
 now = max(now, before)                  -- a little behind: it stands still
 if before > 0 then s.heard = s.heard + min(now - before, WAIT_LEASE) end
-if s.gen == 0 then
-  s.gen, forgotten = now, known_gen > 0   -- the process knows a quota that Redis has lost
-end
+if known_gen > s.gen then forgotten = true end  -- the process knows what Redis has lost
+if s.gen == 0 then s.gen = now end
 if now - before > 20000 then            -- no Redis restarts faster than that
   -- INFO is dear. LASTSAVE begins anew with the server too, but has whole seconds only.
   local saved = redis.pcall('LASTSAVE')
@@ -120,7 +121,7 @@ if now - before > 20000 then            -- no Redis restarts faster than that
   end
 end
 if forgotten then                       -- all tickets are void; wait until none of them counts
-  s.gen, bumped = max(s.gen + 1, now), true
+  s.gen, bumped = max(s.gen + 1, known_gen + 1, now), true
   s.cool_until = max(s.cool_until, now + c.horizon + 1000000)
   s.tat = {0, 0, 0, 0}
 end
@@ -251,22 +252,24 @@ if day >= 0 then
 end
 if c.per_day > 0 then
   if now >= s.day_reset then s.day_used, s.day_reset = 0, now - now % DAY + DAY end
-  s.day_used = max(s.day_used - unused - void, 0)
+  s.day_used = max(s.day_used - unused, 0)
 end
 
 -- Refill: what is owed moves the next start, what is given back lets it come sooner. But while first
--- guesses held the fleet up, the provider's bucket of a second was full and took in no more: what
--- they reserved too much comes back only where starts lie a second beyond those handed out now.
+-- guesses and late starts held the fleet up, the provider's bucket of a second was full and took in
+-- no more: such tokens come back only where starts lie a second beyond those handed out now.
 local dims, cost_of = {}, {}    -- limited dimensions (1 requests, 2 tokens, 3 input, 4 output)
 do
   local p = pace()
   s.pace = p
   local factor = known and p * HEADROOM or 1
   if not known then rates[1] = p end
-  -- (A cooldown since has voided them already, and moved `tat` back.)
-  local ahead = known_gen == s.gen and not bumped and reusable or 0
-  local owed = {-ahead, owed_input + owed_output, owed_input, owed_output}
-  local guessed = {0, guessed_input + guessed_output, guessed_input, guessed_output}
+  if known_gen ~= s.gen or bumped then  -- a cooldown has voided them, and moved `tat` back
+    reusable, reusable_input, reusable_output = 0, 0, 0
+  end
+  owed_input, owed_output = owed_input - reusable_input, owed_output - reusable_output
+  local owed = {-reusable, owed_input + owed_output, owed_input, owed_output}
+  local idle = {0, idle_input + idle_output, idle_input, idle_output}
   for d = 1, 4 do
     if rates[d] > 0 then
       local per = 1000000 / (rates[d] * factor)
@@ -274,7 +277,7 @@ do
       local at = s.tat[d]
       at = max(at > 0 and at or now, now - c.burst)
       at = max(at + owed[d] * per, now - c.burst)
-      if guessed[d] < 0 then at = max(at + guessed[d] * per, min(at, now + look + 1000000)) end
+      if idle[d] < 0 then at = max(at + idle[d] * per, min(at, now + look + 1000000)) end
       s.tat[d] = at
     end
   end
@@ -290,9 +293,14 @@ if sweep then
   local all = redis.call('HGETALL', PROCS)
   for i = 1, #all, 2 do
     if all[i] ~= me then
-      local _, lease, calls = struct.unpack(STORED, all[i + 1])
+      local done, lease, calls, at = struct.unpack(STORED, all[i + 1])
       if s.heard > lease + LEASE then
-        redis.call('HDEL', PROCS, all[i])
+        if s.heard > lease + FORGET then
+          redis.call('HDEL', PROCS, all[i])
+        elseif calls > 0 then
+          redis.call('HSET', PROCS, all[i],
+            struct.pack(STORED, done, lease, 0) .. string.sub(all[i + 1], at))
+        end
         if s.probe == all[i] then s.probe = '' end
       else
         s.in_flight = s.in_flight + calls
@@ -333,6 +341,9 @@ if c.per_day > 0 and c.per_day - s.day_used < room then
   if room == 0 and want > 0 then exhausted = s.day_reset end
 end
 if s.day_until > now then room, why, exhausted = 0, 3, s.day_until end
+if #estimates == 0 and rates[2] + rates[3] + rates[4] > 0 and (want > 0 or known_gen ~= s.gen) then
+  room, why, again = 0, 4, 0            -- it has not heard that tokens are limited now
+end
 if c.concurrency > 0 then
   local free = c.concurrency - s.in_flight - mine
   if waiting > 1 then
@@ -367,11 +378,12 @@ do
   local tat, burst, count = s.tat, c.burst, #dims
   local costs, share, max_ahead = {}, look / waiting, max(burst, SECOND)
   local horizon = now + look
-  -- Requests of many tokens are few. Processes take turns with the last share of the horizon, or the
-  -- nearest to Redis would be the first whenever there is room.
+  -- Processes take turns with the last share of the horizon, or the nearest to Redis would be the
+  -- first whenever there is room. Who is next may be TURN away from it.
   local frontier = horizon
-  if waiting > 1 and count > 0 and dims[count] > 1
-    and not (queued and redis.call('ZRANK', WAIT, me) == 0) then frontier = horizon - share end
+  if waiting > 1 and count > 0 and not (queued and redis.call('ZRANK', WAIT, me) == 0) then
+    frontier = horizon - max(share, min(TURN, look / 2))
+  end
   local tokens, input, output = nil, spare_input, spare_output
   if #estimates > 0 then
     tokens = {struct.unpack('<' .. string.rep('I4', #estimates / 4), estimates)}
@@ -454,7 +466,8 @@ end
 -- Tell, remember and answer ----------------------------------------------------------------------
 
 if bumped then redis.call('PUBLISH', CHANNEL, string.format('g:%.0f', s.gen)) end
-if c.concurrency > 0 and s.in_flight < c.concurrency and mine < was_mine + n   -- a slot is free
+if c.concurrency > 0 and s.in_flight < c.concurrency       -- a slot is free, for others than us
+    and (mine < was_mine + n or has_share and want > 0)
   or open and s.probe == '' or failing and s.fails == 0 then                   -- the breaker closed
   local first = redis.call('ZRANGE', WAIT, 0, 0)[1]
   if first and first ~= me then redis.call('PUBLISH', CHANNEL, 'f:' .. first) end

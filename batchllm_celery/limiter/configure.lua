@@ -5,7 +5,8 @@
 --          5.. field, number: the configuration as acquire.lua reads it
 -- returns  the configuration in force: not ARGV[1] when another one stood in the way
 --
--- A change voids all tickets (they were given at the old rate) and forgets what a cut has taught.
+-- A change voids all tickets (they were given at the old rate) and forgets what a cut has taught,
+-- and that the day was over.
 
 local Q, CHANNEL, LOOK, TTL = KEYS[1], KEYS[2], 500000, 172800
 local RATES = {'rate_r', 'rate_t', 'rate_i', 'rate_o'}
@@ -27,6 +28,7 @@ local function carry_over(live, old, new)
     live.tat[d] = now + (owed > 0 and rate > 0 and owed * (old[name] or 0) / rate or 0)
   end
   live.ceiling, live.active, live.limited, live.cycle_ok = 0, 0, 0, 0
+  live.day_until = 0                    -- the provider will say so again if it is still over
   live.gen = math.max(live.gen + 1, now)
 end
 

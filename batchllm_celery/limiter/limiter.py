@@ -41,6 +41,8 @@ STATE = Script.load(_PACKAGE, "state.lua", shared="live.lua")
 
 #: Seconds that closing may take to tell Redis what ended; then it is left to the lease.
 FAREWELL = 1.0
+#: ... and between a question that failed and the next.
+AFTER_FAILURE = 0.5
 _MONTH = 30 * 24 * 3600
 
 
@@ -319,6 +321,8 @@ class _Desk:
                 await self._say_goodbye()
         except TimeoutError:
             logger.debug("limiter.farewell_timeout quota=%s", self.line.quota)
+        except Exception as error:
+            self._log_failure(error)
         finally:
             if self._asking is not None:
                 self._asking.cancel()
@@ -365,6 +369,7 @@ class _Desk:
             await self._ask()
         except Exception as error:
             self._fail_waiters(error)
+            await asyncio.sleep(AFTER_FAILURE)
         finally:
             self._asking = None
         if not self._closed:
@@ -403,8 +408,11 @@ class _Desk:
             line.waiting -= 1
             waiter.granted.set_exception(QuotaUnavailableError(line.quota, resets_at))
 
-    def _fail_waiters(self, error: Exception) -> None:
+    def _log_failure(self, error: Exception) -> None:
         logger.error("limiter.failed quota=%s error=%s", self.line.quota, type(error).__name__)
+
+    def _fail_waiters(self, error: Exception) -> None:
+        self._log_failure(error)
         for waiter in list(self.line.alive()):
             self.line.waiting -= 1
             waiter.granted.set_exception(error)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
 
-from batchllm_celery.limiter.pending import Pending
+from batchllm_celery.limiter.pending import Pending, Unused
 from batchllm_celery.limiter.permit import CallOutcome, Estimate, Permit
 from batchllm_celery.limiter.wire import Reply, pack_question
 
@@ -201,8 +201,7 @@ class Line:
         if ticket.waiter is not None:
             ticket.waiter.has_ticket = False
         pending = self.pending
-        current = ticket.generation == self.generation
-        pending.give_back(ticket.reserved, ticket.start, current=current)
+        pending.unused.append(Unused(ticket.start, ticket.generation, ticket.reserved))
         pending.probe_ended |= ticket.probe
         if pending.since is None:
             pending.since = now

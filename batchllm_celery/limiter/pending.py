@@ -7,6 +7,18 @@ from dataclasses import dataclass, field
 from batchllm_celery.limiter.permit import CallOutcome, Estimate, Permit
 from batchllm_celery.models import TokenUsage
 
+#: Asked to wait for longer than this, we ask the provider again all the same.
+LONGEST_WAIT = 32 * 86_400
+
+
+@dataclass(slots=True)
+class Unused:
+    """A ticket or permit that started nothing."""
+
+    start: float
+    generation: int
+    reserved: Estimate
+
 
 @dataclass(slots=True)
 class Pending:
@@ -15,10 +27,7 @@ class Pending:
     generation: int = 0
     successes: int = 0
     late_successes: int = 0
-    unused: list[float] = field(default_factory=list)
-    """Start times of the tickets and permits that started nothing."""
-    void: int = 0
-    """Given back because the generation had passed: the script has freed their places already."""
+    unused: list[Unused] = field(default_factory=list)
     input_tokens: int = 0
     output_tokens: int = 0
     guessed_input: int = 0
@@ -51,22 +60,13 @@ class Pending:
         elif outcome is CallOutcome.OVERLOADED:
             self.overloads += 1
         elif outcome is CallOutcome.DAY_EXHAUSTED:
-            self.day_exhausted = max(self.day_exhausted, retry_after or 0.0)
+            self.day_exhausted = max(self.day_exhausted, retry_after or 0.0, 0.0)
         if outcome is CallOutcome.UNUSED:
-            current = permit.generation >= self.generation
-            self.give_back(permit.estimate, permit.start, current=current)
+            self.unused.append(Unused(permit.start, permit.generation, permit.estimate))
         elif outcome is CallOutcome.REFUSED and not usage:
             self.owe(-permit.estimate.input_tokens, -permit.estimate.output_tokens)
         elif usage:
             self.replace(permit.estimate, usage)
-
-    def give_back(self, reserved: Estimate, start: float, *, current: bool) -> None:
-        """A ticket that started nothing."""
-        if current:
-            self.unused.append(start)
-            self.owe(-reserved.input_tokens, -reserved.output_tokens)
-        else:
-            self.void += 1
 
     def replace(self, reserved: Estimate, by: Estimate | TokenUsage) -> None:
         """Other tokens than the reserved ones count from now on."""
@@ -99,30 +99,37 @@ class Pending:
             self.retry_after = max(self.retry_after, retry_after)
 
     def arguments(self, generation: int, now: float) -> list[int]:
-        """The numbers `known_gen` to `void` of acquire.lua, for a process that knows `generation`.
+        """The numbers `known_gen` to `probe_ended` of acquire.lua, for a process that knows
+        `generation`.
 
         Of what was not used only starts that lie ahead can be given to others: made up for later,
-        those of the past would come on top of the rate.
+        those of the past would come on top of the rate. What a cooldown has voided was freed by it.
         """
         current = self.generation >= generation
+        known = max(self.generation, generation)
+        valid = [one for one in self.unused if one.generation >= known]
+        ahead = [one.reserved for one in valid if one.start > now]
+        late = [one.reserved for one in valid if one.start <= now]
         return [
-            max(self.generation, generation),
+            known,
             self.successes if current else 0,
             self.late_successes if current else self.late_successes + self.successes,
             len(self.unused),
-            sum(start > now for start in self.unused),
+            len(ahead),
+            sum(reserved.input_tokens for reserved in ahead),
+            sum(reserved.output_tokens for reserved in ahead),
             self.input_tokens,
             self.output_tokens,
-            self.guessed_input,
-            self.guessed_output,
+            self.guessed_input - sum(reserved.input_tokens for reserved in late),
+            self.guessed_output - sum(reserved.output_tokens for reserved in late),
             self.refused_generation,
             _microseconds(self.retry_after),
             self.overloads,
             _microseconds(self.day_exhausted),
             int(self.probe_ended),
-            self.void,
         ]
 
 
 def _microseconds(seconds: float) -> int:
-    return -1 if seconds < 0 else int(seconds * 1e6)
+    # (So written, what is not a number is none.)
+    return int(min(seconds, LONGEST_WAIT) * 1e6) if seconds >= 0 else -1

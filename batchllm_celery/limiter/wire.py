@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from batchllm_celery.limiter.permit import Estimate
 
-_NUMBERS = struct.Struct("<22d")
+_NUMBERS = struct.Struct("<23d")
 _HEAD = struct.Struct("<5d3I")
 _LARGEST = 2**32 - 1
 _TOKENS, _SLOTS, _PROBE, _PLAIN, _OVERSIZE, _LIMITED = 1, 2, 4, 8, 16, 32

@@ -195,7 +195,7 @@ def _message(exception: BaseException) -> str:
 
 def _retry_after(exception: BaseException) -> float | None:
     if isinstance(exception, ProviderError):
-        return exception.retry_after
+        return _number(exception.retry_after)
     headers = getattr(getattr(exception, "response", None), "headers", None)
     return retry_after_of(headers)
 

@@ -10,9 +10,10 @@ import math
 from dataclasses import dataclass, field
 
 LOOK = 500_000
+TURN = 150_000
 HEADROOM = 0.995
 SECOND = 800_000
-GUESSES = 1_000_000
+IDLE = 1_000_000
 DAY = 86_400_000_000
 
 
@@ -23,11 +24,11 @@ class Bucket:
     per: float
     tat: float | None = None
 
-    def settle(self, now: float, burst: float, units: float, guessed: float = 0.0) -> None:
+    def settle(self, now: float, burst: float, units: float, idle: float = 0.0) -> None:
         self.tat = now if self.tat is None else max(self.tat, now - burst)
         self.tat = max(self.tat + units * self.per, now - burst)
-        if self.tat > now + LOOK + GUESSES:
-            self.tat = max(self.tat + guessed * self.per, now + LOOK + GUESSES)
+        if self.tat > now + LOOK + IDLE:
+            self.tat = max(self.tat + idle * self.per, now + LOOK + IDLE)
 
     def pay(self, start: float, burst: float, units: float) -> None:
         assert self.tat is not None
@@ -84,8 +85,9 @@ class Model:
         successes: int = 0,
         unused: int = 0,
         reusable: int = 0,
+        reusable_tokens: int = 0,
         tokens_owed: int = 0,
-        guessed: int = 0,
+        idle: int = 0,
         refused: bool = False,
         retry_after: float | None = None,
     ) -> Answer:
@@ -99,7 +101,7 @@ class Model:
             if name == "r":
                 bucket.settle(now, self.burst, -reusable)
             else:
-                bucket.settle(now, self.burst, tokens_owed, guessed)
+                bucket.settle(now, self.burst, tokens_owed - reusable_tokens, idle)
         starts = self._grant(process, now, wants, held, in_flight)
         return Answer(refused, starts, self._exhausted(now, wants, starts), self.consecutive)
 
@@ -137,8 +139,8 @@ class Model:
         queued = process in self.waiting
         first = queued and min((at, name) for name, at in self.waiting.items())[1] == process
         sharers = len(self.waiting) + (not queued) if wants else 1
-        waits = sharers > 1 and not first and self.tokens
-        frontier = now + LOOK - (LOOK / sharers if waits else 0)
+        waits = sharers > 1 and not first and self.buckets
+        frontier = now + LOOK - (max(LOOK / sharers, TURN) if waits else 0)
         room = self._room(process, len(wants), in_flight)
         starts: list[int] = []
         spent = 0.0

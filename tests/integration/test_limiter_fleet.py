@@ -16,6 +16,7 @@ from batchllm_celery.errors import QuotaConflictError, QuotaUnavailableError
 from batchllm_celery.events import CooldownStarted, Event, Events
 from batchllm_celery.keys import Keys
 from batchllm_celery.limiter import CallOutcome, Estimate, Limiter, Permit, policy_from
+from batchllm_celery.limiter.line import Line
 from batchllm_celery.models import Quota, QuotaLimits, RateLimitConfig, TokenUsage
 from tests.support import Stalls, ValkeyServer, wait_until_async
 
@@ -153,6 +154,28 @@ async def test_a_lost_channel_is_subscribed_to_again(fleet: Fleet) -> None:
 
     await wait_until_async(deaf)
     await wait_until_async(heard)
+
+
+async def test_a_question_that_fails_is_not_asked_again_and_again(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the fault is: who waits is told, no loop burns the machine, and closing works."""
+    limiter = await fleet.join("p")
+    await fleet.call("p", "q")
+    questions = 0
+
+    def question(*_: object) -> None:
+        nonlocal questions
+        questions += 1
+        raise OverflowError
+
+    monkeypatch.setattr(Line, "question", question)
+    limiter._desks["q"].line.urgent = True
+    with pytest.raises(OverflowError):
+        await limiter.acquire("q", ONE)
+    await asyncio.sleep(0.3)
+    assert questions <= 2
+    await limiter._desks["q"].close()
 
 
 async def _later(seconds: float, coroutine: object) -> None:

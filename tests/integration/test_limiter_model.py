@@ -63,9 +63,11 @@ class Scripts:
             0,
             told.get("unused", 0),
             told.get("reusable", 0),
+            told.get("reusable_tokens", 0),
+            0,
             told.get("tokens_owed", 0),
             0,
-            told.get("guessed", 0),
+            told.get("idle", 0),
             0,
             self.generation if told.get("refused") else -1,
             -1 if retry_after is None else round(retry_after * 1e6),
@@ -74,9 +76,9 @@ class Scripts:
             told.get("probe_ended", 0),
             0,
             0,
-            0,
         ]
-        arguments = pack_question(process, numbers, [Estimate(tokens, 0) for tokens in wants])
+        estimates = [Estimate(tokens, 0) for tokens in wants if not told.get("unaware")]
+        arguments = pack_question(process, numbers, estimates)
         reply = Reply.parse(self.server.call("acquire.lua", self.keys, arguments))
         self.generation = reply.generation
         return reply
@@ -136,16 +138,29 @@ class ScriptsAgainstModel(RuleBasedStateMachine):
     @rule(
         process=st.sampled_from(PROCESSES),
         owed=st.integers(-500, 500),
-        guessed=st.sampled_from([0, -40, -4_000]),
+        idle=st.sampled_from([0, -40, -4_000]),
     )
-    def settle(self, process: str, owed: int, guessed: int) -> None:
-        self.both(process, [], successes=1, tokens_owed=owed, guessed=guessed)
+    def settle(self, process: str, owed: int, idle: int) -> None:
+        self.both(process, [], successes=1, tokens_owed=owed, idle=idle)
 
     @precondition(lambda self: self.granted > 2)
-    @rule(process=st.sampled_from(PROCESSES), unused=st.integers(1, 2), late=st.integers(0, 2))
-    def give_back(self, process: str, unused: int, late: int) -> None:
+    @rule(
+        process=st.sampled_from(PROCESSES),
+        unused=st.integers(1, 2),
+        late=st.integers(0, 2),
+        tokens=st.integers(0, 400),
+    )
+    def give_back(self, process: str, unused: int, late: int, tokens: int) -> None:
         self.granted -= unused
-        self.both(process, [], unused=unused, reusable=max(unused - late, 0))
+        ahead = max(unused - late, 0)
+        self.both(
+            process,
+            [],
+            unused=unused,
+            reusable=ahead,
+            reusable_tokens=ahead * tokens,
+            idle=(ahead - unused) * tokens,
+        )
 
     @rule(
         process=st.sampled_from(PROCESSES),
@@ -300,7 +315,7 @@ def test_first_guesses_never_empty_the_providers_second(server: VirtualRedis, si
     bucket.charge(100, server.now)
     server.now += 0.9
     bucket.charge(100, server.now)
-    scripts.ask("a", [], guessed=-1600)
+    scripts.ask("a", [], idle=-1600)
     wants = [size] * (800 // size) + [890, 890]
     while wants:
         for delay, tokens in zip(scripts.ask("a", wants).starts_in, list(wants), strict=False):
@@ -333,7 +348,7 @@ def test_a_first_guess_of_minutes_holds_nobody_up_for_minutes(server: VirtualRed
     assert scripts.ask("a", [100_000]).starts_in
     server.now += 0.5
     assert not scripts.ask("a", [100]).starts_in
-    scripts.ask("a", [], guessed=-99_950)
+    scripts.ask("a", [], idle=-99_950)
     server.now += 0.9
     assert not scripts.ask("a", [100]).starts_in
     server.now += 0.2
@@ -373,22 +388,35 @@ def test_a_large_request_starts_beside_small_ones_that_use_less(server: VirtualR
         assert waited <= 2.0
 
 
-@pytest.mark.parametrize("processes", [2, 8])
-def test_a_process_far_from_redis_gets_its_share_of_tokens(
-    server: VirtualRedis, processes: int
+@pytest.mark.parametrize(
+    ("processes", "distance", "tokens", "limits"),
+    [
+        (2, 0.04, (60, 200), QuotaLimits(tokens_per_minute=60_000)),
+        (8, 0.04, (60, 200), QuotaLimits(tokens_per_minute=60_000)),
+        (20, 0.08, (600, 600), QuotaLimits(tokens_per_minute=60_000)),
+        (2, 0.04, (0, 0), QuotaLimits(requests_per_minute=600)),
+        (8, 0.04, (0, 0), QuotaLimits(requests_per_minute=600)),
+    ],
+)
+def test_a_process_far_from_redis_gets_its_share(
+    server: VirtualRedis,
+    processes: int,
+    distance: float,
+    tokens: tuple[int, int],
+    limits: QuotaLimits,
 ) -> None:
-    """The others hear of room at once and ask at once, this one 40 ms later: they take turns."""
-    scripts = Scripts(server, Quota(name="q", limits=QuotaLimits(tokens_per_minute=60_000)))
+    """The others hear of room at once and ask at once, this one later: they take turns."""
+    scripts = Scripts(server, Quota(name="q", limits=limits))
     draw = random.Random(1)
     begun = server.now
     asks = [(begun, f"p{i}") for i in range(processes)]
     tickets: dict[str, list[float]] = {name: [] for _, name in asks}
-    while asks[0][0] < begun + 120:
+    while asks[0][0] < begun + 240:
         server.now, name = heapq.heappop(asks)
         held = sum(start > server.now for start in tickets[name])
-        reply = scripts.ask(name, [draw.randint(60, 200) for _ in range(8)], held=held)
+        reply = scripts.ask(name, [draw.randint(*tokens) for _ in range(8)], held=held)
         tickets[name] += [server.now + delay for delay in reply.starts_in]
-        away = 0.04 if name == "p0" else 0.001
+        away = distance if name == "p0" else 0.001 + draw.expovariate(1 / 0.003)
         heapq.heappush(asks, (server.now + reply.again_in + away, name))
     far, *near = (len(starts) for starts in tickets.values())
     assert 0.45 <= far / (far + sum(near) / len(near)) <= 0.55
@@ -415,6 +443,79 @@ def test_a_raised_quota_is_used_at_once(server: VirtualRedis) -> None:
     scripts.configure(high)
     server.now += 0.6
     assert scripts.ask("a", [100]).starts_in
+
+
+def test_the_first_answer_after_tokens_were_limited_gives_no_start(server: VirtualRedis) -> None:
+    """Who asks without estimates would get as many as it wants."""
+    scripts = Scripts(server, Quota(name="q", limits=QuotaLimits(requests_per_minute=600)))
+    scripts.ask("a", [1], unaware=True)
+    scripts.configure(Quota(name="q", limits=QuotaLimits(tokens_per_minute=60_000)))
+    server.now += 1
+    reply = scripts.ask("a", [1000] * 50, unaware=True)
+    assert (reply.starts_in, reply.by_tokens, reply.again_in) == ((), True, 0.001)
+    assert len(scripts.ask("a", [1000] * 50).starts_in) == 1
+
+
+def test_a_changed_quota_is_tried_again_on_the_day_that_was_over(server: VirtualRedis) -> None:
+    """Who raised it, or has paid, does not wait for the old one's reset."""
+    scripts = Scripts(server, Quota(name="q"))
+    assert scripts.ask("a", [1], day_exhausted=3600.0).exhausted_until
+    scripts.configure(Quota(name="q", limits=QuotaLimits(requests_per_minute=600)))
+    server.now += 1
+    assert scripts.ask("a", [1]).starts_in
+
+
+def test_what_one_has_no_use_for_goes_to_the_next_at_once(server: VirtualRedis) -> None:
+    """The first in line hears of a free slot, has its share already, and tells the one behind."""
+    scripts = Scripts(server, Quota(name="q", limits=QuotaLimits(max_concurrency=2)))
+    assert scripts.ask("ends", [1]).starts_in
+    assert scripts.ask("first", [1]).starts_in
+    server.now += 0.01
+    assert not scripts.ask("first", [1], in_flight=1).starts_in
+    server.now += 0.01
+    assert not scripts.ask("second", [1]).starts_in
+    with server.client.pubsub(ignore_subscribe_messages=True) as channel:
+        channel.subscribe(scripts.keys[3])
+        channel.get_message(timeout=5)
+        scripts.ask("ends", [])
+        assert channel.get_message(timeout=5)["data"] == b"f:first"
+        server.now += 0.01
+        assert not scripts.ask("first", [1], in_flight=1).starts_in
+        assert channel.get_message(timeout=5)["data"] == b"f:second"
+        assert scripts.ask("second", [1]).starts_in
+
+
+def test_a_question_repeated_after_its_process_was_given_up_counts_once(
+    server: VirtualRedis,
+) -> None:
+    """Redis answered, the answer was lost, and the link was away for longer than the lease."""
+    scripts = Scripts(server, Quota(name="q", limits=QuotaLimits(tokens_per_minute=60_000)))
+    scripts.ask("a", [10])
+    first = scripts.ask("a", [], tokens_owed=30_000, in_flight=1, sequence=7)
+    pass_while_heard(scripts, 12.0)
+    owed = numbers_of(scripts)["tat_t"]
+    assert scripts.ask("a", [], tokens_owed=30_000, in_flight=1, sequence=7) == first
+    assert numbers_of(scripts)["tat_t"] == owed
+
+
+def test_a_redis_that_lost_the_last_cooldown_is_noticed(server: VirtualRedis) -> None:
+    """A copy that was behind took over: whoever knows more says so, and all begins anew, once."""
+    scripts = Scripts(server, Quota(name="q", limits=QuotaLimits(requests_per_minute=600)))
+    scripts.ask("a", [1])
+    scripts.ask("b", [])
+    before = server.client.hget(scripts.keys[0], "live")
+    assert isinstance(before, bytes)
+    server.now += 1
+    known = scripts.ask("a", [], refused=True, retry_after=1.0).generation
+    server.client.hset(scripts.keys[0], "live", before)
+    server.now += 0.001
+    noticed = scripts.ask("a", [1])
+    assert noticed.generation > known
+    assert noticed.starts_in == ()
+    server.now += 3.1
+    again = scripts.ask("a", [1])
+    assert again.generation == noticed.generation
+    assert again.starts_in
 
 
 def test_a_newer_version_may_add_to_the_state_of_a_quota(server: VirtualRedis) -> None:
@@ -561,14 +662,19 @@ def test_a_spent_window_tells_the_quota(server: VirtualRedis) -> None:
     assert numbers_of(scripts)["ceiling"] == pytest.approx(100 / 60, rel=0.1)
 
 
-def test_what_a_cooldown_has_voided_is_not_given_back_again(server: VirtualRedis) -> None:
+@pytest.mark.parametrize(
+    "limits", [QuotaLimits(requests_per_minute=6_000), QuotaLimits(tokens_per_minute=6_000)]
+)
+def test_what_a_cooldown_has_voided_is_not_given_back_again(
+    server: VirtualRedis, limits: QuotaLimits
+) -> None:
     """Tickets returned by a process that has not heard of the cooldown: no burst follows it."""
-    scripts = Scripts(server, Quota(name="q", limits=QuotaLimits(requests_per_minute=6_000)))
+    scripts = Scripts(server, Quota(name="q", limits=limits))
     scripts.ask("a", [1] * 40)
     old = scripts.generation
     scripts.ask("b", [], refused=True, retry_after=1.0)
     new, scripts.generation = scripts.generation, old
-    scripts.ask("a", [], unused=30, reusable=30)
+    scripts.ask("a", [], unused=30, reusable=30, reusable_tokens=30)
     scripts.generation = new
     server.now += 0.9
     starts = microseconds(scripts.ask("a", [1] * 14))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import struct
 
 import pytest
@@ -17,7 +18,7 @@ from batchllm_celery.limiter import (
     RateLimitStrategy,
     policy_from,
 )
-from batchllm_celery.limiter.pending import Pending
+from batchllm_celery.limiter.pending import Pending, Unused
 from batchllm_celery.limiter.wire import Reply, ServerClock
 from batchllm_celery.models import RateLimitConfig, TokenUsage
 
@@ -114,9 +115,8 @@ def test_sums_replace_estimates_by_actual_tokens() -> None:
     pending = Pending()
     usage = TokenUsage(input_tokens=80, output_tokens=70)
     pending.add(permit(), CallOutcome.SUCCEEDED, 11.0, usage)
-    pending.add(permit(), CallOutcome.UNUSED, 11.0)
-    assert (pending.input_tokens, pending.output_tokens) == (-20 - 100, 20 - 50)
-    assert (pending.successes, len(pending.unused)) == (1, 1)
+    pending.add(permit(start=12.0), CallOutcome.UNUSED, 11.0)
+    assert pending.arguments(1, 11.0)[:9] == [1, 1, 0, 1, 1, 100, 50, -20, 20]
 
 
 def test_what_first_guesses_reserved_too_much_is_told_apart() -> None:
@@ -129,15 +129,29 @@ def test_what_first_guesses_reserved_too_much_is_told_apart() -> None:
     assert (pending.input_tokens, pending.output_tokens) == (0, 20)
     pending.add(permit(estimate=guess), CallOutcome.REFUSED, 11.0)
     assert (pending.input_tokens, pending.output_tokens) == (-100, 20 - 50)
-    assert pending.arguments(0, 11.0)[5:9] == [-100, -30, -20, 0]
+    assert pending.arguments(0, 11.0)[7:11] == [-100, -30, -20, 0]
 
 
 def test_of_unused_starts_only_those_ahead_go_to_others() -> None:
-    """A start of the past made up for later would come on top of the rate."""
+    """A start of the past made up for later would come on top of the rate; so would its tokens."""
     pending = Pending()
-    for start in (9.0, 9.9, 10.1):
-        pending.give_back(Estimate(), start, current=True)
-    assert pending.arguments(0, now=10.0)[3:5] == [3, 1]
+    for start, tokens in ((9.0, 100), (9.9, 10), (10.1, 7)):
+        pending.unused.append(Unused(start, 2, Estimate(tokens, 1)))
+    assert pending.arguments(2, now=10.0)[3:11] == [3, 1, 7, 1, 0, 0, -110, -2]
+    assert pending.arguments(3, now=10.0)[3:11] == [3, 0, 0, 0, 0, 0, 0, 0]  # void since
+
+
+@pytest.mark.parametrize(
+    ("seconds", "sent"),
+    [(math.inf, 32 * 86_400 * 10**6), (1e300, 32 * 86_400 * 10**6), (math.nan, -1), (-3.0, -1)],
+)
+def test_a_wait_that_nobody_can_wait_for_is_told_as_one_that_can(seconds: float, sent: int) -> None:
+    """What a user's strategy raises must not break every question after it."""
+    pending = Pending()
+    pending.add(permit(), CallOutcome.REFUSED, 11.0, retry_after=seconds)
+    assert pending.arguments(1, 11.0)[12] == sent
+    pending.add(permit(), CallOutcome.DAY_EXHAUSTED, 11.0, retry_after=seconds)
+    assert pending.arguments(1, 11.0)[14] == max(sent, 0)
 
 
 def test_a_success_of_an_older_generation_is_late() -> None:

@@ -105,7 +105,7 @@ async def test_a_late_ticket_leaves_its_waiter_in_line(stand: Stand) -> None:
     first, second = stand.join(50), stand.join(60)
     stand.fetch([10.1, 10.2], now=10.0)
     stand.line.drop_late(10.2 + LATE + 0.01)
-    assert stand.owed() == -110
+    assert [one.reserved for one in stand.line.pending.unused] == [Estimate(50), Estimate(60)]
     assert stand.ask(10.5).waiters == [first, second]
 
 
