@@ -15,6 +15,7 @@ from batchllm_celery.connection import Connection
 from batchllm_celery.keys import Keys
 from batchllm_celery.limiter import CallOutcome, Estimate, Limiter
 from batchllm_celery.limiter.limiter import ACQUIRE, CONFIGURE, script_fields
+from batchllm_celery.limiter.pending import Pending
 from batchllm_celery.limiter.wire import Reply, pack_question
 from batchllm_celery.models import Quota, QuotaLimits, TokenUsage
 from tests.support import ValkeyServer
@@ -45,13 +46,13 @@ def server_time(url: str) -> None:
                     *script_fields(quota))  # fmt: skip
         sha = client.script_load(ACQUIRE.text)
         head = [4, keys.state, keys.procs, keys.waiting, keys.channel]
-        nothing = [0, 0, 0, 0, 0, 0, 0, 0, 0, -1, -1, 0, -1, 0, 0, 0, 0]
+        nothing = [*Pending().arguments(0, 0.0), 0, 0]
         first = client.evalsha(sha, *head, *pack_question("p1", [0, 0, 0, 0, 0, *nothing], []))
         generation = Reply.parse(first).generation
         for tickets in (1, 16, 200):
             estimates = [ONE] * tickets if name != "requests" else []
-            settled = [generation, tickets, 0, 0, 0, -tickets, tickets, 0, 0]
-            settled += [-1, -1, 0, -1, 0, 0]
+            ended = Pending(generation, tickets, input_tokens=-tickets, output_tokens=tickets)
+            settled = ended.arguments(generation, 0.0)
             measured = []
             for sequence in range(ROUNDS * CALLS):
                 if sequence % CALLS == 0:
