@@ -124,6 +124,8 @@ class OneBatch(RuleBasedStateMachine):
     def begin(self, data: st.DataObject) -> None:
         of, claim = self.pick(data)
         before = self.shot()
+        # Who begins again has made no call meanwhile (its permit went stale), or it was refused.
+        self.unused.discard(claim)
         verdict = self.run(of.begin(claim))
         if verdict is None:
             assert claim.index not in before.done, "a call for an answered item"
