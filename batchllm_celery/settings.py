@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from batchllm_celery.models.names import check_lane, check_namespace
 
 
 def _default_state_dir() -> Path:
@@ -39,7 +40,12 @@ class Settings(BaseSettings):
         prices_file: JSON of user prices that override genai-prices.
     """
 
-    model_config = SettingsConfigDict(env_prefix="BATCHLLM_", extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix="BATCHLLM_",
+        extra="ignore",
+        frozen=True,
+        hide_input_in_errors=True,  # a URL holds a password
+    )
 
     redis_url: str | None = None
     state_dir: Path = Field(default_factory=_default_state_dir)
@@ -63,12 +69,15 @@ class Settings(BaseSettings):
     @field_validator("namespace")
     @classmethod
     def _check_namespace(cls, namespace: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", namespace):
-            raise ValueError(
-                f"namespace {namespace!r} must be 1 to 100 letters, digits, dots, "
-                f"underscores or dashes"
-            )
-        return namespace
+        return check_namespace(namespace)
+
+    @field_validator("queue")
+    @classmethod
+    def _check_queue(cls, queue: str) -> str:
+        for name in queue.split(","):
+            if name.strip():
+                check_lane(name.strip())
+        return queue
 
     @field_validator("redis_url", "app", "openai_base_url", "simulated_url", mode="before")
     @classmethod

@@ -6,6 +6,7 @@ import contextlib
 import shlex
 import shutil
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import dataclass
@@ -162,7 +163,7 @@ def _run(
     except BaseException:
         sink.abandon()
         raise
-    logs = settings.state_dir / "logs" / batch.id
+    logs = _new_log_folder(settings.state_dir, batch.id)
     fleet = Fleet(plan.workers, lambda _: environment_of(settings), log_dir=logs)
     stack.callback(fleet.kill)
     display = open_display(console, quiet=chosen["quiet"])
@@ -218,6 +219,16 @@ def _finish(sink: Sink, end: End) -> None:
     except OutputError:
         if end.failure is None:
             raise
+
+
+def _new_log_folder(state_dir: Path, batch_id: str) -> Path:
+    """A folder that nobody else has, so that removing it removes nothing of anybody else's."""
+    parent = state_dir.expanduser().absolute() / "logs"
+    try:
+        parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f"{batch_id}-", dir=parent))
+    except OSError as error:
+        raise UsageError(f"no logs can be kept in {parent}: {error.strerror}") from error
 
 
 def _kept_logs(logs: Path, fleet: Fleet, end: End) -> str | None:
