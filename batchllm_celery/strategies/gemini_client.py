@@ -17,6 +17,7 @@ from batchllm_celery.errors import FailureKind, ProviderError
 from batchllm_celery.models import TokenUsage
 from batchllm_celery.strategies.base import Opened, ProcessResources
 from batchllm_celery.strategies.failures import kind_of_status, retry_after_of
+from batchllm_celery.strategies.http import bounded_response
 
 #: Sockets beyond the slots: cache calls, and those of cancelled calls that still close.
 SPARE_CONNECTIONS = 16
@@ -66,10 +67,13 @@ async def _open(slots: int, base_url: str | None, api_key: str | None) -> Opened
     # It says "AFC is enabled" for each call, at INFO.
     logging.getLogger("google_genai.models").setLevel(logging.WARNING)
     connector = aiohttp.TCPConnector(limit=slots + SPARE_CONNECTIONS, keepalive_timeout=60)
-    session = aiohttp.ClientSession(connector=connector, trust_env=True)
+    session = aiohttp.ClientSession(
+        connector=connector, trust_env=True, response_class=bounded_response()
+    )
     options = types.HttpOptions(
         base_url=base_url,
         aiohttp_client=session,
+        client_args={"follow_redirects": False},
         # The SDK's retries ignore Retry-After, and hold a slot: the item runner retries.
         retry_options=types.HttpRetryOptions(attempts=1),
     )
