@@ -9,6 +9,7 @@ from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from batchllm_celery.models.names import check_lane, check_namespace
+from batchllm_celery.redaction import keep_secrets_in
 
 
 def _default_state_dir() -> Path:
@@ -83,6 +84,12 @@ class Settings(BaseSettings):
     @classmethod
     def _empty_is_absent(cls, value: str | None) -> str | None:
         return value or None
+
+    @field_validator("redis_url", "openai_base_url", "simulated_url")
+    @classmethod
+    def _keep_secrets(cls, url: str | None) -> str | None:
+        keep_secrets_in(url)
+        return url
 
     @property
     def queues(self) -> list[str]:

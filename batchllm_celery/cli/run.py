@@ -17,7 +17,7 @@ import click
 from rich.console import Console
 
 from batchllm_celery.cli import exit_codes, job, options
-from batchllm_celery.cli.console import log_to, print_json, to_stderr, to_stdout
+from batchllm_celery.cli.console import log_to, print_json, say, to_stderr, to_stdout
 from batchllm_celery.cli.fleet import Fleet, SimulatedProviderProcess, environment_of
 from batchllm_celery.cli.inputs import STDIN, Rows, check_all, spooled
 from batchllm_celery.cli.outfile import OutputError, ResultFile, Sink, check_out, open_sink
@@ -27,6 +27,7 @@ from batchllm_celery.cli.summary import Summary, exit_code, print_summary
 from batchllm_celery.errors import InputError, UsageError
 from batchllm_celery.events import Events
 from batchllm_celery.models import BatchSpec, Quota, StrategySpec
+from batchllm_celery.redaction import safe_url, without_secrets
 from batchllm_celery.settings import Settings
 
 if TYPE_CHECKING:
@@ -284,7 +285,7 @@ def _code(end: End) -> int:
 
 
 def resume_command(batch_id: str, arguments: list[str]) -> str:
-    """The command that was typed, with the batch's id."""
+    """The command that was typed, with the batch's id and without the passwords of its URLs."""
     kept, skip = [], False
     for argument in arguments:
         if skip:
@@ -292,14 +293,21 @@ def resume_command(batch_id: str, arguments: list[str]) -> str:
         elif argument == "--batch-id":
             skip = True
         elif argument != "--overwrite" and not argument.startswith("--batch-id="):
-            kept.append(argument)
+            kept.append(_without_password(argument))
     return shlex.join(["batchllm", *kept, "--batch-id", batch_id])
+
+
+def _without_password(argument: str) -> str:
+    option, equals, value = argument.partition("=")
+    if not option.startswith("--"):
+        option, equals, value = "", "", argument
+    return option + equals + without_secrets(safe_url(value) if "://" in value else value)
 
 
 def _report(summary: Summary, end: End, chosen: dict[str, Any]) -> None:
     if end.failure is not None:
         text = " ".join(str(end.failure).split()) or type(end.failure).__name__
-        click.echo(f"Error: {text}", err=True)
+        say(f"Error: {text}")
     if chosen["as_json"]:
         print_json(summary.to_json())
     if chosen["quiet"] and not summary.resume:

@@ -16,9 +16,9 @@ from redis.asyncio.client import PubSub
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from batchllm_celery.connection.urls import safe_url
 from batchllm_celery.errors import RedisUnavailableError, UsageError, describe
 from batchllm_celery.events import ConnectionLost, ConnectionRestored, Events
+from batchllm_celery.redaction import safe_url
 
 T = TypeVar("T")
 

@@ -15,6 +15,7 @@ from zoneinfo import ZoneInfo
 
 from batchllm_celery.errors import FailureKind, ProviderError
 from batchllm_celery.models import TokenUsage
+from batchllm_celery.redaction import keep_secret
 from batchllm_celery.strategies.base import Opened, ProcessResources
 from batchllm_celery.strategies.failures import kind_of_status, retry_after_of
 from batchllm_celery.strategies.http import bounded_response
@@ -85,6 +86,8 @@ async def _open(slots: int, base_url: str | None, api_key: str | None) -> Opened
             "no Gemini API key: set GEMINI_API_KEY (get one at https://aistudio.google.com/apikey)",
             kind=FailureKind.AUTHENTICATION,
         ) from error
+
+    keep_secret(account_of(client)[-1])
 
     async def close() -> None:
         await client.aio.aclose()

@@ -8,9 +8,10 @@ from __future__ import annotations
 import importlib
 from functools import cache
 from typing import Any
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urljoin
 
 from batchllm_celery.errors import FailureKind, ProviderError
+from batchllm_celery.redaction import host_of
 
 #: Bytes of one answer, decompressed. Text answers stay under 1 MiB; images come in a few.
 MOST_BYTES = 64 * 1024 * 1024
@@ -25,10 +26,9 @@ def refuse_redirect(status: int, url: str, location: str | None) -> None:
     """
     if not 300 <= status < 400 or not location:
         return
-    target = urlsplit(urljoin(url, location))
-    place = f"{target.scheme}://{target.netloc.rpartition('@')[2]}"
+    host = host_of(urljoin(url, location))
     raise ProviderError(
-        f"{status}: the server redirects to {place}, which is not followed: nothing was sent "
+        f"{status}: the server redirects to {host}, which is not followed: nothing was sent "
         "there. If that is the right host, name it as the base URL",
         kind=FailureKind.INVALID_REQUEST,
         status=status,

@@ -12,6 +12,7 @@ from typing import Any
 
 from batchllm_celery.errors import FailureKind, ProviderError, UsageError
 from batchllm_celery.models import TokenUsage
+from batchllm_celery.redaction import keep_secret, keep_secrets_in
 from batchllm_celery.strategies.base import Opened, ProcessResources
 from batchllm_celery.strategies.failures import kind_of_status, retry_after_of
 from batchllm_celery.strategies.http import bounded_client
@@ -50,6 +51,8 @@ async def open_client(
 async def _open(slots: int, base_url: str | None, api_key: str | None) -> Opened[Any]:
     openai = await asyncio.to_thread(import_openai)
     key = api_key or os.environ.get("OPENAI_API_KEY")
+    keep_secret(key)
+    keep_secrets_in(base_url or os.environ.get("OPENAI_BASE_URL"))
     if not key and not (base_url or os.environ.get("OPENAI_BASE_URL")):
         raise ProviderError(
             "no OpenAI API key: set OPENAI_API_KEY "

@@ -21,6 +21,7 @@ from batchllm_celery.errors import StrategyNotFoundError, UsageError, describe
 from batchllm_celery.events import StrategyPrepared
 from batchllm_celery.models import StrategySpec
 from batchllm_celery.models.names import as_label, check_label
+from batchllm_celery.redaction import keep_secrets_of
 from batchllm_celery.strategies.base import LLMCallStrategy, ProcessResources, close_quietly
 
 #: Strategies built from names that a process keeps open; of more, idle ones are closed. A fleet has
@@ -66,6 +67,7 @@ class Registration:
             raise UsageError(
                 f"strategy {self.name!r}: {error}; it takes {_parameters(self.factory)}"
             ) from error
+        keep_secrets_of(spec.params)
         try:
             built = self.factory(**spec.params)
         except UsageError:
