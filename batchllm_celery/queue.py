@@ -15,7 +15,7 @@ from kombu import Queue
 from kombu.exceptions import OperationalError
 from kombu.utils.uuid import uuid
 
-from batchllm_celery.connection import broker_url
+from batchllm_celery.connection import broker_tls, broker_url
 from batchllm_celery.settings import Settings
 
 logger = logging.getLogger("batchllm_celery")
@@ -37,11 +37,33 @@ POOL: Final = "batchllm_celery.worker.pool:AsyncioPool"
 VISIBILITY_TIMEOUT_SECONDS: Final = 120
 
 
+class _FleetApp(Celery):
+    """Its messages go to the Redis of its ledger. Plain Celery lets CELERY_BROKER_URL (also set by
+    `celery -b`) win, and the messages would travel where nobody looks for them."""
+
+    fleet_broker: str
+
+    def connection(self, hostname: Any = None, *args: Any, **options: Any) -> Any:
+        return super().connection(hostname or self.fleet_broker, *args, **options)
+
+    def connection_for_read(self, url: Any = None, **options: Any) -> Any:
+        return super().connection_for_read(url or self.fleet_broker, **options)
+
+    def connection_for_write(self, url: Any = None, **options: Any) -> Any:
+        return super().connection_for_write(url or self.fleet_broker, **options)
+
+
 def make_app(settings: Settings, url: str) -> Celery:
-    """The Celery app of a fleet on the Redis at `url`; a worker installs the tasks."""
-    app = Celery("batchllm", set_as_current=False, amqp=AMQP)
+    """The Celery app of a fleet on the Redis at `url`; a worker installs the tasks.
+
+    Raises:
+        UsageError: for a URL that redis-py and kombu would not read alike.
+    """
+    app = _FleetApp("batchllm", set_as_current=False, amqp=AMQP)
+    app.fleet_broker = broker_url(url)
     app.conf.update(
-        broker_url=broker_url(url),
+        broker_url=app.fleet_broker,
+        broker_use_ssl=broker_tls(url),
         broker_transport_options=_transport_options(settings),
         broker_connection_retry_on_startup=True,
         task_default_queue=DEFAULT_QUEUE,

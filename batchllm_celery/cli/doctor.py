@@ -123,9 +123,11 @@ def _redis(settings: Settings) -> Iterator[Finding]:
 def _server(producer: Producer, settings: Settings) -> Iterator[Finding]:
     import redis
 
-    from batchllm_celery.connection import safe_url
+    from batchllm_celery.connection import client_url, safe_url
 
-    with redis.Redis.from_url(producer.url, decode_responses=True, socket_timeout=3.0) as client:
+    with redis.Redis.from_url(
+        client_url(producer.url), decode_responses=True, socket_timeout=3.0
+    ) as client:
         info: dict[str, Any] = client.info()
     kind = "Valkey" if info.get("server_name") == "valkey" else "Redis"
     version = info.get("valkey_version") or info.get("redis_version")

@@ -3,7 +3,15 @@
 from batchllm_celery.connection.coalescer import Coalescer
 from batchllm_celery.connection.redis_connection import Connection
 from batchllm_celery.connection.scripts import Script
-from batchllm_celery.connection.urls import broker_url
+from batchllm_celery.connection.urls import broker_tls, broker_url, client_url
 from batchllm_celery.redaction import safe_url
 
-__all__ = ["Coalescer", "Connection", "Script", "broker_url", "safe_url"]
+__all__ = [
+    "Coalescer",
+    "Connection",
+    "Script",
+    "broker_tls",
+    "broker_url",
+    "client_url",
+    "safe_url",
+]

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 import random
+import ssl
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Self, TypeVar
@@ -16,7 +17,8 @@ from redis.asyncio.client import PubSub
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from batchllm_celery.errors import RedisUnavailableError, UsageError, describe
+from batchllm_celery.connection.urls import client_url
+from batchllm_celery.errors import RedisUnavailableError, describe
 from batchllm_celery.events import ConnectionLost, ConnectionRestored, Events
 from batchllm_celery.redaction import safe_url
 
@@ -151,9 +153,9 @@ def passes_by_itself(error: Exception) -> bool:
 def _client(
     url: str, max_connections: int, socket_timeout: float | None, connect_timeout: float
 ) -> Redis:
-    try:
-        pool = BlockingConnectionPool.from_url(
-            url,
+    return Redis.from_pool(
+        BlockingConnectionPool.from_url(
+            client_url(url),
             max_connections=max_connections,
             timeout=None,  # each command is bounded; a queue for sockets is not a failure
             socket_timeout=socket_timeout,
@@ -162,15 +164,14 @@ def _client(
             # RESP2 answers alike from every redis-py we support, and connects in one step.
             protocol=2,
         )
-    except ValueError as error:
-        raise UsageError(
-            f"{safe_url(url)!r} is not a Redis URL: it must begin with redis://, rediss:// or unix://"
-        ) from error
-    return Redis.from_pool(pool)
+    )
 
 
 def _reason(error: BaseException) -> str:
     cause = error.__cause__ or error.__context__
+    if isinstance(cause, ssl.SSLError):  # its number is one of OpenSSL's, not the system's
+        why = getattr(cause, "verify_message", "") or cause.reason or str(cause)
+        return f"TLS failed: {why}"
     number = getattr(cause, "errno", None)
     if isinstance(cause, OSError) and number and number in errno.errorcode:
         return os.strerror(number)

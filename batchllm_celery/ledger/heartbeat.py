@@ -17,6 +17,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from batchllm_celery.connection import client_url
 from batchllm_celery.errors import describe
 from batchllm_celery.keys import Keys
 from batchllm_celery.ledger import scripts
@@ -111,7 +112,7 @@ class Heartbeat:
 
     def _connect(self) -> redis.Redis:
         return redis.Redis.from_url(
-            self._url,
+            client_url(self._url),
             socket_timeout=TIMEOUT,
             socket_connect_timeout=TIMEOUT,
             retry=Retry(NoBackoff(), 0),

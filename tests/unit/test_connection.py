@@ -40,7 +40,7 @@ def test_a_url_is_shown_without_its_password(url: str, shown: str) -> None:
     ("url", "celerys"),
     [
         ("redis://:pw@host:6379/3", "redis://:pw@host:6379/3"),
-        ("rediss://host", "rediss://host"),
+        ("rediss://host", "rediss://host:6379/0"),
         ("unix:///run/v.sock", "redis+socket:///run/v.sock?virtual_host=0"),
         ("unix:///run/v.sock?db=2", "redis+socket:///run/v.sock?virtual_host=2"),
         ("unix://:pw@/run/v.sock", "redis+socket://:pw@/run/v.sock?virtual_host=0"),
