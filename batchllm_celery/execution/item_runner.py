@@ -576,6 +576,10 @@ def _as_json(completion: Completion[Any]) -> Completion[Any] | Failure:
     return Completion(output, completion.usage, metadata)
 
 
+#: Of an integer in an output: Python, like most, reads no longer one (4,300 digits) from JSON.
+MOST_INT_BITS = 14_000
+
+
 def json_form(value: Any) -> Any:
     """`value` as plain JSON types: pydantic models and dataclasses become objects, NaN null, and
     half a surrogate pair (which no file can hold) a question mark.
@@ -583,7 +587,7 @@ def json_form(value: Any) -> Any:
     Raises:
         ValueError: if it has no JSON form (PydanticSerializationError is one).
     """
-    if value is None or isinstance(value, bool | int):
+    if value is None or (isinstance(value, int) and value.bit_length() <= MOST_INT_BITS):
         return value
     if type(value) is str and value.isascii():
         return value

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import time
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any, TypeAlias
 
+import regex
 from pydantic import BaseModel, ValidationError
 
 from batchllm_celery.errors import FailureKind, ProviderError, UsageError
@@ -26,10 +28,16 @@ Schema: TypeAlias = type[BaseModel] | Mapping[str, Any]
 #: Where `RetryState` keeps what was wrong with the previous answer.
 FEEDBACK = "validation_feedback"
 
-_FENCE = re.compile(r"```[\w-]*\s*\n?(.*?)```", re.DOTALL)
+_FENCE = "```"
+_LANGUAGE = re.compile(r"[\w-]*")
+_START = re.compile(r"[{\[]")
 _NOT_JSON = (ValueError, RecursionError)  # the latter: brackets nested without end
 _MOST_STARTS = 100  # a broken answer of a million braces must not cost a million scans
+_MOST_READ = 10  # nor one with a hundred openings a hundred times its length
 _MOST_ERRORS = 5
+#: Seconds that the patterns of a schema may take on one answer: some are never done with some
+#: texts, and whoever runs them can do nothing else meanwhile.
+PATTERN_SECONDS = 0.5
 
 
 class OutputSchema:
@@ -41,6 +49,7 @@ class OutputSchema:
 
     def __init__(self, schema: Schema) -> None:
         self.model = schema if isinstance(schema, type) and issubclass(schema, BaseModel) else None
+        self._patterns_until = 0.0
         if self.model is not None:
             self.json_schema: dict[str, Any] = self.model.model_json_schema()
         elif isinstance(schema, Mapping):
@@ -64,6 +73,7 @@ class OutputSchema:
             ProviderError: of kind `validation`; says what is wrong, never quotes the answer.
         """
         problem = None
+        self._patterns_until = time.monotonic() + PATTERN_SECONDS
         for value in json_values(text):
             found = self._problem(value)
             if found is None:
@@ -90,22 +100,74 @@ class OutputSchema:
     def _schema_problem(self, value: Any) -> str | None:
         # jsonschema's own messages quote the answer; path and rule say as much.
         errors = self._validator.iter_errors(value)
-        return _list_problems(
-            (error.absolute_path, f"must satisfy {_rule(error)}") for error in errors
-        )
+        try:
+            return _list_problems(
+                (error.absolute_path, f"must satisfy {_rule(error)}") for error in errors
+            )
+        except TimeoutError:
+            return f"a pattern of the schema was not done with it within {PATTERN_SECONDS:g} s"
 
     @cached_property
     def _validator(self) -> Any:
         validators = importlib.import_module("jsonschema.validators")
         draft = validators.validator_for(self.json_schema, validators.Draft202012Validator)
-        return draft(self.json_schema)
+        additional = draft.VALIDATORS.get("additionalProperties")
+        search = self._search
+
+        def pattern(validator: Any, pattern: str, instance: Any, schema: Any) -> Iterator[Any]:
+            if validator.is_type(instance, "string") and not search(pattern, instance):
+                yield _error(f"{instance!r} does not match {pattern!r}")
+
+        def by_pattern(validator: Any, by: Any, instance: Any, schema: Any) -> Iterator[Any]:
+            for key, value in instance.items() if validator.is_type(instance, "object") else ():
+                for wanted, part in by.items():
+                    if search(wanted, key):
+                        yield from validator.descend(value, part, path=key, schema_path=wanted)
+
+        def others(validator: Any, rule: Any, instance: Any, schema: Any) -> Iterator[Any]:
+            if validator.is_type(instance, "object"):
+                known, patterns = schema.get("properties", {}), schema.get("patternProperties", {})
+                left = {
+                    key: value
+                    for key, value in instance.items()
+                    if key not in known and not any(search(one, key) for one in patterns)
+                }
+                yield from additional(validator, rule, left, {})
+
+        bounded = validators.extend(
+            draft,
+            {"pattern": pattern, "patternProperties": by_pattern, "additionalProperties": others},
+        )
+        # With "$schema" in it, a reference to the root would bring the unbounded validator back.
+        return bounded({key: part for key, part in self.json_schema.items() if key != "$schema"})
+
+    def _search(self, pattern: str, text: str) -> bool:
+        """Whether the pattern is found; by an engine that can be stopped, unlike `re`.
+
+        Raises:
+            TimeoutError: the answer's time for patterns is over.
+        """
+        left = self._patterns_until - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        return regex.search(pattern, text, timeout=left) is not None
 
     def _check_schema(self) -> None:
         try:
             self._validator.check_schema(self.json_schema)
+            words = json.dumps(self.json_schema, default=str)
         except importlib.import_module("jsonschema").SchemaError as error:
             path = ".".join(str(part) for part in error.absolute_path) or "its top level"
             raise UsageError(f"not a valid JSON Schema at {path}: {error.message}") from error
+        if '"unevaluatedProperties":' in words and '"patternProperties":' in words:
+            raise UsageError(
+                "unevaluatedProperties can't be checked beside patternProperties; "
+                "use additionalProperties"
+            )
+
+
+def _error(message: str) -> Any:
+    return importlib.import_module("jsonschema").ValidationError(message)
 
 
 def _rule(error: Any) -> str:
@@ -134,24 +196,26 @@ def json_values(text: str) -> Iterator[Any]:
 
 
 def _fenced_values(text: str) -> Iterator[Any]:
-    for match in _FENCE.finditer(text):
+    parts = text.split(_FENCE)
+    for block in parts[1:-1:2]:  # what stands between two fences
         try:
-            yield json.loads(match.group(1))
+            yield json.loads(_LANGUAGE.sub("", block, count=1))
         except _NOT_JSON:
             continue
 
 
 def _embedded_values(text: str) -> Iterator[Any]:
     decoder = json.JSONDecoder()
-    position = 0
+    position, read = 0, 0
     for _ in range(_MOST_STARTS):
-        start = re.compile(r"[{\[]").search(text, position)
-        if start is None:
+        start = _START.search(text, position)
+        if start is None or read > _MOST_READ * len(text):
             return
         try:
             value, position = decoder.raw_decode(text, start.start())
-        except _NOT_JSON:
+        except _NOT_JSON as error:
             position = start.end()
+            read += getattr(error, "pos", position) - start.start()
         else:
             yield value
 

@@ -132,3 +132,85 @@ async def test_other_failures_leave_no_feedback() -> None:
     await strategy.on_error(TimeoutError("late"), 1, None)
     assert not state
     assert as_completion(await strategy.execute("x", 1, 9, None)).output["age"] == 36
+
+
+HARD = "^(a|aa)+$"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "```json" + "\n" * 100_000,
+        "```" * 50_000,
+        "```json\n" + "{" * 50_000 + "```",
+        "[" * 99 + "1," * 300_000,
+        '{"a": "' * 100 + "x" * 500_000,
+        "{" * 200_000,
+    ],
+)
+def test_an_answer_that_is_hard_to_read_takes_no_time(text: str) -> None:
+    """Work grows with the length of the answer only."""
+    started = time.process_time()
+    with pytest.raises(ProviderError):
+        OutputSchema({"type": "object", "required": ["never"]}).parse(text)
+    assert time.process_time() - started < 3
+
+
+@pytest.mark.parametrize(
+    ("schema", "answer"),
+    [
+        ({"type": "string", "pattern": HARD}, f'"{"a" * 40}!"'),
+        ({"patternProperties": {HARD: {"type": "string"}}}, f'{{"{"a" * 40}!": 1}}'),
+        (
+            {"patternProperties": {HARD: {}}, "additionalProperties": False},
+            f'{{"{"a" * 40}!": 1}}',
+        ),
+        ({"propertyNames": {"pattern": HARD}}, f'{{"{"a" * 40}!": 1}}'),
+        ({"items": {"pattern": HARD}}, "[" + ",".join([f'"{"a" * 40}!"'] * 50) + "]"),
+        (
+            {
+                "$schema": "http://json-schema.org/draft-07/schema#",
+                "properties": {"a": {"$ref": "#"}},
+                "pattern": HARD,
+            },
+            f'{{"a": "{"a" * 40}!"}}',
+        ),
+        ({"type": "string", "pattern": "^(a+)+$"}, f'"{"a" * 32}!"'),
+        ({"type": "string", "pattern": "(x+x+)+y"}, f'"{"x" * 5_000}"'),
+    ],
+)
+def test_a_pattern_that_is_never_done_is_given_up(schema: dict[str, Any], answer: str) -> None:
+    """Wherever a schema may hold one; or its engine finds that there is no match at once."""
+    started = time.process_time()
+    with pytest.raises(ProviderError) as refused:
+        OutputSchema(schema).parse(answer)
+    assert refused.value.kind is FailureKind.VALIDATION
+    assert "a" * 30 not in str(refused.value)
+    assert time.process_time() - started < 5
+
+
+@pytest.mark.parametrize(
+    ("schema", "good", "bad"),
+    [
+        ({"pattern": "^[a-z]+$"}, '"abc"', '"ABC"'),
+        ({"pattern": "b"}, '"abc"', '"ac"'),
+        ({"pattern": "b"}, "7", None),
+        ({"patternProperties": {"^n_": {"type": "integer"}}}, '{"n_a": 1, "x": "y"}',
+         '{"n_a": "1"}'),
+        ({"properties": {"a": {}}, "additionalProperties": False}, '{"a": 1}', '{"b": 1}'),
+        ({"patternProperties": {"^n_": {}}, "additionalProperties": {"type": "string"}},
+         '{"n_a": 1, "x": "y"}', '{"x": 1}'),
+    ],
+)  # fmt: skip
+def test_patterns_mean_what_they_meant(schema: dict[str, Any], good: str, bad: str | None) -> None:
+    """The engine that can be stopped decides as JSON Schema says."""
+    OutputSchema(schema).parse(good)
+    if bad is not None:
+        with pytest.raises(ProviderError):
+            OutputSchema(schema).parse(bad)
+
+
+def test_what_could_not_be_bounded_is_refused_beforehand() -> None:
+    """A schema that jsonschema checks with patterns of its own."""
+    with pytest.raises(UsageError, match="unevaluatedProperties"):
+        OutputSchema({"patternProperties": {HARD: {}}, "unevaluatedProperties": False})
