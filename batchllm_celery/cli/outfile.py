@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol, cast
 
 from batchllm_celery.errors import UsageError
+from batchllm_celery.redaction import printable_json
 
 #: `WorkItemResult.to_json` begins so; other lines are parsed in full.
 _START = re.compile(rb'\{"item_id": "(?:[^"\\]|\\.)*", "index": (\d+),')
@@ -135,10 +136,14 @@ class StreamSink:
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
+        self._to_a_person = stream.isatty()
         self._receipt: str | None = None
 
     def write(self, results: Sequence[Delivered]) -> None:
-        self._stream.write(b"".join(to_line(result.line) for result in results))
+        lines = b"".join(to_line(result.line) for result in results)
+        if self._to_a_person:  # a terminal obeys what may stand in an answer
+            lines = printable_json(lines.decode()).encode()
+        self._stream.write(lines)
         if results:
             self._receipt = results[-1].receipt
 

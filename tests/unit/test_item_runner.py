@@ -688,12 +688,17 @@ async def test_outputs_leave_as_json(output: Any, expected: Any) -> None:
     assert (await Bench().result(Scripted((output, {})))).output == expected
 
 
-async def test_an_output_without_json_form_fails_the_item_with_its_tokens() -> None:
+@pytest.mark.parametrize(
+    "output",
+    [object(), 10**5000, -(10**5000), {"a": [10**5000]}],
+    ids=["object", "huge", "negative", "nested"],
+)
+async def test_an_output_without_json_form_fails_the_item_with_its_tokens(output: Any) -> None:
     """It was paid for, and must not be delivered again for ever."""
-    result = await Bench().result(Scripted((object(), FIFTEEN)))
+    result = await Bench().result(Scripted((output, FIFTEEN)))
     assert result.error_kind is FailureKind.LOGIC_ERROR
     assert result.error is not None
-    assert result.error.startswith("TypeError: output of type object")
+    assert result.error.startswith(f"TypeError: output of type {type(output).__name__}")
     assert result.token_usage.total_tokens == 15
     assert result.output is None
 
