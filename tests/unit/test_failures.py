@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import socket
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -151,6 +152,16 @@ def test_retry_after_is_read_in_every_form(headers: dict[str, str], seconds: flo
     """Milliseconds are the finer word; nonsense counts as absent."""
     assert retry_after_of(headers) == seconds
     assert classify(StatusError(429, headers=headers)).retry_after == seconds
+
+
+@pytest.mark.parametrize(
+    ("told", "seconds"),
+    [(2.5, 2.5), (None, None), (math.inf, None), (math.nan, None), (-1.0, None)],
+)
+def test_a_wait_that_is_none_is_not_told(told: float | None, seconds: float | None) -> None:
+    """Whatever a user's strategy has computed."""
+    error = ProviderError("busy", kind=FailureKind.OVERLOADED, retry_after=told)
+    assert classify(error).retry_after == seconds
 
 
 def test_retry_after_may_be_a_date() -> None:
