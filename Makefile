@@ -70,7 +70,7 @@ wheel: $(STAMP)
 
 lock:
 	$(UV) pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
-		--no-emit-find-links --all-extras --no-header pyproject.toml -o requirements.lock
+		--no-emit-find-links --all-extras --no-strip-extras --no-header pyproject.toml -o requirements.lock
 
 clean:
 	rm -rf demo dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

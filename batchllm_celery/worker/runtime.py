@@ -11,7 +11,6 @@ import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from batchllm_celery.connection import Connection
@@ -32,6 +31,7 @@ from batchllm_celery.models import (
 from batchllm_celery.settings import Settings
 from batchllm_celery.strategies import LLMCallStrategy, ProcessResources, Registry
 from batchllm_celery.worker.slots import Slots
+from batchllm_celery.worker.startup import ready_file, touch_forever
 
 logger = logging.getLogger("batchllm_celery")
 
@@ -248,7 +248,8 @@ class Runtime:
         self._start_heartbeat(parts, keys)
         self._in_background(parts, self._offer_loop())
         if settings.heartbeat_file is not None:
-            self._in_background(parts, self._touch_loop(settings.heartbeat_file))
+            file, interval = ready_file(settings.heartbeat_file), settings.heartbeat_seconds
+            self._in_background(parts, touch_forever(file, interval, self._has_redis))
 
     def _start_heartbeat(self, parts: contextlib.AsyncExitStack, keys: Keys) -> None:
         loop = asyncio.get_running_loop()
@@ -561,10 +562,6 @@ class Runtime:
                 some = indexes[first : first + OFFERED_PER_TASK]
                 await asyncio.to_thread(self._publish, batch_id, some, queue, priority)
 
-    async def _touch_loop(self, path: Path) -> None:
-        """Tell a probe that the loop turns and that Redis has answered lately."""
-        while True:
-            age = time.monotonic() - self._heartbeat.last_beat
-            if age < self.settings.lease_seconds:
-                path.touch()  # noqa: ASYNC240 - microseconds, once a second
-            await asyncio.sleep(self.settings.heartbeat_seconds)
+    def _has_redis(self) -> bool:
+        """Whether Redis has answered lately."""
+        return time.monotonic() - self._heartbeat.last_beat < self.settings.lease_seconds
