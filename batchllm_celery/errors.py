@@ -21,6 +21,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import StrEnum
 
+from batchllm_celery.redaction import printable, without_secrets
+
 #: How much of an exception's text an error message keeps, everywhere.
 ERROR_MESSAGE_MAX_LENGTH = 200
 
@@ -52,8 +54,15 @@ class FailureKind(StrEnum):
 
 
 def describe(error: BaseException) -> str:
-    """`Type: message`, with the message cut to `ERROR_MESSAGE_MAX_LENGTH` characters."""
-    return f"{type(error).__name__}: {str(error)[:ERROR_MESSAGE_MAX_LENGTH]}"
+    """`Type: message`, with secrets blanked and the message cut to `ERROR_MESSAGE_MAX_LENGTH`."""
+    return f"{type(error).__name__}: {shown_message(str(error))}"
+
+
+def shown_message(message: str) -> str:
+    """A foreign message as a result, a log or a terminal may hold it: without secrets and control
+    characters, cut to `ERROR_MESSAGE_MAX_LENGTH`."""
+    # Blanked before the cut, which could leave half a key; a megabyte of it needs no look.
+    return printable(without_secrets(message[:10_000]))[:ERROR_MESSAGE_MAX_LENGTH]
 
 
 class BatchLLMError(Exception):

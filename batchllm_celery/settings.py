@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from batchllm_celery.models.names import check_lane, check_namespace
+from batchllm_celery.redaction import keep_secrets_in
 
 
 def _default_state_dir() -> Path:
@@ -40,7 +42,12 @@ class Settings(BaseSettings):
         prices_file: JSON of user prices that override genai-prices.
     """
 
-    model_config = SettingsConfigDict(env_prefix="BATCHLLM_", extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix="BATCHLLM_",
+        extra="ignore",
+        frozen=True,
+        hide_input_in_errors=True,  # a URL holds a password
+    )
 
     redis_url: str | None = None
     state_dir: Path = Field(default_factory=_default_state_dir)
@@ -64,17 +71,26 @@ class Settings(BaseSettings):
     @field_validator("namespace")
     @classmethod
     def _check_namespace(cls, namespace: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", namespace):
-            raise ValueError(
-                f"namespace {namespace!r} must be 1 to 100 letters, digits, dots, "
-                f"underscores or dashes"
-            )
-        return namespace
+        return check_namespace(namespace)
+
+    @field_validator("queue")
+    @classmethod
+    def _check_queue(cls, queue: str) -> str:
+        for name in queue.split(","):
+            if name.strip():
+                check_lane(name.strip())
+        return queue
 
     @field_validator("redis_url", "app", "openai_base_url", "simulated_url", mode="before")
     @classmethod
     def _empty_is_absent(cls, value: str | None) -> str | None:
         return value or None
+
+    @field_validator("redis_url", "openai_base_url", "simulated_url")
+    @classmethod
+    def _keep_secrets(cls, url: str | None) -> str | None:
+        keep_secrets_in(url)
+        return url
 
     @property
     def queues(self) -> list[str]:

@@ -83,6 +83,10 @@ def worker_arguments(name: str, *, loglevel: str = "INFO") -> list[str]:
     ]
 
 
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o600)
+
+
 @dataclass(slots=True)
 class _Worker:
     number: int
@@ -158,8 +162,8 @@ class Fleet:
         if self.log_dir is None:
             yield None
             return
-        self.log_dir.mkdir(parents=True, exist_ok=True)
-        with self._log_file(worker).open("ab") as log:
+        self.log_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with open(self._log_file(worker), "ab", opener=_open_private) as log:
             worker.log_start = log.tell()
             yield log
 

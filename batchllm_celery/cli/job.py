@@ -26,6 +26,7 @@ from batchllm_celery.models import (
     RetryConfig,
     StrategySpec,
 )
+from batchllm_celery.models.names import as_label, check_batch_id, check_label
 from batchllm_celery.settings import Settings
 
 Options = Mapping[str, Any]
@@ -68,6 +69,7 @@ def strategy_of(options: Options) -> StrategySpec:
     if model and name:
         raise UsageError("--model and --strategy exclude each other; give one of them")
     if name:
+        check_label(name, "--strategy")
         return StrategySpec(name=name, params=_params(options) | _strategy_extras(options))
     if not model:
         raise UsageError("say what answers: --model PROVIDER:NAME, or --strategy NAME --app MODULE")
@@ -212,8 +214,13 @@ def quota_of(options: Options, default_name: str) -> Quota | None:
     limits = limits_of(options)
     if not limits.given() and not options.get("after_429"):
         return None
-    name = options.get("quota") or default_name
+    name = _quota_name(options, default_name)
     return Quota(name=name, limits=limits, policy=policy_of(options.get("after_429")))
+
+
+def _quota_name(options: Options, default: str) -> str:
+    name = options.get("quota")
+    return default if name is None else check_label(name, "--quota")
 
 
 def default_quota_name(spec: StrategySpec) -> str:
@@ -221,7 +228,7 @@ def default_quota_name(spec: StrategySpec) -> str:
     from batchllm_celery.strategies import catalog
 
     known = catalog.lookup(spec.name).quota_for(spec) if spec.name in catalog else None
-    return known or spec.name
+    return as_label(known or spec.name)
 
 
 def model_name(spec: StrategySpec) -> str | None:
@@ -275,15 +282,12 @@ def spec_of(
     Raises:
         UsageError: (or pydantic's) for an id or a bound that can't be.
     """
-    batch_id = options.get("batch_id") or batch_id_for(source)
-    if not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", batch_id):
-        raise UsageError(
-            f"--batch-id {batch_id!r} must be 1 to 100 letters, digits, dots, underscores or dashes"
-        )
+    batch_id = options.get("batch_id")
+    batch_id = batch_id_for(source) if batch_id is None else check_batch_id(batch_id, "--batch-id")
     return BatchSpec(
         batch_id=batch_id,
         strategy=strategy,
-        quota=options.get("quota") or default_quota_name(strategy),
+        quota=_quota_name(options, default_quota_name(strategy)),
         config=config_of(options),
         queue=options.get("queue") or queue or f"run.{batch_id}",
         priority=options.get("priority") or 0,

@@ -6,6 +6,7 @@ import contextlib
 import shlex
 import shutil
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import click
 from rich.console import Console
 
 from batchllm_celery.cli import exit_codes, job, options
-from batchllm_celery.cli.console import log_to, print_json, to_stderr, to_stdout
+from batchllm_celery.cli.console import log_to, print_json, say, to_stderr, to_stdout
 from batchllm_celery.cli.fleet import Fleet, SimulatedProviderProcess, environment_of
 from batchllm_celery.cli.inputs import STDIN, Rows, check_all, spooled
 from batchllm_celery.cli.outfile import OutputError, ResultFile, Sink, check_out, open_sink
@@ -26,6 +27,7 @@ from batchllm_celery.cli.summary import Summary, exit_code, print_summary
 from batchllm_celery.errors import InputError, UsageError
 from batchllm_celery.events import Events
 from batchllm_celery.models import BatchSpec, Quota, StrategySpec
+from batchllm_celery.redaction import safe_url, without_secrets
 from batchllm_celery.settings import Settings
 
 if TYPE_CHECKING:
@@ -162,7 +164,7 @@ def _run(
     except BaseException:
         sink.abandon()
         raise
-    logs = settings.state_dir / "logs" / batch.id
+    logs = _new_log_folder(settings.state_dir, batch.id)
     fleet = Fleet(plan.workers, lambda _: environment_of(settings), log_dir=logs)
     stack.callback(fleet.kill)
     display = open_display(console, quiet=chosen["quiet"])
@@ -220,6 +222,16 @@ def _finish(sink: Sink, end: End) -> None:
             raise
 
 
+def _new_log_folder(state_dir: Path, batch_id: str) -> Path:
+    """A folder that nobody else has, so that removing it removes nothing of anybody else's."""
+    parent = state_dir.expanduser().absolute() / "logs"
+    try:
+        parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f"{batch_id}-", dir=parent))
+    except OSError as error:
+        raise UsageError(f"no logs can be kept in {parent}: {error.strerror}") from error
+
+
 def _kept_logs(logs: Path, fleet: Fleet, end: End) -> str | None:
     """The workers' logs are worth keeping, and naming, when a worker died."""
     if fleet.deaths or end.failure is not None:
@@ -273,7 +285,7 @@ def _code(end: End) -> int:
 
 
 def resume_command(batch_id: str, arguments: list[str]) -> str:
-    """The command that was typed, with the batch's id."""
+    """The command that was typed, with the batch's id and without the passwords of its URLs."""
     kept, skip = [], False
     for argument in arguments:
         if skip:
@@ -281,14 +293,21 @@ def resume_command(batch_id: str, arguments: list[str]) -> str:
         elif argument == "--batch-id":
             skip = True
         elif argument != "--overwrite" and not argument.startswith("--batch-id="):
-            kept.append(argument)
+            kept.append(_without_password(argument))
     return shlex.join(["batchllm", *kept, "--batch-id", batch_id])
+
+
+def _without_password(argument: str) -> str:
+    option, equals, value = argument.partition("=")
+    if not option.startswith("--"):
+        option, equals, value = "", "", argument
+    return option + equals + without_secrets(safe_url(value) if "://" in value else value)
 
 
 def _report(summary: Summary, end: End, chosen: dict[str, Any]) -> None:
     if end.failure is not None:
         text = " ".join(str(end.failure).split()) or type(end.failure).__name__
-        click.echo(f"Error: {text}", err=True)
+        say(f"Error: {text}")
     if chosen["as_json"]:
         print_json(summary.to_json())
     if chosen["quiet"] and not summary.resume:

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from batchllm_celery.cli import exit_codes, job, options
-from batchllm_celery.cli.console import log_to, to_stderr
+from batchllm_celery.cli.console import log_to, say, to_stderr
 from batchllm_celery.cli.run import open_rows, resume_command
 from batchllm_celery.cli.session import Interrupts, Job
 from batchllm_celery.cli.wording import plural
@@ -49,7 +49,7 @@ def submit(source: str, **chosen: Any) -> int:
         total = _submit(settings, spec, quota, chosen, rows, interrupts, stack)
     if total is None:
         command = resume_command(spec.batch_id, sys.argv[1:])
-        click.echo(f"Interrupted before all rows were enqueued. Go on with: {command}", err=True)
+        say(f"Interrupted before all rows were enqueued. Go on with: {command}")
         return exit_codes.INTERRUPTED
     if not chosen["quiet"]:
         bad = f" ({plural(rows.bad, 'bad row')})" if rows.bad else ""

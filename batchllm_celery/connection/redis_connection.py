@@ -20,9 +20,9 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from batchllm_celery.connection.reminder import Reminder
-from batchllm_celery.connection.urls import safe_url
 from batchllm_celery.errors import RedisDeniedError, RedisUnavailableError, UsageError, describe
 from batchllm_celery.events import ConnectionLost, ConnectionRestored, Events
+from batchllm_celery.redaction import safe_url
 
 logger = logging.getLogger("batchllm_celery")
 

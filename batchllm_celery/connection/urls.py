@@ -2,24 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from urllib.parse import parse_qs, urlsplit
-
-
-def safe_url(url: str) -> str:
-    """The URL without its password, for messages; never raises."""
-    scheme, separator, rest = url.partition("://")
-    if not separator:
-        return _hide_parameters(url.rpartition("@")[2])
-    if not rest.startswith("/"):  # else there is no user info, and an @ belongs to the path
-        userinfo, at, rest = rest.rpartition("@")
-        user = userinfo.partition(":")[0]
-        rest = (f"{user}:***@" if at else "") + rest
-    return f"{scheme}://{_hide_parameters(rest)}"
-
-
-def _hide_parameters(text: str) -> str:
-    return re.sub(r"(?i)([?&]password=)[^&]*", r"\1***", text)
 
 
 def broker_url(url: str) -> str:

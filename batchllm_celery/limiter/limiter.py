@@ -31,7 +31,7 @@ from batchllm_celery.limiter.state import QuotaState, read_state
 from batchllm_celery.limiter.wire import Reply, ServerClock
 from batchllm_celery.models import Quota, TokenUsage
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("batchllm_celery")
 
 
 _PACKAGE = "batchllm_celery.limiter"

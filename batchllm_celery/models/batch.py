@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from batchllm_celery.errors import FailureKind
 from batchllm_celery.models.base import SCHEMA_VERSION, Model
 from batchllm_celery.models.config import ProcessorConfig
 from batchllm_celery.models.item import StrategySpec
+from batchllm_celery.models.names import check_batch_id, check_label, check_lane
 
 
 class BatchState(StrEnum):
@@ -41,7 +42,7 @@ class BatchSpec(Model):
     """What a batch's items are run with; written once, read by every worker.
 
     Args:
-        batch_id: 1 to 100 characters of letters, digits, `.`, `_`, `-`.
+        batch_id: 1 to 100 letters, digits, `.`, `_`, `-`; no dot or dash first.
         strategy: for every item that names none of its own.
         quota: name of the quota to draw on; None: the strategy's own.
         config: attempts, time limits, dry run.
@@ -59,7 +60,7 @@ class BatchSpec(Model):
     """
 
     version: int = SCHEMA_VERSION
-    batch_id: str = Field(pattern=r"^[A-Za-z0-9._-]{1,100}$")
+    batch_id: str
     strategy: StrategySpec
     quota: str | None = None
     config: ProcessorConfig = ProcessorConfig()
@@ -72,6 +73,21 @@ class BatchSpec(Model):
     fail_fast: tuple[FailureKind, ...] = ()
     keep_results: bool = True
     model: str | None = None
+
+    @field_validator("batch_id")
+    @classmethod
+    def _check_batch_id(cls, batch_id: str) -> str:
+        return check_batch_id(batch_id)
+
+    @field_validator("queue")
+    @classmethod
+    def _check_queue(cls, queue: str) -> str:
+        return check_lane(queue)
+
+    @field_validator("quota")
+    @classmethod
+    def _check_quota(cls, quota: str | None) -> str | None:
+        return None if quota is None else check_label(quota, "quota name")
 
 
 class BatchProgress(Model):

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from typing_extensions import TypeVar
 
 from batchllm_celery.errors import FailureKind
 from batchllm_celery.models.base import Model
+from batchllm_celery.models.names import check_label
 from batchllm_celery.models.usage import NO_TOKENS, TokenUsage
 
 logger = logging.getLogger("batchllm_celery")
@@ -30,6 +31,11 @@ class StrategySpec(Model):
 
     name: str
     params: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        return check_label(name, "strategy name")
 
 
 @dataclass(slots=True)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from batchllm_celery.models.base import Model
-
-#: Redis hash tags end at the first brace, so a name must not hold one.
-_NAME = re.compile(r"[^{}\s]{1,200}")
+from batchllm_celery.models.names import check_label
 
 
 class QuotaLimits(Model):
@@ -73,11 +70,7 @@ class Quota(Model):
     @field_validator("name")
     @classmethod
     def _check_name(cls, name: str) -> str:
-        if not _NAME.fullmatch(name):
-            raise ValueError(
-                f"quota name {name!r} must be 1 to 200 characters without spaces or braces"
-            )
-        return name
+        return check_label(name, "quota name")
 
     @model_validator(mode="after")
     def _check(self) -> Self:

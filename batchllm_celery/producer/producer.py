@@ -22,6 +22,7 @@ from batchllm_celery.models import (
     StrategySpec,
     WorkItemResult,
 )
+from batchllm_celery.models.names import check_batch_id
 from batchllm_celery.producer.batch import Batch
 from batchllm_celery.producer.rows import Row, default_strategy
 from batchllm_celery.producer.session import Session
@@ -131,7 +132,7 @@ class Producer:
         if params:
             spec_of_strategy = StrategySpec(name=spec_of_strategy.name, params=params)
         spec = BatchSpec(
-            batch_id=batch_id or new_batch_id(),
+            batch_id=new_batch_id() if batch_id is None else check_batch_id(batch_id),
             strategy=spec_of_strategy,
             quota=quota.name if isinstance(quota, Quota) else quota,
             config=config or ProcessorConfig(),
@@ -187,10 +188,10 @@ class Producer:
             items, spec.strategy if spec else options.pop("strategy", None)
         )
         params, quota = options.pop("params", None), options.pop("quota", None)
-        update = options.pop("quota_update", False)
+        update, batch_id = options.pop("quota_update", False), options.pop("batch_id", None)
         if spec is None:
             spec = BatchSpec(
-                batch_id=options.pop("batch_id", None) or new_batch_id(),
+                batch_id=new_batch_id() if batch_id is None else check_batch_id(batch_id),
                 strategy=StrategySpec(name=chosen.name, params=params) if params else chosen,
                 quota=quota.name if isinstance(quota, Quota) else quota,
                 keep_results=False,
@@ -258,8 +259,10 @@ class Producer:
         """A batch that somebody submitted.
 
         Raises:
+            UsageError: for what can't be an id.
             BatchNotFoundError: for an unknown id.
         """
+        check_batch_id(batch_id)
         spec = self._session.run(lambda session: session.ledger.spec(batch_id))
         return Batch(self._session, spec, resumed=True)
 

@@ -17,14 +17,15 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 
 from batchllm_celery.errors import (
-    ERROR_MESSAGE_MAX_LENGTH,
     FailureKind,
     FrameworkTimeoutError,
     ProviderError,
     TokenTrackingError,
     describe,
+    shown_message,
 )
 from batchllm_celery.models import NO_TOKENS, Failure, TokenUsage
+from batchllm_celery.redaction import printable, without_secrets
 
 if TYPE_CHECKING:
     from batchllm_celery.strategies.base import LLMCallStrategy
@@ -121,10 +122,9 @@ def classify_for(strategy: LLMCallStrategy[Any], exception: BaseException) -> Fa
         failure = None
     if failure is None:
         return classify(exception)
-    if failure.usage:
-        return failure
-    usage = extract_token_usage(exception)
-    return Failure(failure.kind, failure.message, failure.retry_after, usage)
+    message = printable(without_secrets(failure.message))
+    usage = failure.usage or extract_token_usage(exception)
+    return Failure(failure.kind, message, failure.retry_after, usage)
 
 
 def kind_of_status(status: int) -> FailureKind:
@@ -178,19 +178,11 @@ def _status(exception: BaseException) -> int | None:
     return None
 
 
-_KEYS = re.compile(r"\b(sk-|AIza|Bearer )[\w*.-]{6,}")
-
-
-def without_keys(message: str) -> str:
-    """`message` with what looks like an API key blanked: OpenAI's 401 quotes the key it refused."""
-    return _KEYS.sub("[key]", message)
-
-
 def _message(exception: BaseException) -> str:
     if not isinstance(exception, ProviderError):
-        return without_keys(describe(exception))
+        return describe(exception)
     shown = exception.error_type or type(exception.__cause__ or exception).__name__
-    return without_keys(f"{shown}: {str(exception)[:ERROR_MESSAGE_MAX_LENGTH]}")
+    return f"{shown}: {shown_message(str(exception))}"
 
 
 def _retry_after(exception: BaseException) -> float | None:

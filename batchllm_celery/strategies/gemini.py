@@ -18,6 +18,7 @@ from batchllm_celery.models import (
     TokenUsage,
     TOutput,
 )
+from batchllm_celery.redaction import keep_secret
 from batchllm_celery.strategies import gemini_client
 from batchllm_celery.strategies.base import LLMCallStrategy, ProcessResources
 from batchllm_celery.strategies.failures import charged, classify
@@ -107,6 +108,8 @@ class GeminiStrategy(LLMCallStrategy[TOutput]):
         """
         if self.client is None:
             self.client = await self._open_client(self._resources())
+        else:
+            keep_secret(gemini_client.account_of(self.client)[-1])
         await asyncio.to_thread(importlib.import_module, "google.genai.types")
         self._request_config = self._build_config({})
 

@@ -15,8 +15,10 @@ from zoneinfo import ZoneInfo
 
 from batchllm_celery.errors import FailureKind, ProviderError
 from batchllm_celery.models import TokenUsage
+from batchllm_celery.redaction import keep_secret
 from batchllm_celery.strategies.base import Opened, ProcessResources
 from batchllm_celery.strategies.failures import kind_of_status, retry_after_of
+from batchllm_celery.strategies.http import bounded_response
 
 #: Sockets beyond the slots: cache calls, and those of cancelled calls that still close.
 SPARE_CONNECTIONS = 16
@@ -66,10 +68,13 @@ async def _open(slots: int, base_url: str | None, api_key: str | None) -> Opened
     # It says "AFC is enabled" for each call, at INFO.
     logging.getLogger("google_genai.models").setLevel(logging.WARNING)
     connector = aiohttp.TCPConnector(limit=slots + SPARE_CONNECTIONS, keepalive_timeout=60)
-    session = aiohttp.ClientSession(connector=connector, trust_env=True)
+    session = aiohttp.ClientSession(
+        connector=connector, trust_env=True, response_class=bounded_response()
+    )
     options = types.HttpOptions(
         base_url=base_url,
         aiohttp_client=session,
+        client_args={"follow_redirects": False},
         # The SDK's retries ignore Retry-After, and hold a slot: the item runner retries.
         retry_options=types.HttpRetryOptions(attempts=1),
     )
@@ -81,6 +86,8 @@ async def _open(slots: int, base_url: str | None, api_key: str | None) -> Opened
             "no Gemini API key: set GEMINI_API_KEY (get one at https://aistudio.google.com/apikey)",
             kind=FailureKind.AUTHENTICATION,
         ) from error
+
+    keep_secret(account_of(client)[-1])
 
     async def close() -> None:
         await client.aio.aclose()

@@ -12,8 +12,10 @@ from typing import Any
 
 from batchllm_celery.errors import FailureKind, ProviderError, UsageError
 from batchllm_celery.models import TokenUsage
+from batchllm_celery.redaction import keep_secret, keep_secrets_in
 from batchllm_celery.strategies.base import Opened, ProcessResources
 from batchllm_celery.strategies.failures import kind_of_status, retry_after_of
+from batchllm_celery.strategies.http import bounded_client
 
 #: Sockets beyond the slots: those of cancelled calls that still close.
 SPARE_CONNECTIONS = 16
@@ -49,6 +51,8 @@ async def open_client(
 async def _open(slots: int, base_url: str | None, api_key: str | None) -> Opened[Any]:
     openai = await asyncio.to_thread(import_openai)
     key = api_key or os.environ.get("OPENAI_API_KEY")
+    keep_secret(key)
+    keep_secrets_in(base_url or os.environ.get("OPENAI_BASE_URL"))
     if not key and not (base_url or os.environ.get("OPENAI_BASE_URL")):
         raise ProviderError(
             "no OpenAI API key: set OPENAI_API_KEY "
@@ -59,12 +63,13 @@ async def _open(slots: int, base_url: str | None, api_key: str | None) -> Opened
     limits = type(openai.DEFAULT_CONNECTION_LIMITS)(
         max_connections=most, max_keepalive_connections=most, keepalive_expiry=60.0
     )
+    http_client = bounded_client(openai.DefaultAioHttpClient)
     client = openai.AsyncOpenAI(
         api_key=key or "not-needed",
         base_url=base_url,
         max_retries=0,  # they hold a slot for as long as Retry-After says: the runner retries
         timeout=None,  # the runner bounds each attempt
-        http_client=openai.DefaultAioHttpClient(limits=limits, timeout=None),
+        http_client=http_client(limits=limits, timeout=None),
     )
     return Opened(client, client.close)
 
@@ -135,6 +140,8 @@ def text_of(response: Any) -> str:
 
 def translate(error: BaseException) -> ProviderError | None:
     """An SDK error as our own; None for anything that the general rules know."""
+    if isinstance(error.__cause__, ProviderError):  # our own refusal, beneath a connection error
+        return error.__cause__
     status = getattr(error, "status_code", None)
     if type(status) is int and hasattr(error, "body"):
         translated = _translate_status(error, status)

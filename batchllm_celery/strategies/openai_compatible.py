@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from batchllm_celery.models import Completion, Failure, RetryState, TOutput
+from batchllm_celery.redaction import keep_secret
 from batchllm_celery.strategies import openai_client
 from batchllm_celery.strategies.base import LLMCallStrategy, ProcessResources
 from batchllm_celery.strategies.failures import charged, classify
@@ -82,6 +83,8 @@ class OpenAICompatibleStrategy(LLMCallStrategy[TOutput]):
             self.client = await openai_client.open_client(
                 self._resources(), base_url=self.base_url, api_key=self._api_key
             )
+        else:
+            keep_secret(getattr(self.client, "api_key", None))
         self._request = self._build_request()
 
     async def close(self) -> None:

@@ -20,6 +20,8 @@ from typing import Any, TypeAlias, TypeVar
 from batchllm_celery.errors import StrategyNotFoundError, UsageError, describe
 from batchllm_celery.events import StrategyPrepared
 from batchllm_celery.models import StrategySpec
+from batchllm_celery.models.names import as_label, check_label
+from batchllm_celery.redaction import keep_secrets_of
 from batchllm_celery.strategies.base import LLMCallStrategy, ProcessResources, close_quietly
 
 #: Strategies built from names that a process keeps open; of more, idle ones are closed. A fleet has
@@ -65,6 +67,7 @@ class Registration:
             raise UsageError(
                 f"strategy {self.name!r}: {error}; it takes {_parameters(self.factory)}"
             ) from error
+        keep_secrets_of(spec.params)
         try:
             built = self.factory(**spec.params)
         except UsageError:
@@ -96,8 +99,11 @@ class StrategyCatalog:
         """Add a name; importing its module again replaces it.
 
         Raises:
-            UsageError: if another factory has the name.
+            UsageError: for a name or a quota that can't be one, or if another factory has the name.
         """
+        check_label(registration.name, "strategy name")
+        if registration.quota is not None:
+            check_label(registration.quota, "quota name")
         known = self._registrations.get(registration.name)
         if known is not None and not _same_code(known.factory, registration.factory):
             raise UsageError(
@@ -158,7 +164,7 @@ def strategy(name: str, *, quota: str | None = None) -> Callable[[F], F]:
         quota: the quota its calls draw on; None: PROVIDER:MODEL of the strategy.
 
     Raises:
-        UsageError: if another factory has the name.
+        UsageError: for a name or a quota that can't be one, or if another factory has the name.
     """
 
     def register(factory: F) -> F:
@@ -230,7 +236,8 @@ class Registry:
         if found is None:
             registration = self._catalog.lookup(spec.name)
             found = registration.build(spec)
-            found.quota = registration.quota or found.quota or found.model_name or spec.name
+            named = registration.quota or found.quota or found.model_name or spec.name
+            found.quota = as_label(named)
             self._by_spec[key] = found
         self._by_spec.move_to_end(key)
         return found
