@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from celery import Celery, signals
+from kombu.utils.imports import symbol_by_name
 
 from batchllm_celery import event_loop
 from batchllm_celery.embedded import resolve_url, revive_when_lost
@@ -27,7 +28,8 @@ from batchllm_celery.queue import (
 )
 from batchllm_celery.settings import Settings
 from batchllm_celery.worker import watchdog
-from batchllm_celery.worker.broker import fetch_together
+from batchllm_celery.worker.bad_messages import MOST_ITEMS, dropped, guarded
+from batchllm_celery.worker.broker import fetch_together, use_in
 from batchllm_celery.worker.retry_events import RetryEvents
 from batchllm_celery.worker.runtime import Runtime
 from batchllm_celery.worker.task_events import gather_task_events
@@ -152,6 +154,7 @@ class _Process:
             events=Events(LogListener(), self._retry_events),
             queues=self._lanes(),
         )
+        runtime.dropped_messages = lambda: dropped.count
         if self._pool is not None:
             runtime.on_room = self._pool.look_again
         watchdog.events.listen(runtime.events.emit)
@@ -178,6 +181,10 @@ class _Process:
 
     def _on_init(self, sender: Any, **_: Any) -> None:
         """Import the modules that register strategies, before the first message comes."""
+        use_in(self._app)
+        sender.consumer_cls = guarded(
+            symbol_by_name(sender.consumer_cls), only_ours=has_only_our_tasks(self._app)
+        )
         self._task_events = bool(sender.task_events)
         for name in filter(None, (self._settings.app or "").split(",")):
             try:
@@ -202,8 +209,9 @@ class _Process:
         asyncio.run_coroutine_threadsafe(self._current().open(), event_loop.loop())
 
     def _seen(self, headers: dict[str, Any]) -> None:
-        if headers.get("task") == RUN_ITEMS:
-            self._current().expect(int(headers.get(ITEMS_HEADER) or 1))
+        items = headers.get(ITEMS_HEADER)
+        if headers.get("task") == RUN_ITEMS and type(items) is int:
+            self._current().expect(min(items, MOST_ITEMS))
 
     def _on_process_init(self, **_: Any) -> None:
         asyncio.run_coroutine_threadsafe(self._current().open(), event_loop.loop())
