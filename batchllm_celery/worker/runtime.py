@@ -204,6 +204,7 @@ class Runtime:
         self._opening = asyncio.Lock()
         self._parts: contextlib.AsyncExitStack | None = None
         self.on_room: Callable[[], None] = lambda: None
+        self.dropped_messages: Callable[[], int] = lambda: 0
 
     # -- lifetime ---------------------------------------------------------------------------------
 
@@ -276,6 +277,7 @@ class Runtime:
             running=len(self._running),
             queues=",".join(self.queues),
             started_at=self._started_at,
+            dropped_messages=self.dropped_messages(),
         )
 
     def _in_background(self, parts: contextlib.AsyncExitStack, work: Awaitable[None]) -> None:

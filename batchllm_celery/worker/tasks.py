@@ -15,6 +15,7 @@ import redis
 from celery import Celery, bootsteps, signals
 from celery.exceptions import WorkerShutdown
 from celery.worker import state as worker_state
+from kombu.utils.imports import symbol_by_name
 
 from batchllm_celery import event_loop
 from batchllm_celery.connection import broker_url, safe_url
@@ -32,7 +33,8 @@ from batchllm_celery.queue import (
 )
 from batchllm_celery.settings import Settings
 from batchllm_celery.worker import watchdog
-from batchllm_celery.worker.broker import fetch_together
+from batchllm_celery.worker.bad_messages import MOST_ITEMS, dropped, guarded
+from batchllm_celery.worker.broker import fetch_together, use_in
 from batchllm_celery.worker.retry_events import RetryEvents
 from batchllm_celery.worker.runtime import Runtime
 from batchllm_celery.worker.startup import touch_forever, wait_for_redis
@@ -175,6 +177,7 @@ class _Process:
             events=Events(LogListener(), self._retry_events),
             queues=self._lanes(),
         )
+        runtime.dropped_messages = lambda: dropped.count
         if self._pool is not None:
             runtime.on_room = self._pool.look_again
         watchdog.events.listen(runtime.events.emit)
@@ -201,6 +204,10 @@ class _Process:
 
     def _on_init(self, sender: Any, **_: Any) -> None:
         """Import the modules that register strategies, before the first message comes."""
+        use_in(self._app)
+        sender.consumer_cls = guarded(
+            symbol_by_name(sender.consumer_cls), only_ours=has_only_our_tasks(self._app)
+        )
         self._task_events = bool(sender.task_events)
         for name in filter(None, (self._settings.app or "").split(",")):
             try:
@@ -248,8 +255,9 @@ class _Process:
         asyncio.run_coroutine_threadsafe(self._current().open(), event_loop.loop())
 
     def _seen(self, headers: dict[str, Any]) -> None:
-        if headers.get("task") == RUN_ITEMS:
-            self._current().expect(int(headers.get(ITEMS_HEADER) or 1))
+        items = headers.get(ITEMS_HEADER)
+        if headers.get("task") == RUN_ITEMS and type(items) is int:
+            self._current().expect(min(items, MOST_ITEMS))
 
     def _on_process_init(self, **_: Any) -> None:
         self._tell_probes()
