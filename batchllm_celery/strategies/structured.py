@@ -108,11 +108,78 @@ class OutputSchema:
         return draft(self.json_schema)
 
     def _check_schema(self) -> None:
+        """Whatever would fail at every answer fails here, before one is paid for."""
         try:
+            json.dumps(self.json_schema)  # it travels so
             self._validator.check_schema(self.json_schema)
+            _check_references(self.json_schema, self._validator)
         except importlib.import_module("jsonschema").SchemaError as error:
             path = ".".join(str(part) for part in error.absolute_path) or "its top level"
             raise UsageError(f"not a valid JSON Schema at {path}: {error.message}") from error
+        except RecursionError:
+            raise UsageError("not a usable JSON Schema: it is nested too deep") from None
+        except (TypeError, AttributeError, ValueError, LookupError) as error:
+            if isinstance(error, UsageError):
+                raise
+            raise UsageError(f"not a valid JSON Schema: {error}") from error
+
+
+#: Keywords whose schemas look at the same value as the schema that holds them.
+_IN_PLACE = ("allOf", "anyOf", "oneOf", "not", "if", "then", "else", "dependentSchemas", "extends")
+_REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")
+
+
+def _check_references(schema: Mapping[str, Any], validator: Any) -> None:
+    """Look all references up, and walk them.
+
+    Raises:
+        UsageError: for one that leads nowhere (none is fetched from elsewhere), or back to itself
+            without a step into the value, which no check of an answer would ever leave.
+    """
+    referencing = importlib.import_module("referencing")
+    dialect = importlib.import_module("referencing.jsonschema")
+    default = dialect.specification_with(validator.META_SCHEMA["$schema"])
+    root = referencing.Resource.from_contents(schema, default_specification=default)
+    registry = importlib.import_module("jsonschema_specifications").REGISTRY
+    resolver = registry.with_resource(root.id() or "", root).resolver_with_root(root)
+    done: set[int] = set()  # of `id`: equal schemas at two places may lead to different ones
+    waiting = [(root, resolver)]
+    while waiting:
+        resource, at = waiting.pop()
+        if id(resource.contents) in done:
+            continue
+        done.add(id(resource.contents))
+        _check_place(resource.contents, at, ())
+        waiting += ((one, at.in_subresource(one)) for one in resource.subresources())
+
+
+def _check_place(schema: Any, resolver: Any, above: tuple[int, ...]) -> None:
+    if not isinstance(schema, Mapping):
+        return
+    if id(schema) in above:
+        raise UsageError("not a usable JSON Schema: a $ref leads back to itself")
+    above = (*above, id(schema))
+    for name in _REFERENCES:
+        reference = schema.get(name)
+        if isinstance(reference, str):
+            found = _look_up(resolver, reference)
+            _check_place(found.contents, found.resolver, above)
+    for name in _IN_PLACE:
+        inner = schema.get(name)
+        schemas = inner.values() if name == "dependentSchemas" and inner else inner
+        for one in schemas if not isinstance(schemas, Mapping | bool | None) else [schemas]:
+            _check_place(one, resolver, above)
+
+
+def _look_up(resolver: Any, reference: str) -> Any:
+    errors = importlib.import_module("referencing.exceptions")
+    try:
+        return resolver.lookup(reference)
+    except (errors.Unresolvable, errors.NoSuchResource) as error:
+        raise UsageError(
+            f"not a usable JSON Schema: {reference!r} leads nowhere (a schema must hold all that "
+            f"it refers to; nothing is fetched)"
+        ) from error
 
 
 def _rule(error: Any) -> str:
@@ -155,18 +222,21 @@ def _embedded_values(text: str) -> list[Any]:
     values: list[Any] = []
     position = 0
     while (bracket := _BRACKET.search(text, position)) is not None:
-        start = bracket.start()
-        if bracket.group() in "}]" or _MEMBER.search(text, max(0, start - 40), start):
-            values, position = [], bracket.end()  # the rest of a value whose start is missing
-            if bracket.group() in "}]":
-                continue
-            position = _end_of_value(text, start) or len(text)
+        start, position = bracket.span()
+        if bracket.group() in "}]":
+            values = []  # what came so far was part of a value whose beginning is missing
             continue
+        end = _end_of_value(text, start)
+        if end is None:
+            return []
+        position = end
         try:
-            value, position = _DECODER.raw_decode(text, start)
+            value = _loads(text[start:end])
         except _NOT_JSON:
             values = []
-            position = _end_of_value(text, start) or len(text)
+            continue
+        if _MEMBER.search(text, max(0, start - 40), start):
+            values = []
         else:
             values.append(value)
     return values
@@ -192,11 +262,12 @@ def _fenced_value(text: str) -> list[Any]:
     if len(blocks) < 3 or _BRACKET.search(text):
         return []
     block = blocks[-2] if len(blocks) % 2 else blocks[-1]
-    label, _, content = block.partition("\n")
-    try:
-        return [_loads(content if label.strip().replace("-", "").isalnum() else block)]
-    except _NOT_JSON:
-        return []
+    for content in (block, *block.split(None, 1)[1:]):  # with and without its language
+        try:
+            return [_loads(content.strip())]
+        except _NOT_JSON:
+            continue
+    return []
 
 
 def _finite(text: str) -> float:
