@@ -364,6 +364,10 @@ class StructuredStrategy(LLMCallStrategy[Any]):
         """Close the inner strategy."""
         await self.inner.close()
 
+    def models(self) -> tuple[str, ...]:
+        """The inner strategy's."""
+        return self.inner.models()
+
     def classify(self, exception: BaseException) -> Any:
         """The inner strategy's."""
         return self.inner.classify(exception)
