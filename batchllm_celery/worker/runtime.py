@@ -17,10 +17,12 @@ from batchllm_celery.connection import Connection
 from batchllm_celery.errors import BatchNotFoundError, FailureKind, UsageError, describe
 from batchllm_celery.events import Events, WorkerStarted, WorkerStopped
 from batchllm_celery.execution import ItemJob, ItemRunner, Prices, Stopped
+from batchllm_celery.execution.pricing import given_prices
 from batchllm_celery.keys import Keys
 from batchllm_celery.ledger import Beat, Claim, Heartbeat, Ledger, WorkerInfo, new_process_id
 from batchllm_celery.limiter import Estimator, Limiter
 from batchllm_celery.models import (
+    NO_TOKENS,
     BatchSpec,
     BatchState,
     Quota,
@@ -161,6 +163,13 @@ class _LedgerGate:
 
     def calls(self, under_way: bool) -> None:
         self._claim.calling = under_way
+
+
+def _rehearsed(result: WorkItemResult[Any, Any]) -> WorkItemResult[Any, Any]:
+    """A rehearsal's result: marked as one, and without tokens that nobody spent."""
+    metadata = {**result.metadata, "dry_run": True}
+    changes = {"token_usage": NO_TOKENS, "cost": None, "metadata": metadata}
+    return result.model_copy(update=changes)
 
 
 class Runtime:
@@ -456,6 +465,8 @@ class Runtime:
         with self.registry.using(strategy):
             outcome = await self.runner.run(self._job(spec, claim, strategy))
         await self.registry.close_surplus()
+        if spec.config.dry_run and isinstance(outcome, WorkItemResult):
+            return _rehearsed(outcome)
         return outcome
 
     def _job(self, spec: BatchSpec, claim: Claim, strategy: LLMCallStrategy[Any]) -> ItemJob:
@@ -476,8 +487,11 @@ class Runtime:
             attempts=claim.attempts,
             refusals=claim.refusals,
             usage=claim.usage,
-            queued_seconds=claim.queued_seconds,
+            queued_seconds=claim.queued_seconds + time.monotonic() - claim.claimed_at,
             priority=spec.priority,
+            prices=given_prices(spec.prices),
+            needs_prices=spec.max_cost is not None,
+            estimate_usage=spec.token_budget is not None,
             gate=gate,
             parks=gate.parks,
         )
