@@ -9,6 +9,7 @@ BatchLLMError
 │   └── QuotaConflictError             the same quota, other limits
 ├── QuotaUnavailableError              the day's quota is used up
 ├── RedisUnavailableError (ConnectionError)
+│   └── RedisDeniedError               a right that is missing, or the password
 ├── EmbeddedServerError
 ├── ProviderError                      a provider call failed; strategies raise it
 └── TokenTrackingError                 carries the tokens of an exception that can't
@@ -113,6 +114,10 @@ class QuotaUnavailableError(BatchLLMError):
 
 class RedisUnavailableError(BatchLLMError, ConnectionError):
     """Redis can't be reached."""
+
+
+class RedisDeniedError(RedisUnavailableError):
+    """Redis denies a right that is needed, or does not accept user and password."""
 
 
 class EmbeddedServerError(BatchLLMError):

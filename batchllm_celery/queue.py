@@ -66,6 +66,7 @@ def make_app(settings: Settings, url: str) -> Celery:
         broker_use_ssl=broker_tls(url),
         broker_transport_options=_transport_options(settings),
         broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,  # a worker outlives every outage of its Redis
         task_default_queue=DEFAULT_QUEUE,
         task_queues=[Queue(name) for name in settings.queues],
         task_create_missing_queues=True,

@@ -35,7 +35,8 @@ class Settings(BaseSettings):
         max_payload_bytes: bytes of payloads and unread results in Redis at most, per batch.
         result_ttl_seconds: how long a finished batch stays readable.
         drain_seconds: how long a worker waits for its calls in flight when it is told to stop.
-        heartbeat_file: touched while the process is healthy (for probes); None for none.
+        heartbeat_file: touched while the event loop turns (for probes), and beside it FILE.ready
+            while Redis answers too; None for none.
         openai_base_url: an OpenAI-compatible server; only ever from this process' own settings.
         simulated_url: the simulated provider that `simulated` strategies call.
         prices_file: JSON of user prices that override genai-prices.

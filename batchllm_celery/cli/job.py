@@ -110,7 +110,7 @@ def read_schema(file: str | None) -> dict[str, Any] | None:
     """The JSON Schema in a file.
 
     Raises:
-        UsageError: if it can't be read or is no object.
+        UsageError: if it can't be read, is no object, or no schema that can be checked against.
     """
     if file is None:
         return None
@@ -120,8 +120,16 @@ def read_schema(file: str | None) -> dict[str, Any] | None:
         raise UsageError(f"--schema {file}: {error.strerror}") from None
     except ValueError as error:
         raise UsageError(f"--schema {file} is not JSON: {error}") from None
+    except RecursionError:
+        raise UsageError(f"--schema {file} is nested too deep") from None
     if not isinstance(schema, dict):
         raise UsageError(f"--schema {file} must hold a JSON Schema object")
+    from batchllm_celery.strategies.structured import OutputSchema
+
+    try:
+        OutputSchema(schema)
+    except UsageError as error:
+        raise UsageError(f"--schema {file}: {error}") from None
     return schema
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Self
 
 from redis.asyncio import Redis
-from redis.exceptions import NoScriptError
+from redis.exceptions import NoScriptError, ResponseError
+
+#: Clients whose server does not know a first line `#!lua`: Redis before 7.0.
+_before_7: weakref.WeakSet[Redis] = weakref.WeakSet()
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,19 +27,28 @@ class Script:
     name: str
     text: str
     sha: str
+    before_7: Script | None = None
+    """The same for a server that refuses `#!lua`; None where this one has no such line."""
 
     @classmethod
-    def load(cls, package: str, name: str, *, shared: str, head: str = "") -> Self:
-        """The script in file `name` of `package`, after what it shares with others (`shared`);
-        `head` goes before both."""
+    def load(
+        cls, package: str, name: str, *, shared: str, head: str = "", head_before_7: str = ""
+    ) -> Self:
+        """The script in file `name` of `package`, after what it shares with others (`shared`).
+
+        `head` goes before both: a line `#!lua flags=...`. Redis before 7.0 refuses such a line and
+        gets `head_before_7` in its place.
+        """
         files = [resources.files(package).joinpath(file) for file in (shared, name)]
-        return cls.of(name, head + "\n".join(file.read_text(encoding="utf-8") for file in files))
+        body = "\n".join(file.read_text(encoding="utf-8") for file in files)
+        return cls.of(name, head + body, head_before_7 + body if head else None)
 
     @classmethod
-    def of(cls, name: str, text: str) -> Self:
+    def of(cls, name: str, text: str, before_7: str | None = None) -> Self:
         """A script from its text."""
         # The hash is Redis' name for the script, not a protection.
-        return cls(name, text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
+        sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+        return cls(name, text, sha, None if before_7 is None else cls.of(name, before_7))
 
     async def __call__(
         self,
@@ -44,8 +57,25 @@ class Script:
         args: Sequence[bytes | str | int | float] = (),
     ) -> Any:
         """Run the script: one round trip, two when Redis has not seen it yet."""
+        old = self.before_7
+        known = old if old is not None and client in _before_7 else self
         try:
-            return await client.execute_command("EVALSHA", self.sha, len(keys), *keys, *args)
-        except NoScriptError:
-            # EVAL loads and runs in one step: nothing can flush the script in between.
-            return await client.execute_command("EVAL", self.text, len(keys), *keys, *args)
+            return await client.execute_command("EVALSHA", known.sha, len(keys), *keys, *args)
+        except ResponseError as error:
+            if not isinstance(error, NoScriptError) and not refuses_first_line(error):
+                raise
+            # EVAL loads and runs in one step: nothing can flush the script in between
+        try:
+            reply = await client.execute_command("EVAL", self.text, len(keys), *keys, *args)
+        except ResponseError as error:
+            if old is None or not refuses_first_line(error):
+                raise
+            _before_7.add(client)
+            return await client.execute_command("EVAL", old.text, len(keys), *keys, *args)
+        _before_7.discard(client)  # a newer server has taken its place
+        return reply
+
+
+def refuses_first_line(error: Exception) -> bool:
+    """Whether a server did not run a script because of its first line `#!lua`."""
+    return "1: unexpected symbol near '#'" in str(error)

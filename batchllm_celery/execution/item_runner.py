@@ -11,8 +11,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -25,10 +25,11 @@ from batchllm_celery.errors import (
     describe,
 )
 from batchllm_celery.events import AttemptFailed, AttemptStarted, Events, ItemFinished, ItemStarted
-from batchllm_celery.execution.pricing import Prices
+from batchllm_celery.execution.pricing import ModelPrices, Prices
 from batchllm_celery.execution.retry import delay_before_next, refused_too_often
 from batchllm_celery.execution.turns import Turns
 from batchllm_celery.limiter import CallOutcome, Estimator, Limiter, Permit
+from batchllm_celery.limiter.estimator import plain_tokens
 from batchllm_celery.models import (
     FAILURE_POLICIES,
     NO_TOKENS,
@@ -42,9 +43,20 @@ from batchllm_celery.models import (
     WorkItemResult,
 )
 from batchllm_celery.strategies.base import LLMCallStrategy, as_completion
-from batchllm_celery.strategies.failures import classify, classify_for, priced_as
+from batchllm_celery.strategies.failures import classify, classify_for, priced_as, status_of
 
 logger = logging.getLogger("batchllm_celery")
+
+#: So many 403s in a row of one batch, without a success between, are about who calls and not about
+#: the rows: the batch stops.
+FORBIDDEN_IN_A_ROW = 20
+
+#: Answers that were no use, yet paid for.
+_PAID_KINDS = frozenset(
+    {FailureKind.VALIDATION, FailureKind.TRUNCATED, FailureKind.CONTENT_BLOCKED}
+)
+
+_A_TOKEN = TokenUsage(input_tokens=1, output_tokens=1)
 
 #: The word of the gate holds so many seconds. A permit may go stale (250 ms) while it is asked: the
 #: item then takes another one, at the head of the line, and if that comes soon, calls at once. So
@@ -103,6 +115,11 @@ class ItemJob:
         prepare: brings the strategy into service, once per process (`Registry.prepare`).
         quota: name of the quota that its calls draw on.
         priority: 0 for usual; higher ones get this process' permits first.
+        queued_seconds: from the submission to this moment.
+        prices: model -> prices that the batch was given; "" for any model that is not named.
+        needs_prices: whether a model without a known price is not called (the batch's money is
+            bounded, and nobody could count it).
+        estimate_usage: whether calls that tell no tokens count as estimated, for a token budget.
         parks: whether the day's exhausted quota sends the item back (else it fails); a function is
             asked when that happens, because the quota's setting may change in mid-run.
     """
@@ -123,6 +140,9 @@ class ItemJob:
     usage: TokenUsage = NO_TOKENS
     queued_seconds: float = 0.0
     priority: int = 0
+    prices: Mapping[str, ModelPrices] = field(default_factory=dict)
+    needs_prices: bool = False
+    estimate_usage: bool = False
     parks: bool | Callable[[], Awaitable[bool]] = True
     error: Exception | None = None
     """The last exception of the strategy, for whoever runs in the same process."""
@@ -173,6 +193,8 @@ class ItemRunner:
         self.json_output = json_output
         self.successes: dict[str, int] = {}
         """Successful calls per quota, to tell a spent quota from an item that is refused."""
+        self.forbidden: dict[str, int] = {}
+        """403s per batch since its last success."""
 
     async def run(self, job: ItemJob) -> WorkItemResult[Any, Any] | Stopped:
         """Drive `job` to its outcome. `cleanup` runs whatever happens.
@@ -221,17 +243,20 @@ class _Run:
         "last",
         "let_in",
         "limit",
+        "ready",
         "runner",
         "started",
-        "waited",
+        "usage_estimated",
     )
 
     def __init__(self, runner: ItemRunner, job: ItemJob) -> None:
         self.runner = runner
         self.job = job
         self.started = time.monotonic()
-        self.waited = 0.0
+        self.ready = self.started
+        """When the strategy was prepared: until then the item was queued."""
         self.executed = 0.0
+        self.usage_estimated = False
         self.limit = job.config.timeout_per_item
         self.last: Failure | None = None
         self.baseline: int | None = None
@@ -274,8 +299,16 @@ class _Run:
             await self.job.prepare()
         except Exception as error:
             return self._failure(error)
+        finally:
+            self.ready = time.monotonic()
         if self.job.strategy.model_name and not self.runner.prices.loaded:
             await self.runner.prices.load()
+        if self.job.needs_prices and (unknown := self._without_price()):
+            return Failure(
+                FailureKind.INVALID_REQUEST,
+                f"UsageError: no price is known for {unknown}, so max_cost would never bind: give "
+                "its price (--price IN,OUT), or bound the batch by token_budget",
+            )
         while True:
             outcome = await self._attempt()
             if outcome is not None:
@@ -319,13 +352,7 @@ class _Run:
         estimate = partial(
             runner.estimator.estimate, _estimate_key(job), job.prompt, strategy.max_output_tokens
         )
-        asked = time.monotonic()
-        try:
-            return await runner.turns.acquire(
-                job.quota, estimate, job.priority, again=self.had_turn
-            )
-        finally:
-            self.waited += time.monotonic() - asked
+        return await runner.turns.acquire(job.quota, estimate, job.priority, again=self.had_turn)
 
     async def _ask_gate(self, permit: Permit) -> Failure | Stopped | None:
         try:
@@ -390,10 +417,15 @@ class _Run:
         usage = completion.usage
         runner.limiter.settle(permit, CallOutcome.SUCCEEDED, usage=usage)
         runner.successes[job.quota] = runner.successes.get(job.quota, 0) + 1
+        runner.forbidden.pop(job.batch_id, None)
         if usage:
             runner.estimator.observe(_estimate_key(job), job.prompt, usage)
         job.attempts += 1
-        self._spend(usage, completion.metadata.get("model"))
+        if not usage and job.estimate_usage:
+            usage = self._estimated_usage(completion.output)
+            job.usage = job.usage + usage
+        else:
+            self._spend(usage, completion.metadata.get("model"))
 
     async def _failed(self, permit: Permit, error: Exception) -> _Outcome | None:
         job = self.job
@@ -419,7 +451,33 @@ class _Run:
         self.last = failure
         self.job.error = error
         self._spend(failure.usage, priced_as(error))
-        return failure
+        if not failure.usage and self.job.estimate_usage and failure.kind in _PAID_KINDS:
+            self.job.usage = self.job.usage + self._estimated_usage("")
+        return self._forbidden(failure, error)
+
+    def _forbidden(self, failure: Failure, error: Exception) -> Failure:
+        """A 403 fails its row; when all get one, it is the caller that is refused."""
+        if failure.kind is not FailureKind.CONTENT_BLOCKED or status_of(error) != 403:
+            return failure
+        counts, batch_id = self.runner.forbidden, self.job.batch_id
+        counts[batch_id] = counts.pop(batch_id, 0) + 1
+        if len(counts) > 1000:
+            counts.pop(next(iter(counts)))
+        if counts[batch_id] < FORBIDDEN_IN_A_ROW:
+            return failure
+        return replace(failure, kind=FailureKind.AUTHENTICATION)
+
+    def _estimated_usage(self, output: Any) -> TokenUsage:
+        """For a server that tells no tokens: a token budget must bind there too."""
+        self.usage_estimated = True
+        try:
+            text = output if isinstance(output, str) else to_json(output).decode()
+        except ValueError:  # it has no JSON form, which is a failure of its own
+            text = ""
+        return TokenUsage(
+            input_tokens=plain_tokens(self.job.prompt),
+            output_tokens=plain_tokens(text) if text else 0,
+        )
 
     def _count(self, failure: Failure) -> None:
         if FAILURE_POLICIES[failure.kind].uses_attempt:
@@ -463,7 +521,6 @@ class _Run:
             return await self._day_is_over(failure, until)
         if delay:
             await asyncio.sleep(delay)
-            self.waited += delay
         return None
 
     async def _save(self) -> Failure | None:
@@ -494,14 +551,20 @@ class _Run:
             self.cost = cost + (self.cost or 0.0)
 
     def _price(self, usage: TokenUsage, model: str | None = None) -> float | None:
-        return self.runner.prices.cost(model or self.job.strategy.model_name, usage)
+        name = model or self.job.strategy.model_name
+        given = self.job.prices.get(name or "") or self.job.prices.get("")
+        return float(given.cost(usage)) if given else self.runner.prices.cost(name, usage)
+
+    def _without_price(self) -> str | None:
+        models = self.job.strategy.models()
+        return next((name for name in models if self._price(_A_TOKEN, name) is None), None)
 
     def result(self, outcome: Completion[Any] | Failure) -> WorkItemResult[Any, Any]:
         """The outcome as the one result of the item."""
         if isinstance(outcome, Completion) and self.runner.json_output:
             outcome = _as_json(outcome)
         job = self.job
-        executed = time.monotonic() - self.started
+        metadata: dict[str, Any] = {"usage_estimated": True} if self.usage_estimated else {}
         common: dict[str, Any] = {
             "item_id": job.item_id,
             "index": job.index,
@@ -509,20 +572,26 @@ class _Run:
             "token_usage": job.usage,
             "attempts": job.attempts,
             "cost": self.cost,
-            "timing": Timing.model_construct(
-                queued=job.queued_seconds,
-                waited=self.waited,
-                executed=self.executed,
-                total=job.queued_seconds + executed,
-            ),
+            "timing": self._timing(),
         }
         if isinstance(outcome, Failure):
             return WorkItemResult(
-                success=False, error=outcome.message, error_kind=outcome.kind, **common
+                success=False,
+                error=outcome.message,
+                error_kind=outcome.kind,
+                metadata=metadata,
+                **common,
             )
-        return WorkItemResult(
-            success=True, output=outcome.output, metadata=dict(outcome.metadata), **common
-        )
+        metadata = {**outcome.metadata, **metadata}
+        return WorkItemResult(success=True, output=outcome.output, metadata=metadata, **common)
+
+    def _timing(self) -> Timing:
+        """What is neither before the start nor a call was a wait: every moment has its place."""
+        executed = round(self.executed, 3)
+        queued = round(self.job.queued_seconds + self.ready - self.started, 3)
+        waited = max(0.0, round(time.monotonic() - self.ready - self.executed, 3))
+        total = round(queued + waited + executed, 3)
+        return Timing.model_construct(queued=queued, waited=waited, executed=executed, total=total)
 
 
 def _estimate_key(job: ItemJob) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -32,6 +33,8 @@ class Claim:
     usage: TokenUsage = NO_TOKENS
     queued_seconds: float = 0.0
     fed_at: float = 0.0
+    claimed_at: float = field(default_factory=time.monotonic)
+    """This process' clock at the claim: `queued_seconds` are those before it."""
     given_up: int = 0
     """Calls that ended without an answer by a time limit of ours; not yet told to Redis."""
     calling: bool = False

@@ -17,7 +17,8 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from batchllm_celery.connection import client_url
+from batchllm_celery.connection import Script, client_url
+from batchllm_celery.connection.scripts import refuses_first_line
 from batchllm_celery.errors import describe
 from batchllm_celery.keys import Keys
 from batchllm_celery.ledger import scripts
@@ -76,6 +77,7 @@ class Heartbeat:
         self._interval = interval
         self._presence = presence
         self._present_at = float("-inf")
+        self._script = scripts.BEAT
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self.last_beat = time.monotonic()
@@ -137,18 +139,21 @@ class Heartbeat:
 
     def _beat(self, client: redis.Redis) -> None:
         batches = self._batches()
-        commands: list[Sequence[Any]] = []
-        for batch_id in batches:
-            keys = key_list(self._keys, batch_id)
-            commands.append(("EVALSHA", scripts.BEAT.sha, len(keys), *keys, self._process_id))
-        answers = _pipeline(client, commands)
+        answers = self._run_for(client, batches)
         if any(isinstance(answer, redis.exceptions.NoScriptError) for answer in answers):
-            client.script_load(scripts.BEAT.text)
-            answers = _pipeline(client, commands)
+            self._script = _loaded(client)
+            answers = self._run_for(client, batches)
         self.last_beat = time.monotonic()
         if batches:
             self._heard([_beat(*pair) for pair in zip(batches, answers, strict=True)])
         self._show(client)
+
+    def _run_for(self, client: redis.Redis, batches: Sequence[str]) -> list[Any]:
+        commands: list[Sequence[Any]] = []
+        for batch_id in batches:
+            keys = key_list(self._keys, batch_id)
+            commands.append(("EVALSHA", self._script.sha, len(keys), *keys, self._process_id))
+        return _pipeline(client, commands)
 
     def _show(self, client: redis.Redis) -> None:
         now = time.monotonic()
@@ -157,6 +162,19 @@ class Heartbeat:
             seconds, microseconds = client.time()
             moment = seconds + microseconds / 1e6
             _pipeline(client, self._presence().commands(self._keys, moment))
+
+
+def _loaded(client: redis.Redis) -> Script:
+    """The script in the form that this server takes."""
+    script = scripts.BEAT
+    try:
+        client.script_load(script.text)
+    except redis.ResponseError as error:
+        if script.before_7 is None or not refuses_first_line(error):
+            raise
+        script = script.before_7
+        client.script_load(script.text)
+    return script
 
 
 def _pipeline(client: redis.Redis, commands: Sequence[Sequence[Any]]) -> list[Any]:

@@ -28,6 +28,8 @@ class WorkerInfo:
     """Unix time of its own clock."""
     last_seen: float = 0.0
     """Unix time of the Redis server."""
+    dropped_messages: int = 0
+    """Messages that nobody can run."""
 
     def commands(self, keys: Keys, now: float) -> list[tuple[str | int | float, ...]]:
         """The Redis commands that say "I am here" at server time `now`."""
@@ -57,6 +59,7 @@ class WorkerInfo:
             text.get("queues", ""),
             float(text.get("started_at", 0)),
             float(text.get("last_seen", 0)),
+            int(text.get("dropped_messages", 0)),
         )
 
 

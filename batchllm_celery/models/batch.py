@@ -56,6 +56,8 @@ class BatchSpec(Model):
         fail_fast: failure kinds that abort the batch at the first occurrence.
         keep_results: whether results stay readable until the batch's TTL (`submit`), or leave
             Redis when the consumer has them (`run`, `stream`).
+        prices: US dollars per million tokens, in and out, of `PROVIDER:NAME`, before all other
+            prices; under "" of every model that is not named.
         model: what prices are looked up under (`PROVIDER:NAME`), where it is known.
     """
 
@@ -72,6 +74,7 @@ class BatchSpec(Model):
     token_budget: int | None = Field(default=None, gt=0)
     fail_fast: tuple[FailureKind, ...] = ()
     keep_results: bool = True
+    prices: dict[str, tuple[float, float]] = Field(default_factory=dict)
     model: str | None = None
 
     @field_validator("batch_id")

@@ -107,10 +107,11 @@ class Completion(Generic[TOutput]):
 
 
 class Timing(Model):
-    """Where an item's time went, in seconds; each sums over its attempts.
+    """Where an item's time went, in seconds (to the millisecond); each sums over its attempts.
 
-    `queued`: from submission to the claim. `waited`: for the quota and in backoff.
-    `executed`: in provider calls. `total`: from submission to the outcome.
+    `queued`: from submission until a worker had a slot and the strategy ready for it.
+    `executed`: in provider calls. `waited`: everything else: for the quota, in backoff, for Redis.
+    `total`: from submission to the outcome; the sum of the other three.
     """
 
     queued: float = 0.0

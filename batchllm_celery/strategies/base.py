@@ -151,6 +151,10 @@ class LLMCallStrategy(ABC, Generic[TOutput]):
         output = f"[DRY-RUN] Mock output for prompt: {prompt[:50]}..."
         return output, TokenUsage(input_tokens=100, output_tokens=50, total_tokens=150)
 
+    def models(self) -> tuple[str, ...]:
+        """Every `PROVIDER:MODEL` that a call may ask; default: `model_name`, where there is one."""
+        return () if self.model_name is None else (self.model_name,)
+
     def classify(self, exception: BaseException) -> Failure | None:
         """Say why an attempt failed; None leaves it to the general rules (`failures.classify`)."""
         return None

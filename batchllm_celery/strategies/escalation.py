@@ -108,6 +108,10 @@ class EscalatingStrategy(LLMCallStrategy[TOutput]):
         """Told to the level that the next attempt asks."""
         await self.levels[self._level(state)].on_error(exception, attempt, state)
 
+    def models(self) -> tuple[str, ...]:
+        """Those of all levels."""
+        return tuple(name for level in self.levels for name in level.models())
+
     def classify(self, exception: BaseException) -> Failure | None:
         """By the levels' own rules."""
         found = (level.classify(exception) for level in self.levels)

@@ -17,12 +17,12 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 
 from batchllm_celery.errors import (
+    ERROR_MESSAGE_MAX_LENGTH,
     FailureKind,
     FrameworkTimeoutError,
     ProviderError,
     TokenTrackingError,
     describe,
-    shown_message,
 )
 from batchllm_celery.models import NO_TOKENS, Failure, TokenUsage
 from batchllm_celery.redaction import printable, without_secrets
@@ -54,6 +54,63 @@ _STATUS_KINDS = {
     529: FailureKind.OVERLOADED,
 }
 
+#: Words of a 403 that mean who calls, not what is asked.
+_OF_THE_KEY = re.compile(
+    r"\b(api[_-]?)?keys?\b|\bcredentials?\b|\b(access|auth|bearer|security) token\b"
+    r"|\bunregistered callers?\b|\bnot authenticated\b|\bunauthenticated\b",
+    re.IGNORECASE,
+)
+
+_GRPC_STATUSES = {
+    "CANCELLED": 499,
+    "UNKNOWN": 500,
+    "INVALID_ARGUMENT": 400,
+    "DEADLINE_EXCEEDED": 504,
+    "NOT_FOUND": 404,
+    "ALREADY_EXISTS": 400,
+    "PERMISSION_DENIED": 403,
+    "RESOURCE_EXHAUSTED": 429,
+    "FAILED_PRECONDITION": 400,
+    "ABORTED": 409,
+    "OUT_OF_RANGE": 400,
+    "UNIMPLEMENTED": 501,
+    "INTERNAL": 500,
+    "UNAVAILABLE": 503,
+    "DATA_LOSS": 500,
+    "UNAUTHENTICATED": 401,
+}
+
+# AWS gives some of these the status 400 or 403; the code says what it is.
+_AWS_KINDS = {
+    "Throttling": FailureKind.RATE_LIMITED,
+    "ThrottlingException": FailureKind.RATE_LIMITED,
+    "ThrottledException": FailureKind.RATE_LIMITED,
+    "RequestThrottled": FailureKind.RATE_LIMITED,
+    "RequestThrottledException": FailureKind.RATE_LIMITED,
+    "TooManyRequestsException": FailureKind.RATE_LIMITED,
+    "ProvisionedThroughputExceededException": FailureKind.RATE_LIMITED,
+    "RequestLimitExceeded": FailureKind.RATE_LIMITED,
+    "LimitExceededException": FailureKind.RATE_LIMITED,
+    "ServiceQuotaExceededException": FailureKind.RATE_LIMITED,
+    "SlowDown": FailureKind.RATE_LIMITED,
+    "ModelNotReadyException": FailureKind.OVERLOADED,
+    "ModelErrorException": FailureKind.OVERLOADED,
+    "ModelTimeoutException": FailureKind.PROVIDER_TIMEOUT,
+    "AccessDenied": FailureKind.AUTHENTICATION,
+    "AccessDeniedException": FailureKind.AUTHENTICATION,
+    "ExpiredToken": FailureKind.AUTHENTICATION,
+    "ExpiredTokenException": FailureKind.AUTHENTICATION,
+    "InvalidClientTokenId": FailureKind.AUTHENTICATION,
+    "InvalidSignatureException": FailureKind.AUTHENTICATION,
+    "SignatureDoesNotMatch": FailureKind.AUTHENTICATION,
+    "UnrecognizedClientException": FailureKind.AUTHENTICATION,
+}
+
+#: What `condensed` keeps of a long message.
+_HEAD, _GAP, _TAIL = 120, " .. ", 76
+#: Characters of each end of a message that are searched for secrets.
+_SEARCHED = 5_000
+
 # By name, because the libraries may not be installed, and must not be imported for this.
 _VALIDATION_NAMES = {
     "ValidationError",
@@ -69,6 +126,11 @@ _CONNECTION_NAMES = {
     "ClientPayloadError",
     "ClientOSError",
     "ServerDisconnectedError",
+    "ConnectionError",  # requests; botocore has subclasses of its own
+    "HTTPException",  # http.client: a broken status line, a body cut off
+    "HTTPClientError",  # botocore
+    "ProtocolError",  # urllib3
+    "ChunkedEncodingError",
 }
 _LOGIC_ERRORS = (
     ValueError,
@@ -133,6 +195,24 @@ def kind_of_status(status: int) -> FailureKind:
     return _STATUS_KINDS.get(status, default)
 
 
+def kind_of_refusal(status: int, words: str) -> FailureKind:
+    """The failure kind of an error status with what the provider said.
+
+    A 403 that speaks of the key would meet every item. Any other one (a moderation or a firewall's
+    page) is about this request; the item runner notices when all get one.
+    """
+    if status == 403 and not _OF_THE_KEY.search(words):
+        return FailureKind.CONTENT_BLOCKED
+    return kind_of_status(status)
+
+
+def status_of(exception: BaseException) -> int | None:
+    """The HTTP status (400 to 599) that an exception carries; None where it carries none."""
+    if isinstance(exception, ProviderError):
+        return exception.status
+    return _status(exception)
+
+
 def _kind(exception: BaseException) -> FailureKind:
     if isinstance(exception, ProviderError):
         return exception.kind
@@ -140,9 +220,14 @@ def _kind(exception: BaseException) -> FailureKind:
         return FailureKind.FRAMEWORK_TIMEOUT
     if isinstance(exception, asyncio.CancelledError):
         return FailureKind.CANCELLED
+    if _is_broken_http(exception):
+        return FailureKind.CONNECTION
+    aws = _aws_code(exception)
+    if aws in _AWS_KINDS:
+        return _AWS_KINDS[aws]
     status = _status(exception)
     if status is not None:
-        return kind_of_status(status)
+        return kind_of_refusal(status, str(exception))
     return _kind_of_type(exception) or _kind_of_text(str(exception))
 
 
@@ -169,27 +254,88 @@ def _kind_of_text(text: str) -> FailureKind:
 
 
 def _status(exception: BaseException) -> int | None:
+    for value in _statuses(exception):
+        if isinstance(value, int) and not isinstance(value, bool) and 400 <= value <= 599:
+            return int(value)
+    return _grpc_status(exception)
+
+
+def _statuses(exception: BaseException) -> Iterator[Any]:
     response = getattr(exception, "response", None)
-    candidates = [getattr(exception, name, None) for name in ("status_code", "code", "status")]
-    candidates += [getattr(response, name, None) for name in ("status_code", "status")]
-    for value in candidates:
-        if type(value) is int and 400 <= value <= 599:
-            return value
+    yield getattr(exception, "status_code", None)
+    yield getattr(exception, "status", None)  # before `code`: aiohttp warns of its own `code`
+    yield getattr(exception, "code", None)
+    yield getattr(response, "status_code", None)
+    yield getattr(response, "status", None)
+    yield _aws_metadata(exception).get("HTTPStatusCode")
+
+
+def _grpc_status(exception: BaseException) -> int | None:
+    """The HTTP status that means what a gRPC code means (google.rpc.Code says which)."""
+    for name in ("grpc_status_code", "code"):
+        code = getattr(exception, name, None)
+        try:
+            code = code() if callable(code) else code
+        except Exception:
+            continue
+        if (found := _GRPC_STATUSES.get(str(getattr(code, "name", "")))) is not None:
+            return found
     return None
+
+
+def _aws_metadata(exception: BaseException) -> Mapping[str, Any]:
+    """botocore keeps what the service said in a dict, where others have an object."""
+    response = getattr(exception, "response", None)
+    found = response.get("ResponseMetadata") if isinstance(response, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
+
+
+def _aws_code(exception: BaseException) -> str | None:
+    response = getattr(exception, "response", None)
+    error = response.get("Error") if isinstance(response, Mapping) else None
+    code = error.get("Code") if isinstance(error, Mapping) else None
+    return code if isinstance(code, str) else None
+
+
+def _headers_of(exception: BaseException) -> Mapping[str, str] | None:
+    found = getattr(getattr(exception, "response", None), "headers", None)
+    found = found or _aws_metadata(exception).get("HTTPHeaders")
+    return found if hasattr(found, "get") else None
+
+
+def _is_broken_http(exception: BaseException) -> bool:
+    """Whether the answer was no HTTP (a broken status line, an oversize header): aiohttp says
+    "400" of it, which no server said."""
+    cause: BaseException | None = exception
+    while cause is not None:
+        if "HttpProcessingError" in {cls.__name__ for cls in type(cause).__mro__}:
+            return True
+        cause = cause.__cause__
+    return False
 
 
 def _message(exception: BaseException) -> str:
     if not isinstance(exception, ProviderError):
         return describe(exception)
     shown = exception.error_type or type(exception.__cause__ or exception).__name__
-    return f"{shown}: {shown_message(str(exception))}"
+    return f"{shown}: {condensed(str(exception))}"
+
+
+def condensed(message: str) -> str:
+    """A provider's message in at most `ERROR_MESSAGE_MAX_LENGTH` characters, secrets blanked and
+    control characters escaped. Both ends are kept, because many providers put the reason last."""
+    if len(message) > 2 * _SEARCHED:  # what lies between is not shown, and needs no search
+        message = message[:_SEARCHED] + message[-_SEARCHED:]
+    text = printable(without_secrets(message))
+    if len(text) <= ERROR_MESSAGE_MAX_LENGTH:
+        return text
+    return f"{text[:_HEAD]}{_GAP}{text[-_TAIL:]}"
 
 
 def _retry_after(exception: BaseException) -> float | None:
     if isinstance(exception, ProviderError):
         return _number(exception.retry_after)
-    headers = getattr(getattr(exception, "response", None), "headers", None)
-    return retry_after_of(headers)
+    return retry_after_of(_headers_of(exception))
 
 
 def retry_after_of(headers: Mapping[str, str] | None) -> float | None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import importlib
 from collections.abc import Callable, Mapping
+from json import JSONDecodeError
 from typing import Any, Generic
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from batchllm_celery.models import (
     NO_TOKENS,
@@ -21,6 +22,7 @@ from batchllm_celery.models import (
 from batchllm_celery.redaction import keep_secret
 from batchllm_celery.strategies import gemini_client
 from batchllm_celery.strategies.base import LLMCallStrategy, ProcessResources
+from batchllm_celery.strategies.bodies import unreadable
 from batchllm_celery.strategies.failures import charged, classify
 from batchllm_celery.strategies.structured import (
     OutputSchema,
@@ -28,6 +30,9 @@ from batchllm_celery.strategies.structured import (
     remember_feedback,
     with_feedback,
 )
+
+#: What the SDK raises while it reads a body. The request was checked when it was prepared.
+_UNREADABLE = (JSONDecodeError, UnicodeDecodeError, ValidationError)
 
 
 class GeminiResponse(Model, Generic[TOutput]):
@@ -146,9 +151,11 @@ class GeminiStrategy(LLMCallStrategy[TOutput]):
             gemini_client.check_answer(response)
             output = self._parse(response)
         ratings = gemini_client.safety_ratings_of(response)
-        metadata = {"safety_ratings": ratings} if ratings else {}
+        finish = gemini_client.finish_reason_of(response)
+        metadata: dict[str, Any] = {"finish_reason": finish}
+        if ratings:
+            metadata["safety_ratings"] = ratings
         if self.include_metadata:
-            finish = gemini_client.finish_reason_of(response)
             output = GeminiResponse(
                 output=output,
                 safety_ratings=ratings,
@@ -173,15 +180,31 @@ class GeminiStrategy(LLMCallStrategy[TOutput]):
         return await self._call(contents, self._request_config or self.config)
 
     async def _call(self, contents: Any, config: Any) -> Any:
+        """One answer, as an object with the SDK's names.
+
+        By the SDK's raw route: its models drop what they don't know, an error in place of the
+        answer among it. Who parses answers by code of their own gets the SDK's own object.
+        """
+        raw = not self._wants_sdk_object()
         try:
-            return await self.client.aio.models.generate_content(
-                model=self.model, contents=contents, config=config
+            response = await self.client.aio.models.generate_content(
+                model=self.model, contents=contents, config=_raw(config) if raw else config
             )
         except Exception as error:
             translated = gemini_client.translate(error)
+            if translated is None and isinstance(error, _UNREADABLE):
+                translated = unreadable("the answer's body can't be read")
             if translated is None:
                 raise
             raise translated from error
+        http: Any = getattr(response, "sdk_http_response", None)
+        body = getattr(http, "body", None)
+        if not raw or not isinstance(body, str):
+            return response  # its own object; a client of the user's may know no raw route
+        return gemini_client.read_answer(body, http.headers)
+
+    def _wants_sdk_object(self) -> bool:
+        return self.response_parser is not None or self.include_metadata
 
     def _parse(self, response: Any) -> Any:
         if self.response_parser is not None:
@@ -203,6 +226,14 @@ class GeminiStrategy(LLMCallStrategy[TOutput]):
             return ours
         base = config_type.model_validate(self.config)
         return base.model_copy(update={name: getattr(ours, name) for name in given})
+
+
+def _raw(config: Any) -> Any:
+    """`config`, asking the SDK for the HTTP answer as it came."""
+    asked = {"should_return_http_response": True}
+    if config is None or isinstance(config, Mapping):
+        return {**(config or {}), **asked}
+    return config.model_copy(update=asked)
 
 
 def _thinking(budget: int | None) -> dict[str, int] | None:

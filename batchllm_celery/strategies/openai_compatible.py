@@ -6,9 +6,10 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from batchllm_celery.errors import FailureKind, ProviderError
 from batchllm_celery.models import Completion, Failure, RetryState, TOutput
 from batchllm_celery.redaction import keep_secret
-from batchllm_celery.strategies import openai_client
+from batchllm_celery.strategies import bodies, openai_client
 from batchllm_celery.strategies.base import LLMCallStrategy, ProcessResources
 from batchllm_celery.strategies.failures import charged, classify
 from batchllm_celery.strategies.structured import (
@@ -17,6 +18,9 @@ from batchllm_celery.strategies.structured import (
     remember_feedback,
     with_feedback,
 )
+
+#: So many web pages are taken for a passing fault, while a server has answered nothing else.
+PAGES_BEFORE_DOUBT = 1
 
 
 class OpenAICompatibleStrategy(LLMCallStrategy[TOutput]):
@@ -70,6 +74,7 @@ class OpenAICompatibleStrategy(LLMCallStrategy[TOutput]):
         self.model_name = f"{self.provider}:{model}"
         self._api_key = api_key
         self._owned: ProcessResources | None = None
+        self._pages: int | None = 0
         self._request: dict[str, Any] | None = None
 
     async def prepare(self) -> None:
@@ -102,12 +107,13 @@ class OpenAICompatibleStrategy(LLMCallStrategy[TOutput]):
             ProviderError: for API errors, blocked, truncated, empty and malformed answers.
             Exception: what `response_parser` raises, carrying the answer's tokens.
         """
-        response = await self._call(with_feedback(prompt, state))
+        response, parsed = await self._call(with_feedback(prompt, state))
         usage = openai_client.usage_of(response)
         with charged(usage):
-            text = openai_client.text_of(response)
-            output = self._parse(response, text)
-        return Completion(output, usage)
+            output = self._parse(response, parsed)
+        return Completion(
+            output, usage, {"finish_reason": openai_client.finish_reason_of(response)}
+        )
 
     async def on_error(
         self, exception: Exception, attempt: int, state: RetryState | None = None
@@ -127,18 +133,41 @@ class OpenAICompatibleStrategy(LLMCallStrategy[TOutput]):
             self._owned = ProcessResources()
         return self._owned
 
-    async def _call(self, prompt: str) -> Any:
+    async def _call(self, prompt: str) -> tuple[Any, Callable[[], Any]]:
+        """The answer's body, and how to have the SDK's object of it.
+
+        The raw route of the SDK: its models take a body for an answer that is none.
+        """
         messages = [{"role": "user", "content": prompt}]
         if self.system is not None:
             messages.insert(0, {"role": "system", "content": self.system})
         request = self._request if self._request is not None else self._build_request()
+        create = self.client.chat.completions.with_raw_response.create
         try:
-            return await self.client.chat.completions.create(messages=messages, **request)
+            raw = await create(messages=messages, **request)
         except Exception as error:
             translated = openai_client.translate(error)
             if translated is None:
                 raise
             raise translated from error
+        self._count_page(raw.content)
+        response = openai_client.read_answer(raw.content, raw.headers)
+        return response, raw.parse
+
+    def _count_page(self, content: bytes) -> None:
+        """A web page in place of an answer may pass; where nothing else ever came, it is what
+        stands at a wrong base URL, and each further call would be one too many."""
+        if not bodies.is_page(content[:200].decode("utf-8", "replace")):
+            self._pages = None
+        elif self._pages is not None:
+            self._pages += 1
+            if self._pages > PAGES_BEFORE_DOUBT:
+                raise ProviderError(
+                    "the server answers web pages, not JSON: check the base URL "
+                    "(it usually ends in /v1)",
+                    kind=FailureKind.INVALID_REQUEST,
+                    error_type="WrongServer",
+                )
 
     def _build_request(self) -> dict[str, Any]:
         """What every call has in common."""
@@ -164,7 +193,9 @@ class OpenAICompatibleStrategy(LLMCallStrategy[TOutput]):
         described = {"name": self.schema.name, "schema": self.schema.json_schema}
         return {"type": "json_schema", "json_schema": described}
 
-    def _parse(self, response: Any, text: str) -> Any:
+    def _parse(self, response: Any, parsed: Callable[[], Any]) -> Any:
         if self.response_parser is not None:
-            return self.response_parser(response)
+            openai_client.check_answer(response)
+            return self.response_parser(parsed())
+        text = openai_client.text_of(response)
         return self.schema.parse(text) if self.schema is not None else text

@@ -11,17 +11,18 @@ import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from batchllm_celery.connection import Connection
 from batchllm_celery.errors import BatchNotFoundError, FailureKind, UsageError, describe
 from batchllm_celery.events import Events, WorkerStarted, WorkerStopped
 from batchllm_celery.execution import ItemJob, ItemRunner, Prices, Stopped
+from batchllm_celery.execution.pricing import given_prices
 from batchllm_celery.keys import Keys
 from batchllm_celery.ledger import Beat, Claim, Heartbeat, Ledger, WorkerInfo, new_process_id
 from batchllm_celery.limiter import Estimator, Limiter
 from batchllm_celery.models import (
+    NO_TOKENS,
     BatchSpec,
     BatchState,
     Quota,
@@ -32,6 +33,7 @@ from batchllm_celery.models import (
 from batchllm_celery.settings import Settings
 from batchllm_celery.strategies import LLMCallStrategy, ProcessResources, Registry
 from batchllm_celery.worker.slots import Slots
+from batchllm_celery.worker.startup import ready_file, touch_forever
 
 logger = logging.getLogger("batchllm_celery")
 
@@ -163,6 +165,13 @@ class _LedgerGate:
         self._claim.calling = under_way
 
 
+def _rehearsed(result: WorkItemResult[Any, Any]) -> WorkItemResult[Any, Any]:
+    """A rehearsal's result: marked as one, and without tokens that nobody spent."""
+    metadata = {**result.metadata, "dry_run": True}
+    changes = {"token_usage": NO_TOKENS, "cost": None, "metadata": metadata}
+    return result.model_copy(update=changes)
+
+
 class Runtime:
     """All parts of one worker process; opened on first use, closed when the process ends.
 
@@ -204,6 +213,7 @@ class Runtime:
         self._opening = asyncio.Lock()
         self._parts: contextlib.AsyncExitStack | None = None
         self.on_room: Callable[[], None] = lambda: None
+        self.dropped_messages: Callable[[], int] = lambda: 0
 
     # -- lifetime ---------------------------------------------------------------------------------
 
@@ -219,7 +229,9 @@ class Runtime:
 
     async def _wire(self, parts: contextlib.AsyncExitStack) -> None:
         settings, keys = self.settings, Keys(self.settings.namespace)
-        connection = await parts.enter_async_context(Connection(self._url, events=self.events))
+        connection = await parts.enter_async_context(
+            Connection(self._url, events=self.events, denied_seconds=settings.lease_seconds)
+        )
         await connection.patiently(connection.ping)
         self.ledger = await parts.enter_async_context(
             Ledger(
@@ -248,7 +260,8 @@ class Runtime:
         self._start_heartbeat(parts, keys)
         self._in_background(parts, self._offer_loop())
         if settings.heartbeat_file is not None:
-            self._in_background(parts, self._touch_loop(settings.heartbeat_file))
+            file, interval = ready_file(settings.heartbeat_file), settings.heartbeat_seconds
+            self._in_background(parts, touch_forever(file, interval, self._has_redis))
 
     def _start_heartbeat(self, parts: contextlib.AsyncExitStack, keys: Keys) -> None:
         loop = asyncio.get_running_loop()
@@ -273,6 +286,7 @@ class Runtime:
             running=len(self._running),
             queues=",".join(self.queues),
             started_at=self._started_at,
+            dropped_messages=self.dropped_messages(),
         )
 
     def _in_background(self, parts: contextlib.AsyncExitStack, work: Awaitable[None]) -> None:
@@ -451,6 +465,8 @@ class Runtime:
         with self.registry.using(strategy):
             outcome = await self.runner.run(self._job(spec, claim, strategy))
         await self.registry.close_surplus()
+        if spec.config.dry_run and isinstance(outcome, WorkItemResult):
+            return _rehearsed(outcome)
         return outcome
 
     def _job(self, spec: BatchSpec, claim: Claim, strategy: LLMCallStrategy[Any]) -> ItemJob:
@@ -471,8 +487,11 @@ class Runtime:
             attempts=claim.attempts,
             refusals=claim.refusals,
             usage=claim.usage,
-            queued_seconds=claim.queued_seconds,
+            queued_seconds=claim.queued_seconds + time.monotonic() - claim.claimed_at,
             priority=spec.priority,
+            prices=given_prices(spec.prices),
+            needs_prices=spec.max_cost is not None,
+            estimate_usage=spec.token_budget is not None,
             gate=gate,
             parks=gate.parks,
         )
@@ -561,10 +580,6 @@ class Runtime:
                 some = indexes[first : first + OFFERED_PER_TASK]
                 await asyncio.to_thread(self._publish, batch_id, some, queue, priority)
 
-    async def _touch_loop(self, path: Path) -> None:
-        """Tell a probe that the loop turns and that Redis has answered lately."""
-        while True:
-            age = time.monotonic() - self._heartbeat.last_beat
-            if age < self.settings.lease_seconds:
-                path.touch()  # noqa: ASYNC240 - microseconds, once a second
-            await asyncio.sleep(self.settings.heartbeat_seconds)
+    def _has_redis(self) -> bool:
+        """Whether Redis has answered lately."""
+        return time.monotonic() - self._heartbeat.last_beat < self.settings.lease_seconds

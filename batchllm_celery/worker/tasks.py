@@ -11,10 +11,16 @@ import threading
 from dataclasses import dataclass
 from typing import Any
 
-from celery import Celery, signals
+import redis
+from celery import Celery, bootsteps, signals
+from celery.exceptions import WorkerShutdown
+from celery.worker import state as worker_state
+from kombu.utils.imports import symbol_by_name
 
 from batchllm_celery import event_loop
+from batchllm_celery.connection import broker_url, safe_url
 from batchllm_celery.embedded import resolve_url, revive_when_lost
+from batchllm_celery.errors import describe
 from batchllm_celery.events import Events
 from batchllm_celery.observability import LogListener
 from batchllm_celery.queue import (
@@ -27,12 +33,16 @@ from batchllm_celery.queue import (
 )
 from batchllm_celery.settings import Settings
 from batchllm_celery.worker import watchdog
-from batchllm_celery.worker.broker import fetch_together
+from batchllm_celery.worker.bad_messages import MOST_ITEMS, dropped, guarded
+from batchllm_celery.worker.broker import fetch_together, use_in
 from batchllm_celery.worker.retry_events import RetryEvents
 from batchllm_celery.worker.runtime import Runtime
+from batchllm_celery.worker.startup import touch_forever, wait_for_redis
 from batchllm_celery.worker.task_events import gather_task_events
 
 logger = logging.getLogger("batchllm_celery")
+
+REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
 
 
 class ItemsFailed(Exception):
@@ -95,6 +105,10 @@ def has_only_our_tasks(app: Celery) -> bool:
     return all(name == RUN_ITEMS or name.startswith("celery.") for name in app.tasks)
 
 
+def _forks(pool: Any) -> bool:
+    return type(pool).__module__ == "celery.concurrency.prefork"
+
+
 class _Process:
     """The runtime of this process, whichever pool it is of. Signals differ by pool: `worker_ready`
     comes to the parent, `worker_process_init` to each child of prefork (and to solo)."""
@@ -105,7 +119,7 @@ class _Process:
         self._redis_url = redis_url
         self._lock = threading.Lock()
         self._runtime: Runtime | None = None
-        self._pid = 0
+        self._pid = self._probed = 0
         self._pool: Any = None
         self._slots: int | None = None
         self._task_events = False
@@ -123,6 +137,17 @@ class _Process:
 
     def connect(self) -> None:
         """Listen to the worker's signals, which reach this process only if it is a worker."""
+        start = self._on_pool_started
+
+        class AfterPool(bootsteps.StartStopStep):
+            """Between the pool and Celery's consumer, which connects to the broker."""
+
+            requires = ("celery.worker.components:Pool",)
+
+            def start(self, worker: Any) -> None:
+                start(worker)
+
+        self._app.steps["worker"].add(AfterPool)
         for signal, receiver in (
             (signals.worker_init, self._on_init),
             (signals.worker_ready, self._on_ready),
@@ -152,6 +177,7 @@ class _Process:
             events=Events(LogListener(), self._retry_events),
             queues=self._lanes(),
         )
+        runtime.dropped_messages = lambda: dropped.count
         if self._pool is not None:
             runtime.on_room = self._pool.look_again
         watchdog.events.listen(runtime.events.emit)
@@ -161,7 +187,7 @@ class _Process:
     def _own_redis(self) -> str:
         if self._settings.redis_url is None:
             broker = str(self._app.conf.broker_url or "")
-            if broker.startswith(("redis://", "rediss://")):
+            if broker.startswith(REDIS_SCHEMES):
                 return broker
         return resolve_url(self._settings)
 
@@ -178,6 +204,10 @@ class _Process:
 
     def _on_init(self, sender: Any, **_: Any) -> None:
         """Import the modules that register strategies, before the first message comes."""
+        use_in(self._app)
+        sender.consumer_cls = guarded(
+            symbol_by_name(sender.consumer_cls), only_ours=has_only_our_tasks(self._app)
+        )
         self._task_events = bool(sender.task_events)
         for name in filter(None, (self._settings.app or "").split(",")):
             try:
@@ -185,9 +215,32 @@ class _Process:
             except ImportError as error:
                 raise SystemExit(f"Error: --app {name.strip()!r}: {error}") from error
 
+    def _on_pool_started(self, worker: Any) -> None:
+        if not _forks(worker.pool):
+            self._tell_probes()
+        url = self._redis_url or self._settings.redis_url or str(self._app.conf.broker_url)
+        # An app with another broker has other work to do meanwhile.
+        if self._app.conf.broker_url != broker_url(url) or not url.startswith(REDIS_SCHEMES):
+            return
+        if self._app.conf.broker_connection_retry_on_startup is False:
+            return
+        try:
+            wait_for_redis(url, worker_state.maybe_shutdown)
+        except redis.RedisError as error:
+            logger.critical("Redis at %s can't be used: %s", safe_url(url), describe(error))
+            raise WorkerShutdown(1) from error
+
+    def _tell_probes(self) -> None:
+        """Touch the heartbeat file from this process' loop, whether Redis is there or not."""
+        file = self._settings.heartbeat_file
+        if file is not None and self._probed != os.getpid():
+            self._probed = os.getpid()
+            touching = touch_forever(file, self._settings.heartbeat_seconds)
+            asyncio.run_coroutine_threadsafe(touching, event_loop.loop())
+
     def _on_ready(self, sender: Any, **_: Any) -> None:
         pool = sender.pool
-        if type(pool).__module__ == "celery.concurrency.prefork":
+        if _forks(pool):
             return  # its children open their own; a thread or a loop before a fork is trouble
         gather_task_events(sender)
         if hasattr(pool, "admit"):
@@ -202,10 +255,12 @@ class _Process:
         asyncio.run_coroutine_threadsafe(self._current().open(), event_loop.loop())
 
     def _seen(self, headers: dict[str, Any]) -> None:
-        if headers.get("task") == RUN_ITEMS:
-            self._current().expect(int(headers.get(ITEMS_HEADER) or 1))
+        items = headers.get(ITEMS_HEADER)
+        if headers.get("task") == RUN_ITEMS and type(items) is int:
+            self._current().expect(min(items, MOST_ITEMS))
 
     def _on_process_init(self, **_: Any) -> None:
+        self._tell_probes()
         asyncio.run_coroutine_threadsafe(self._current().open(), event_loop.loop())
 
     def _on_shutting_down(self, how: str, **_: Any) -> None:

@@ -246,10 +246,21 @@ def _commands(url: str) -> dict[str, int]:
     return {name.removeprefix("cmdstat_"): row["calls"] for name, row in statistics.items()}
 
 
+def _has_lmpop(url: str) -> bool:
+    with redis.Redis.from_url(url) as client:
+        try:
+            client.execute_command("LMPOP", 1, "nothing", "LEFT")
+        except redis.ResponseError:
+            return False
+    return True
+
+
 def test_many_small_messages_are_fetched_and_acknowledged_together(
     producer: Producer, start: Start, redis_url: str
 ) -> None:
     """A message of one item does not cost a fetch, a note and an acknowledgement of its own."""
+    if not _has_lmpop(redis_url):
+        pytest.skip("this server gives one message at a time")
     batch = _submit(producer, 400, 0.0, items_per_task=1, quota=UNHINDERED)
     before = _commands(redis_url)
     start(slots=100)
@@ -295,12 +306,14 @@ def test_a_redis_that_gives_one_message_at_a_time_will_do(start: Start, namespac
     server = ValkeyServer().start()
     try:
         with redis.Redis.from_url(server.url) as client:
-            client.execute_command("ACL", "SETUSER", "default", "-lmpop")
+            had_it = _has_lmpop(server.url)
+            if had_it:
+                client.execute_command("ACL", "SETUSER", "default", "-lmpop")
         with Producer(redis_url=server.url, namespace=namespace) as producer:
             batch = _submit(producer, 100, 0.0, items_per_task=1, quota=UNHINDERED)
             start(slots=20, url=server.url)
             assert batch.wait(timeout=60).succeeded == 100
-        assert "lmpop" in _commands(server.url)  # it was tried
+        assert not had_it or "lmpop" in _commands(server.url)  # it was tried
     finally:
         server.stop()
 

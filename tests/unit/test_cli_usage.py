@@ -15,12 +15,11 @@ from click.testing import CliRunner
 
 from batchllm_celery.cli import _COMMANDS, cli, estimate, job, main
 from batchllm_celery.cli.doctor import check_server
-from batchllm_celery.cli.fleet import Fleet, FleetError, environment_of
+from batchllm_celery.cli.fleet import environment_of
 from batchllm_celery.cli.run import default_out, resume_command
 from batchllm_celery.errors import FailureKind, UsageError
 from batchllm_celery.models import QuotaLimits
 from batchllm_celery.settings import Settings
-from tests.support import wait_until
 
 
 @pytest.fixture(autouse=True)
@@ -248,19 +247,6 @@ def test_workers_hear_settings_through_the_environment() -> None:
     assert environment["BATCHLLM_QUEUE"] == "run.b"
     assert environment["BATCHLLM_SLOTS"] == "7"
     assert "BATCHLLM_REDIS_URL" not in environment
-
-
-def test_workers_that_never_get_ready_are_given_up(tmp_path: Path) -> None:
-    """A set-up that can't work ends after a few tries, with the worker's last words."""
-    bad = dict(os.environ) | {"BATCHLLM_SLOTS": "none at all"}
-    fleet = Fleet(2, lambda _: bad, log_dir=tmp_path / "logs")
-    try:
-        fleet.start()
-        with pytest.raises(FleetError, match=r"worker-\d.log"):
-            wait_until(fleet.poll, timeout=60)
-    finally:
-        fleet.kill()
-    assert fleet.ended()
 
 
 def test_the_doctor_knows_settings_of_redis_that_lose_batches() -> None:
