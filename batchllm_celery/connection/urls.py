@@ -54,7 +54,9 @@ def read_url(url: str) -> RedisUrl:
     if re.search(r"[\x00-\x20\x7f]", url):
         raise _refusal(url, "it holds a space or a control character; percent-encode it (%20)")
     if ";" in rest or "," in rest.partition("?")[0]:
-        raise _refusal(url, "it must name one server (percent-encode a comma as %2C)")
+        raise _refusal(
+            url, "it must name one server (in a password percent-encode ; and , as %3B and %2C)"
+        )
     read = _read_socket if scheme.lower() == "unix" else _read_server
     return read(url, scheme.lower(), rest)
 
@@ -76,7 +78,8 @@ def _read_socket(url: str, scheme: str, rest: str) -> RedisUrl:
 
 
 def _read_server(url: str, scheme: str, rest: str) -> RedisUrl:
-    authority, tail = re.match(r"([^/?#]*)(.*)", rest).groups()  # type: ignore[union-attr]  # matches all
+    authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
+    tail = rest[len(authority) :]
     userinfo, _, server = authority.rpartition("@")
     if "@" in tail or "#" in tail or "[" in userinfo or "]" in userinfo:
         raise _refusal(

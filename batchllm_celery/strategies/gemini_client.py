@@ -19,7 +19,7 @@ from batchllm_celery.redaction import keep_secret
 from batchllm_celery.strategies import bodies
 from batchllm_celery.strategies.base import Opened, ProcessResources
 from batchllm_celery.strategies.failures import condensed, kind_of_refusal, retry_after_of
-from batchllm_celery.strategies.http import bounded_response
+from batchllm_celery.strategies.http import bounded_response, redirected
 
 #: Sockets beyond the slots: cache calls, and those of cancelled calls that still close.
 SPARE_CONNECTIONS = 16
@@ -264,7 +264,7 @@ def translate(error: BaseException) -> ProviderError | None:
         return None
     headers = getattr(getattr(error, "response", None), "headers", None)
     body = details or {"message": getattr(error, "message", None)}
-    translated = _refused(code, body, headers, type(error).__name__)
+    translated = redirected(error, code) or _refused(code, body, headers, type(error).__name__)
     translated.__cause__ = error
     return translated
 

@@ -5,7 +5,6 @@ A redirect would carry the key and the prompt to a host that nobody chose.
 
 from __future__ import annotations
 
-import importlib
 from functools import cache
 from typing import Any
 from urllib.parse import urljoin
@@ -18,22 +17,35 @@ MOST_BYTES = 64 * 1024 * 1024
 _CHUNK = 64 * 1024
 
 
-def refuse_redirect(status: int, url: str, location: str | None) -> None:
-    """Let every status pass but those that send us elsewhere.
-
-    Raises:
-        ProviderError: of kind `invalid_request`, naming the host.
-    """
+def redirect_error(status: int, url: str, location: str | None) -> ProviderError | None:
+    """The failure that a status which sends us elsewhere means, naming the host; else None."""
     if not 300 <= status < 400 or not location:
-        return
+        return None
     host = host_of(urljoin(url, location))
-    raise ProviderError(
+    return ProviderError(
         f"{status}: the server redirects to {host}, which is not followed: nothing was sent "
         "there. If that is the right host, name it as the base URL",
         kind=FailureKind.INVALID_REQUEST,
         status=status,
         error_type="Redirected",
     )
+
+
+def refuse_redirect(status: int, url: str, location: str | None) -> None:
+    """Let every status pass but those that send us elsewhere.
+
+    Raises:
+        ProviderError: of kind `invalid_request`, naming the host.
+    """
+    if error := redirect_error(status, url, location):
+        raise error
+
+
+def redirected(error: BaseException, status: int) -> ProviderError | None:
+    """The same for an SDK's error, of a client that is not ours and follows nothing either."""
+    response = getattr(error, "response", None)
+    location = (getattr(response, "headers", None) or {}).get("location")
+    return redirect_error(status, str(getattr(response, "url", "")), location)
 
 
 def refuse_size(size: int) -> None:
@@ -51,11 +63,9 @@ def refuse_size(size: int) -> None:
 @cache
 def bounded_response() -> Any:
     """aiohttp's `response_class` of a session that calls a provider."""
-    base: Any = importlib.import_module("aiohttp").ClientResponse
+    from aiohttp import ClientResponse  # late: it takes a while
 
-    class BoundedResponse(base):  # type: ignore[misc]  # imported late: it takes a while
-        _body: bytes | None
-
+    class BoundedResponse(ClientResponse):
         async def start(self, connection: Any) -> Any:
             started = await super().start(connection)
             refuse_redirect(self.status, str(self.url), self.headers.get("location"))

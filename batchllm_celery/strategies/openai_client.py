@@ -16,7 +16,7 @@ from batchllm_celery.redaction import keep_secret, keep_secrets_in
 from batchllm_celery.strategies import bodies, gemini_client
 from batchllm_celery.strategies.base import Opened, ProcessResources
 from batchllm_celery.strategies.failures import condensed, kind_of_refusal, retry_after_of
-from batchllm_celery.strategies.http import bounded_client
+from batchllm_celery.strategies.http import bounded_client, redirected
 
 #: Sockets beyond the slots: those of cancelled calls that still close.
 SPARE_CONNECTIONS = 16
@@ -238,7 +238,9 @@ def translate(error: BaseException) -> ProviderError | None:
     if type(status) is int and hasattr(error, "body"):
         headers = getattr(getattr(error, "response", None), "headers", None)
         body = error.body or str(getattr(error, "message", ""))
-        translated = _refused(status, body, headers, type(error).__name__)
+        translated = redirected(error, status) or _refused(
+            status, body, headers, type(error).__name__
+        )
     elif type(error).__name__ == "APITimeoutError" and _never_connected(error):
         translated = ProviderError(
             "the connection failed or broke",

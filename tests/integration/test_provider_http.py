@@ -17,11 +17,18 @@ from aiohttp.test_utils import TestServer
 pytest.importorskip("openai", reason="the openai extra is not installed")
 pytest.importorskip("pydantic_ai", reason="the pydantic-ai extra is not installed")
 
+import openai
+from pydantic_ai import Agent
+from pydantic_ai.models.openai import OpenAIChatModel
+from pydantic_ai.providers.openai import OpenAIProvider
+
 from batchllm_celery.errors import FailureKind
 from batchllm_celery.models import Failure
 from batchllm_celery.settings import Settings
 from batchllm_celery.strategies import (
+    OpenAICompatibleStrategy,
     ProcessResources,
+    PydanticAIStrategy,
     Registry,
     as_completion,
     classify_for,
@@ -171,3 +178,31 @@ async def test_an_answer_without_end_is_given_up(
     assert isinstance(failed, Failure)
     assert failed.message == "AnswerTooLarge: the answer is larger than 1 MiB"
     assert failed.kind is FailureKind.UNKNOWN
+
+
+@pytest.mark.parametrize("kind", ["openai", "agent"])
+async def test_a_client_of_ones_own_that_follows_nothing_is_understood_too(
+    stack: AsyncExitStack, kind: str
+) -> None:
+    """The SDK's own error becomes the same failure, which names the host."""
+
+    async def redirects(request: web.Request) -> web.Response:
+        return web.Response(status=307, headers={"Location": "http://elsewhere.invalid:8/x"})
+
+    url = str((await serve(stack, redirects)).make_url("/v1"))
+    own = openai.AsyncOpenAI(
+        api_key=KEY, base_url=url, max_retries=0,
+        http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False),
+    )  # fmt: skip
+    stack.push_async_callback(own.close)
+    strategy: Any = OpenAICompatibleStrategy("m", own)
+    if kind == "agent":
+        strategy = PydanticAIStrategy(
+            Agent(OpenAIChatModel("m", provider=OpenAIProvider(openai_client=own)))
+        )
+    with pytest.raises(Exception) as raised:
+        await strategy.execute(PROMPT, 1, 9)
+    assert isinstance(raised.value, Exception)
+    failed = classify_for(strategy, raised.value)
+    assert failed.kind is FailureKind.INVALID_REQUEST
+    assert "redirects to http://elsewhere.invalid:8," in failed.message
