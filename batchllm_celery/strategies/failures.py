@@ -13,6 +13,7 @@ import ssl
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +24,18 @@ from batchllm_celery.errors import (
     ProviderError,
     TokenTrackingError,
     describe,
+    text_of,
 )
 from batchllm_celery.models import NO_TOKENS, Failure, TokenUsage
+from batchllm_celery.strategies.usage import read_usage
 
 if TYPE_CHECKING:
     from batchllm_celery.strategies.base import LLMCallStrategy
 
 logger = logging.getLogger("batchllm_celery")
+
+#: No provider is waited for longer before it is asked again: a day's quota is there again by then.
+MOST_SECONDS = 86_400.0
 
 _STAMP = "_failed_token_usage"
 _MODEL_STAMP = "_priced_as"
@@ -98,14 +104,18 @@ def classify(exception: BaseException) -> Failure:
     if isinstance(exception, TokenTrackingError) and exception.__cause__ is not None:
         failure = classify(exception.__cause__)
         return Failure(
-            failure.kind, failure.message, failure.retry_after, TokenUsage.of(exception.usage)
+            failure.kind, failure.message, failure.retry_after, read_usage(exception.usage)
         )
-    return Failure(
-        kind=_kind(exception),
-        message=_message(exception),
-        retry_after=_retry_after(exception),
-        usage=extract_token_usage(exception),
-    )
+    try:
+        return Failure(
+            kind=_kind(exception),
+            message=_message(exception),
+            retry_after=_retry_after(exception),
+            usage=extract_token_usage(exception),
+        )
+    except Exception as error:  # an attribute of it fails
+        message = f"{type(exception).__name__}: it can't be looked at ({type(error).__name__})"
+        return Failure(FailureKind.LOGIC_ERROR, message, usage=extract_token_usage(exception))
 
 
 def classify_for(strategy: LLMCallStrategy[Any], exception: BaseException) -> Failure:
@@ -116,6 +126,8 @@ def classify_for(strategy: LLMCallStrategy[Any], exception: BaseException) -> Fa
     """
     try:
         failure = strategy.classify(exception)
+        if failure is not None:
+            failure = _checked(failure)
     except Exception as error:
         logger.warning("classify_failed error=%s", describe(error))
         failure = None
@@ -123,8 +135,24 @@ def classify_for(strategy: LLMCallStrategy[Any], exception: BaseException) -> Fa
         return classify(exception)
     if failure.usage:
         return failure
-    usage = extract_token_usage(exception)
-    return Failure(failure.kind, failure.message, failure.retry_after, usage)
+    return replace(failure, usage=extract_token_usage(exception))
+
+
+def _checked(failure: Failure) -> Failure:
+    """What a translator answered, in the types that the rest relies on.
+
+    Raises:
+        TypeError: if it is no `Failure`.
+        ValueError: for an unknown kind.
+    """
+    if not isinstance(failure, Failure):
+        raise TypeError(f"classify() must return a Failure or None, not {type(failure).__name__}")
+    return Failure(
+        FailureKind(failure.kind),
+        str(failure.message),
+        None if failure.retry_after is None else _seconds(failure.retry_after),
+        read_usage(failure.usage),
+    )
 
 
 def kind_of_status(status: int) -> FailureKind:
@@ -135,7 +163,7 @@ def kind_of_status(status: int) -> FailureKind:
 
 def _kind(exception: BaseException) -> FailureKind:
     if isinstance(exception, ProviderError):
-        return exception.kind
+        return _named_kind(exception) or FailureKind.LOGIC_ERROR
     if isinstance(exception, FrameworkTimeoutError):
         return FailureKind.FRAMEWORK_TIMEOUT
     if isinstance(exception, asyncio.CancelledError):
@@ -143,7 +171,15 @@ def _kind(exception: BaseException) -> FailureKind:
     status = _status(exception)
     if status is not None:
         return kind_of_status(status)
-    return _kind_of_type(exception) or _kind_of_text(str(exception))
+    return _kind_of_type(exception) or _kind_of_text(text_of(exception))
+
+
+def _named_kind(exception: ProviderError) -> FailureKind | None:
+    """The kind that it names; None where there is none of that name."""
+    try:
+        return FailureKind(exception.kind)
+    except ValueError:
+        return None
 
 
 def _kind_of_type(exception: BaseException) -> FailureKind | None:
@@ -190,14 +226,23 @@ def _message(exception: BaseException) -> str:
     if not isinstance(exception, ProviderError):
         return without_keys(describe(exception))
     shown = exception.error_type or type(exception.__cause__ or exception).__name__
-    return without_keys(f"{shown}: {str(exception)[:ERROR_MESSAGE_MAX_LENGTH]}")
+    text = text_of(exception)[:ERROR_MESSAGE_MAX_LENGTH]
+    if _named_kind(exception) is None:
+        text = f"no failure kind is called {str(exception.kind)[:40]!r}; it said: {text}"
+    return without_keys(f"{shown}: {text}")
 
 
 def _retry_after(exception: BaseException) -> float | None:
     if isinstance(exception, ProviderError):
-        return _number(exception.retry_after)
+        return _seconds(exception.retry_after)
     headers = getattr(getattr(exception, "response", None), "headers", None)
-    return retry_after_of(headers)
+    return _seconds(retry_after_of(headers))
+
+
+def _seconds(asked: object) -> float | None:
+    """A foreign number of seconds; longer ones than `MOST_SECONDS` are cut to that."""
+    value = _number(asked)
+    return None if value is None else min(value, MOST_SECONDS)
 
 
 def retry_after_of(headers: Mapping[str, str] | None) -> float | None:
@@ -238,7 +283,7 @@ def stamp_usage(exception: Exception, usage: TokenUsage) -> Exception:
     try:
         exception.__dict__[_STAMP] = dict(usage.items())
     except AttributeError:
-        stand_in = TokenTrackingError(str(exception), dict(usage.items()))
+        stand_in = TokenTrackingError(text_of(exception), dict(usage.items()))
         stand_in.__cause__ = exception
         return stand_in
     return exception
@@ -292,29 +337,3 @@ def _usages(exception: BaseException) -> Iterator[TokenUsage]:
         result = getattr(cause, "result", None)
         yield read_usage(getattr(result, "usage", None))
         yield extract_token_usage(cause)
-
-
-_INPUT_NAMES = ("input_tokens", "request_tokens", "prompt_tokens")
-
-
-def read_usage(source: Any) -> TokenUsage:
-    """Read any library's usage object, mapping or method: input/output, request/response and
-    prompt/completion names are understood; anything else gives zeros."""
-    named = any(hasattr(source, name) for name in _INPUT_NAMES)
-    value = source() if callable(source) and not named else source
-    if isinstance(value, TokenUsage) or value is None:
-        return TokenUsage.of(value)
-
-    def first(*names: str) -> int:
-        for name in names:
-            found = value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
-            if found:
-                return int(found)
-        return 0
-
-    return TokenUsage(
-        input_tokens=first(*_INPUT_NAMES),
-        output_tokens=first("output_tokens", "response_tokens", "completion_tokens"),
-        total_tokens=first("total_tokens"),
-        cached_input_tokens=first("cached_input_tokens", "cache_read_tokens"),
-    )

@@ -82,6 +82,8 @@ class OpenAICompatibleStrategy(LLMCallStrategy[TOutput]):
             self.client = await openai_client.open_client(
                 self._resources(), base_url=self.base_url, api_key=self._api_key
             )
+        else:
+            self.client = openai_client.without_retries(self.client)
         self._request = self._build_request()
 
     async def close(self) -> None:
@@ -100,11 +102,11 @@ class OpenAICompatibleStrategy(LLMCallStrategy[TOutput]):
             Exception: what `response_parser` raises, carrying the answer's tokens.
         """
         response = await self._call(with_feedback(prompt, state))
-        usage = openai_client.usage_of(response)
+        usage, guessed = openai_client.usage_of(response)
         with charged(usage):
             text = openai_client.text_of(response)
             output = self._parse(response, text)
-        return Completion(output, usage)
+        return Completion(output, usage, {"usage_guessed": True} if guessed else {})
 
     async def on_error(
         self, exception: Exception, attempt: int, state: RetryState | None = None
