@@ -18,6 +18,7 @@ FrameworkTimeoutError (TimeoutError)   our own time limit for an attempt or an i
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Mapping
 from enum import StrEnum
 
@@ -48,14 +49,32 @@ class FailureKind(StrEnum):
     BUDGET = "budget"
     ABORTED = "aborted"
     WORKER_LOST = "worker_lost"
+    CUT_OFF = "cut_off"
+    EXHAUSTED = "exhausted"
     INVALID_INPUT = "invalid_input"
     SKIPPED = "skipped"
     UNKNOWN = "unknown"
 
+    @classmethod
+    def read(cls, name: str) -> FailureKind:
+        """The kind that a result names; one of a newer version of this package is `unknown`."""
+        try:
+            return cls(name)
+        except ValueError:
+            return cls.UNKNOWN
+
+
+def text_of(error: BaseException) -> str:
+    """`str(error)`, also of an exception whose own `__str__` fails."""
+    try:
+        return str(error)
+    except BaseException as raised:
+        return f"its text can't be read ({type(raised).__name__})"
+
 
 def describe(error: BaseException) -> str:
     """`Type: message`, with secrets blanked and the message cut to `ERROR_MESSAGE_MAX_LENGTH`."""
-    return f"{type(error).__name__}: {shown_message(str(error))}"
+    return f"{type(error).__name__}: {shown_message(text_of(error))}"
 
 
 def shown_message(message: str) -> str:
@@ -63,6 +82,20 @@ def shown_message(message: str) -> str:
     characters, cut to `ERROR_MESSAGE_MAX_LENGTH`."""
     # Blanked before the cut, which could leave half a key; a megabyte of it needs no look.
     return printable(without_secrets(message[:10_000]))[:ERROR_MESSAGE_MAX_LENGTH]
+
+
+def stack_of(error: BaseException, frames: int = 20) -> str:
+    """Where `error` and its causes were raised, for a log: types, files and source lines, but no
+    message, because that may quote a prompt or an answer."""
+    lines: list[str] = []
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen and len(seen) < 5:
+        seen.add(id(current))
+        lines.append(f"{type(current).__name__}, raised at:\n")
+        lines += traceback.format_tb(current.__traceback__, limit=-frames)
+        current = current.__cause__ or current.__context__
+    return "".join(lines).rstrip()
 
 
 class BatchLLMError(Exception):
@@ -129,7 +162,7 @@ class ProviderError(BatchLLMError):
 
     Args:
         message: what the provider said; never the prompt, the answer or a key.
-        kind: the failure kind; decides what happens next.
+        kind: the failure kind, or its name; decides what happens next.
         status: HTTP status, where there was one.
         retry_after: seconds the provider asked us to wait, where it did.
         usage: tokens this call consumed all the same (`TokenUsage` names).
@@ -140,7 +173,7 @@ class ProviderError(BatchLLMError):
         self,
         message: str,
         *,
-        kind: FailureKind = FailureKind.UNKNOWN,
+        kind: FailureKind | str = FailureKind.UNKNOWN,
         status: int | None = None,
         retry_after: float | None = None,
         usage: Mapping[str, int] | None = None,

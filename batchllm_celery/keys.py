@@ -46,6 +46,7 @@ class BatchKeys:
     failed: str
     out: str
     stopped: str
+    calls: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ class Keys:
     def batch(self, batch_id: str) -> BatchKeys:
         tag = f"{self.namespace}:{{batch:{batch_id}}}"
         names = ("meta", "item", "fp", "ready", "held", "procs", "try", "done", "failed", "out")
-        return BatchKeys(*(f"{tag}:{name}" for name in (*names, "stopped")))
+        return BatchKeys(*(f"{tag}:{name}" for name in (*names, "stopped", "calls")))
 
     def quota(self, name: str) -> QuotaKeys:
         tag = f"{self.namespace}:{{quota:{name}}}"

@@ -124,11 +124,13 @@ class _Engine:
 class _Gate(OpenGate):
     """Closed for a strategy whose key or account the provider refuses: every call would fail."""
 
-    strategy: int
-    refused: set[int]
+    strategy: int = 0
+    refused: set[int] = field(default_factory=set)
 
     async def begin(self) -> FailureKind | BatchState | None:
-        return FailureKind.ABORTED if self.strategy in self.refused else None
+        if self.strategy in self.refused:
+            return FailureKind.ABORTED
+        return await OpenGate.begin(self)
 
 
 class ParallelBatchProcessor(Generic[TInput, TOutput, TContext]):
@@ -410,7 +412,11 @@ class ParallelBatchProcessor(Generic[TInput, TOutput, TContext]):
             prepare=prepare,
             quota=self._quota.name,
             config=self.config,
-            gate=_Gate(id(strategy), self._refused),
+            gate=_Gate(
+                most_calls=self.config.most_calls + 1,
+                strategy=id(strategy),
+                refused=self._refused,
+            ),
             queued_seconds=time.monotonic() - since,
             parks=False,
         )

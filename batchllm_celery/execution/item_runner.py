@@ -10,19 +10,25 @@ import asyncio
 import json
 import logging
 import math
+import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from pydantic_core import PydanticSerializationError, from_json, to_json, to_jsonable_python
+from redis.exceptions import RedisError
 
 from batchllm_celery.errors import (
+    BatchLLMError,
     FailureKind,
     FrameworkTimeoutError,
+    ProviderError,
     QuotaUnavailableError,
     describe,
+    stack_of,
+    text_of,
 )
 from batchllm_celery.events import AttemptFailed, AttemptStarted, Events, ItemFinished, ItemStarted
 from batchllm_celery.execution.pricing import ModelPrices, Prices
@@ -32,6 +38,7 @@ from batchllm_celery.limiter import CallOutcome, Estimator, Limiter, Permit
 from batchllm_celery.limiter.estimator import plain_tokens
 from batchllm_celery.models import (
     FAILURE_POLICIES,
+    MAX_OVERLOADS,
     NO_TOKENS,
     BatchState,
     Completion,
@@ -44,6 +51,7 @@ from batchllm_celery.models import (
 )
 from batchllm_celery.strategies.base import LLMCallStrategy, as_completion
 from batchllm_celery.strategies.failures import classify, classify_for, priced_as, status_of
+from batchllm_celery.strategies.usage import plausible
 
 logger = logging.getLogger("batchllm_celery")
 
@@ -58,10 +66,20 @@ _PAID_KINDS = frozenset(
 
 _A_TOKEN = TokenUsage(input_tokens=1, output_tokens=1)
 
+T = TypeVar("T")
+
 #: The word of the gate holds so many seconds. A permit may go stale (250 ms) while it is asked: the
 #: item then takes another one, at the head of the line, and if that comes soon, calls at once. So
 #: no call ever starts without a fresh permit, and a slow Redis delays it, but not for ever.
 GATE_HOLDS = 2.0
+#: An overload is one beside successes if one of the quota's calls succeeded so shortly before.
+BESIDE_SUCCESSES_SECONDS = 10.0
+#: Of an item's last error, what is kept for the outcome that may have to name it.
+LAST_ERROR_CHARACTERS = 300
+#: Digits of an integer that Python reads from JSON by default.
+MOST_DIGITS = 4300
+_LONG_NUMBER = re.compile(rb"\d{4301}")
+_SHORT = 10**18
 
 _OUTCOMES = {
     FailureKind.RATE_LIMITED: CallOutcome.REFUSED,
@@ -77,9 +95,20 @@ class Gate(Protocol):
         """None: go on. A kind: the item ends with it. A state: the item goes back, no outcome."""
 
     async def save(
-        self, attempts: int, refusals: int, state: RetryState, usage: TokenUsage
+        self,
+        attempts: int,
+        refusals: int,
+        state: RetryState,
+        usage: TokenUsage,
+        *,
+        overloads: int,
+        last_error: str,
     ) -> None:
-        """Keep what another process needs to go on from here."""
+        """Keep what another process needs to go on from here.
+
+        Raises:
+            TypeError, ValueError, RecursionError: for a state that can't be kept.
+        """
 
     def gave_up(self) -> None:
         """A call ran into a time limit of ours: the provider may bill it all the same."""
@@ -88,15 +117,26 @@ class Gate(Protocol):
         """A call starts now; or not yet, although `begin` let it in: it waits for a permit."""
 
 
+@dataclass(slots=True)
 class OpenGate:
-    """A gate for one process without a ledger: always open, remembers nothing."""
+    """A gate for one item in a process without a ledger: open until its calls are used up."""
+
+    most_calls: float = math.inf
+    made: int = 0
 
     async def begin(self) -> FailureKind | BatchState | None:
-        """Go on."""
-        return None
+        """Go on, unless it was called too often."""
+        return FailureKind.EXHAUSTED if self.made >= self.most_calls else None
 
     async def save(
-        self, attempts: int, refusals: int, state: RetryState, usage: TokenUsage
+        self,
+        attempts: int,
+        refusals: int,
+        state: RetryState,
+        usage: TokenUsage,
+        *,
+        overloads: int,
+        last_error: str,
     ) -> None:
         """Nothing to keep: the item can't move."""
 
@@ -104,7 +144,8 @@ class OpenGate:
         """Nobody counts."""
 
     def calls(self, under_way: bool) -> None:
-        """Nobody asks."""
+        """Count."""
+        self.made += under_way
 
 
 @dataclass(slots=True)
@@ -137,6 +178,8 @@ class ItemJob:
     state: RetryState = field(default_factory=RetryState)
     attempts: int = 0
     refusals: int = 0
+    overloads: int = 0
+    last_error: str = ""
     usage: TokenUsage = NO_TOKENS
     queued_seconds: float = 0.0
     priority: int = 0
@@ -195,6 +238,9 @@ class ItemRunner:
         """Successful calls per quota, to tell a spent quota from an item that is refused."""
         self.forbidden: dict[str, int] = {}
         """403s per batch since its last success."""
+        self.succeeded_at: dict[str, float] = {}
+        """When the last one was, by the monotonic clock."""
+        self._reported: set[tuple[object, ...]] = set()
 
     async def run(self, job: ItemJob) -> WorkItemResult[Any, Any] | Stopped:
         """Drive `job` to its outcome. `cleanup` runs whatever happens.
@@ -207,6 +253,11 @@ class ItemRunner:
         run = _Run(self, job)
         try:
             outcome = await run.within_item_timeout()
+        except Exception as error:
+            if isinstance(error, RedisError | OSError | BatchLLMError):
+                raise
+            # A fault of ours: it would come again each time, and each time be paid.
+            outcome = run.broken(error)
         finally:
             await _clean_up(job)
         if isinstance(outcome, Stopped):
@@ -216,19 +267,66 @@ class ItemRunner:
             self.events.emit(_finished(job.batch_id, result))
         return result
 
+    def report(self, job: ItemJob, kind: str, error: BaseException) -> None:
+        """Log what is a bug of the strategy, or of ours: its stack once for each place."""
+        last = error.__traceback__
+        while last is not None and last.tb_next is not None:
+            last = last.tb_next
+        place = (type(error), last and (last.tb_frame.f_code, last.tb_lineno))
+        stack = ""
+        if place not in self._reported:
+            self._reported.add(place)
+            stack = f"\n{stack_of(error)}"
+        logger.error(
+            "item.%s batch_id=%s item_id=%s error=%s%s",
+            kind,
+            job.batch_id,
+            job.item_id,
+            type(error).__name__,
+            stack,
+        )
 
-def _not_ours(error: BaseException) -> bool:
-    """Whether a cancellation came from inside the strategy (a client that cancels its own tasks):
-    then the item is not to end with it."""
+
+async def _from_user(function: Callable[..., Awaitable[T]], *arguments: Any) -> T:
+    """Await what a user wrote. Whatever it raises is an `Exception`, unless it ends this task."""
     task = asyncio.current_task()
-    return isinstance(error, asyncio.CancelledError) and task is not None and not task.cancelling()
+    try:
+        return await function(*arguments)
+    except Exception:
+        raise
+    except BaseException as error:
+        if _ends(error, task):
+            raise
+        raise _stand_in(error) from error
+
+
+def _ends(error: BaseException, task: asyncio.Task[Any] | None) -> bool:
+    """Whether `error` ends `task` (it is cancelled, or its coroutine is closed), in place of having
+    been raised by the strategy: a client that cancels its own tasks, or a `sys.exit()` in it."""
+    if isinstance(error, asyncio.CancelledError):
+        return task is None or task.cancelling() > 0
+    return isinstance(error, GeneratorExit) and asyncio.current_task() is not task
+
+
+def _stand_in(error: BaseException) -> Exception:
+    """What a strategy raised to end more than its item, as an exception that ends its item."""
+    if isinstance(error, asyncio.CancelledError):
+        stand_in: Exception = RuntimeError("the strategy cancelled its own call")
+    else:
+        stand_in = ProviderError(
+            text_of(error) or "raised to end more than the item",
+            kind=FailureKind.LOGIC_ERROR,
+            error_type=type(error).__name__,
+        )
+    stand_in.__cause__ = error
+    return stand_in
 
 
 async def _clean_up(job: ItemJob) -> None:
     try:
-        await job.strategy.cleanup()
+        await _from_user(job.strategy.cleanup)
     except Exception as error:
-        logger.warning(f"Cleanup failed for {job.item_id}: {error}")
+        logger.warning(f"Cleanup failed for {job.item_id}: {text_of(error)}")
 
 
 class _Run:
@@ -296,7 +394,7 @@ class _Run:
         if self.job.config.dry_run:
             return await self._rehearse()
         try:
-            await self.job.prepare()
+            await _from_user(self.job.prepare)
         except Exception as error:
             return self._failure(error)
         finally:
@@ -316,12 +414,13 @@ class _Run:
 
     async def _rehearse(self) -> _Outcome:
         """`dry_run` in place of the provider: no prepare (it may call one), no limiter."""
-        refusal = _told(await self.job.gate.begin())
+        refusal = self._told(await self.job.gate.begin())
         if refusal is not None:
             return refusal
         self.job.attempts += 1
         try:
-            completion = as_completion(await self.job.strategy.dry_run(self.job.prompt))
+            answer = await _from_user(self.job.strategy.dry_run, self.job.prompt)
+            completion = as_completion(answer)
         except Exception as error:
             return self._failure(error)
         self._spend(completion.usage)
@@ -356,7 +455,7 @@ class _Run:
 
     async def _ask_gate(self, permit: Permit) -> Failure | Stopped | None:
         try:
-            refusal = _told(await self.job.gate.begin())
+            refusal = self._told(await self.job.gate.begin())
         except BaseException:
             self.runner.limiter.settle(permit, CallOutcome.UNUSED)
             raise
@@ -386,12 +485,17 @@ class _Run:
             self.runner.events.emit(AttemptStarted(job.batch_id, job.item_id, job.attempts + 1))
         started = time.monotonic()
         scope = asyncio.timeout(self.limit)
+        task = asyncio.current_task()
         job.gate.calls(True)
         try:
             async with scope:
-                answer = await job.strategy.execute(
-                    job.prompt, job.attempts + 1, self.limit, job.state
-                )
+                call = job.strategy.execute(job.prompt, job.attempts + 1, self.limit, job.state)
+                if not hasattr(call, "__await__"):
+                    raise TypeError(
+                        f"execute() must be `async def` and await its call: it returned "
+                        f"{type(call).__name__}"
+                    )
+                answer = await call
             return as_completion(answer)
         except Exception as error:
             if not scope.expired():
@@ -401,10 +505,8 @@ class _Run:
             timeout.__cause__ = error
             return timeout
         except BaseException as error:
-            if _not_ours(error):
-                cut_off = RuntimeError("the strategy cancelled its own call")
-                cut_off.__cause__ = error
-                return cut_off
+            if not _ends(error, task):
+                return _stand_in(error)
             # The provider may have begun to work: the tokens stay counted as estimated.
             job.gate.gave_up()
             self.runner.limiter.settle(permit, CallOutcome.FAILED)
@@ -415,11 +517,14 @@ class _Run:
     def _succeeded(self, permit: Permit, completion: Completion[Any]) -> None:
         job, runner = self.job, self.runner
         usage = completion.usage
-        runner.limiter.settle(permit, CallOutcome.SUCCEEDED, usage=usage)
+        # A figure that can't be is no reason to hold the quota up: the estimate stands.
+        known = usage if plausible(usage) else None
+        runner.limiter.settle(permit, CallOutcome.SUCCEEDED, usage=known)
         runner.successes[job.quota] = runner.successes.get(job.quota, 0) + 1
         runner.forbidden.pop(job.batch_id, None)
-        if usage:
-            runner.estimator.observe(_estimate_key(job), job.prompt, usage)
+        runner.succeeded_at[job.quota] = time.monotonic()
+        if known:
+            runner.estimator.observe(_estimate_key(job), job.prompt, known)
         job.attempts += 1
         if not usage and job.estimate_usage:
             usage = self._estimated_usage(completion.output)
@@ -434,7 +539,7 @@ class _Run:
         self.runner.limiter.settle(
             permit,
             _OUTCOMES.get(failure.kind, CallOutcome.FAILED),
-            usage=failure.usage or None,
+            usage=failure.usage if failure.usage and plausible(failure.usage) else None,
             retry_after=failure.retry_after,
         )
         self._count(failure)
@@ -448,7 +553,10 @@ class _Run:
     def _failure(self, error: Exception) -> Failure:
         """The one translation of a strategy's exception; its tokens are counted here."""
         failure = classify_for(self.job.strategy, error)
+        if failure.kind is FailureKind.LOGIC_ERROR:
+            self.runner.report(self.job, "logic_error", error)
         self.last = failure
+        self.job.last_error = failure.message[:LAST_ERROR_CHARACTERS]
         self.job.error = error
         self._spend(failure.usage, priced_as(error))
         if not failure.usage and self.job.estimate_usage and failure.kind in _PAID_KINDS:
@@ -480,7 +588,9 @@ class _Run:
         )
 
     def _count(self, failure: Failure) -> None:
-        if FAILURE_POLICIES[failure.kind].uses_attempt:
+        if failure.kind is FailureKind.OVERLOADED and self._others_get_through():
+            self.job.overloads += 1
+        elif FAILURE_POLICIES[failure.kind].uses_attempt:
             self.job.attempts += 1
         elif failure.kind is FailureKind.RATE_LIMITED:
             self.job.refusals += 1
@@ -488,9 +598,15 @@ class _Run:
             if self.baseline is None:
                 self.baseline = self.runner.successes.get(self.job.quota, 0)
 
+    def _others_get_through(self) -> bool:
+        """Whether an overload is a matter of how many calls the provider takes at once: others
+        succeed. Then it costs no attempt, `MAX_OVERLOADS` times."""
+        since = time.monotonic() - self.runner.succeeded_at.get(self.job.quota, -math.inf)
+        return self.job.overloads < MAX_OVERLOADS and since < BESIDE_SUCCESSES_SECONDS
+
     async def _on_error(self, error: Exception, attempt: int) -> None:
         try:
-            await self.job.strategy.on_error(error, attempt, self.job.state)
+            await _from_user(self.job.strategy.on_error, error, attempt, self.job.state)
         except Exception as raised:
             item_id = self.job.item_id
             logger.warning("on_error_failed item_id=%s error=%s", item_id, describe(raised))
@@ -501,7 +617,7 @@ class _Run:
             others = self.runner.successes.get(job.quota, 0) > (self.baseline or 0)
             if refused_too_often(job.refusals, job.config.max_rate_limit_retries, others):
                 return None
-        return delay_before_next(failure, job.attempts, job.config.retry)
+        return delay_before_next(failure, job.attempts, job.config.retry, overloads=job.overloads)
 
     def _tell(self, failure: Failure, attempt: int, wait: float | None) -> None:
         job = self.job
@@ -526,11 +642,18 @@ class _Run:
     async def _save(self) -> Failure | None:
         job = self.job
         try:
-            await job.gate.save(job.attempts, job.refusals, job.state, job.usage)
-        except (TypeError, ValueError) as error:
+            await job.gate.save(
+                job.attempts,
+                job.refusals,
+                job.state,
+                job.usage,
+                overloads=job.overloads,
+                last_error=job.last_error,
+            )
+        except (TypeError, ValueError, RecursionError) as error:
             return Failure(
                 FailureKind.LOGIC_ERROR,
-                f"{type(error).__name__}: the retry state can't be written as JSON",
+                f"{type(error).__name__}: the retry state can't be kept: no JSON, or too large",
             )
         return None
 
@@ -550,8 +673,10 @@ class _Run:
         if cost is not None:
             self.cost = cost + (self.cost or 0.0)
 
-    def _price(self, usage: TokenUsage, model: str | None = None) -> float | None:
-        name = model or self.job.strategy.model_name
+    def _price(self, usage: TokenUsage, model: Any = None) -> float | None:
+        if not model or not isinstance(model, str):
+            model = self.job.strategy.model_name
+        name = model if isinstance(model, str) else None
         given = self.job.prices.get(name or "") or self.job.prices.get("")
         return float(given.cost(usage)) if given else self.runner.prices.cost(name, usage)
 
@@ -559,10 +684,55 @@ class _Run:
         models = self.job.strategy.models()
         return next((name for name in models if self._price(_A_TOKEN, name) is None), None)
 
+    def _told(self, word: FailureKind | BatchState | None) -> Failure | Stopped | None:
+        if word is None:
+            return None
+        if isinstance(word, BatchState):
+            return Stopped(word)
+        if word is not FailureKind.EXHAUSTED:
+            why = f"Stopped: the batch ended ({word.value}) before this item was called"
+            return Failure(word, why)
+        last = self.job.last_error or "none is known: its calls were cut off"
+        return Failure(word, f"CallsExhausted: no further call of this item; last error: {last}")
+
+    def broken(self, error: Exception) -> Failure:
+        """The outcome of an item that a fault of ours ended."""
+        self.runner.report(self.job, "internal_error", error)
+        self.job.error = error
+        return Failure(FailureKind.LOGIC_ERROR, f"InternalError: {describe(error)}")
+
     def result(self, outcome: Completion[Any] | Failure) -> WorkItemResult[Any, Any]:
-        """The outcome as the one result of the item."""
-        if isinstance(outcome, Completion) and self.runner.json_output:
-            outcome = _as_json(outcome)
+        """The outcome as the one result of the item: what can be recorded of it."""
+        try:
+            if isinstance(outcome, Completion) and self.runner.json_output:
+                outcome = self._as_json(outcome)
+            return self._result(outcome)
+        except Exception as error:
+            self.runner.report(self.job, "unrecordable", error)
+            what = f"{type(error).__name__}: the answer can't be recorded"
+            return self._result(Failure(FailureKind.LOGIC_ERROR, what))
+
+    def _as_json(self, completion: Completion[Any]) -> Completion[Any] | Failure:
+        try:
+            output = json_form(completion.output)
+        except Exception as error:  # also what a model's own serialiser raises
+            self.runner.report(self.job, "unwritable_output", error)
+            name = type(completion.output).__name__
+            return Failure(
+                FailureKind.LOGIC_ERROR,
+                f"TypeError: output of type {name} can't be written as JSON "
+                f"({type(error).__name__})",
+            )
+        metadata = completion.metadata
+        if metadata:
+            try:
+                metadata = _plain_metadata(metadata)
+            except Exception as error:  # the answer is worth more
+                self.runner.report(self.job, "unwritable_metadata", error)
+                metadata = {"metadata_dropped": type(error).__name__}
+        return Completion(output, completion.usage, metadata)
+
+    def _result(self, outcome: Completion[Any] | Failure) -> WorkItemResult[Any, Any]:
         job = self.job
         metadata: dict[str, Any] = {"usage_estimated": True} if self.usage_estimated else {}
         common: dict[str, Any] = {
@@ -602,14 +772,6 @@ def _type_of(message: str) -> str:
     return message.partition(":")[0]
 
 
-def _told(word: FailureKind | BatchState | None) -> Failure | Stopped | None:
-    if word is None:
-        return None
-    if isinstance(word, BatchState):
-        return Stopped(word)
-    return Failure(word, f"Stopped: the batch ended ({word.value}) before this item was called")
-
-
 def _finished(batch_id: str, result: WorkItemResult[Any, Any]) -> ItemFinished:
     usage = result.token_usage
     return ItemFinished(
@@ -630,23 +792,21 @@ def _finished(batch_id: str, result: WorkItemResult[Any, Any]) -> ItemFinished:
 # -- outputs as JSON
 
 
-def _as_json(completion: Completion[Any]) -> Completion[Any] | Failure:
-    try:
-        output = json_form(completion.output)
-    except (PydanticSerializationError, TypeError, ValueError, RecursionError) as error:
-        name = type(completion.output).__name__
-        return Failure(
-            FailureKind.LOGIC_ERROR,
-            f"TypeError: output of type {name} can't be written as JSON ({type(error).__name__})",
-        )
-    metadata = completion.metadata
-    if metadata:
-        metadata = from_json(to_json(dict(metadata), serialize_unknown=True, inf_nan_mode="null"))
-    return Completion(output, completion.usage, metadata)
+def _plain_metadata(metadata: Mapping[str, Any]) -> Any:
+    data = to_json(dict(metadata), serialize_unknown=True, inf_nan_mode="null")
+    _check_digits(data)
+    return from_json(data)
 
 
-#: Of an integer in an output: Python, like most, reads no longer one (4,300 digits) from JSON.
-MOST_INT_BITS = 14_000
+def _check_digits(data: bytes) -> None:
+    """Python's own JSON reader refuses integers of more than 4,300 digits: what holds one can't
+    be read back.
+
+    Raises:
+        ValueError: if there is one.
+    """
+    if len(data) > MOST_DIGITS and _LONG_NUMBER.search(data):
+        json.loads(data)
 
 
 def json_form(value: Any) -> Any:
@@ -656,14 +816,18 @@ def json_form(value: Any) -> Any:
     Raises:
         ValueError: if it has no JSON form (PydanticSerializationError is one).
     """
-    if value is None or (isinstance(value, int) and value.bit_length() <= MOST_INT_BITS):
+    if value is None or isinstance(value, bool):
+        return value
+    if type(value) is int and -_SHORT < value < _SHORT:
         return value
     if type(value) is str and value.isascii():
         return value
     if type(value) is float and math.isfinite(value):
         return value
     try:
-        return from_json(to_json(value, inf_nan_mode="null"))
+        data = to_json(value, inf_nan_mode="null")
+        _check_digits(data)
+        return from_json(data)
     except PydanticSerializationError as error:
         if "UnicodeEncodeError" not in str(error):
             raise

@@ -10,6 +10,7 @@
 -- `stopped` for each failure that a control decision caused.
 local META, ITEM, FP, READY, HELD, PROCS = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
 local TRY, DONE, FAILED, OUT, STOPPED = KEYS[7], KEYS[8], KEYS[9], KEYS[10], KEYS[11]
+local CALLS = KEYS[12]
 local call = redis.call
 
 local clock = call('TIME')
@@ -24,7 +25,7 @@ local NUMBERS = {
   'total', 'parked_until', 'deadline', 'deadline_at', 'token_budget', 'max_cost',
   'spent', 'cost', 'priced', 'input', 'output', 'cached', 'maybe_billed',
   'item_bytes', 'kept_bytes', 'out_count', 'out_bytes', 'read_count', 'read_bytes',
-  'reopen_at', 'submitted_at', 'kept_limit',
+  'reopen_at', 'submitted_at', 'kept_limit', 'max_calls',
 }
 local WORDS = {'state', 'fail_fast', 'reopen'}
 local meta, loaded = {}, {}
@@ -148,6 +149,22 @@ local function tries_text(losses, round, rest)
   return text(losses) .. ' ' .. text(round) .. ' ' .. rest
 end
 
+-- provider calls of an item in this round, how many of them were cut off, and what cut the last one
+local function calls_of(entry)
+  local begun, cut, why = string.match(entry or '', '^(%d+) (%d+) (%S+)$')
+  return tonumber(begun) or 0, tonumber(cut) or 0, why or '-'
+end
+
+local function calls_text(begun, cut, why)
+  return text(begun) .. ' ' .. text(cut) .. ' ' .. why
+end
+
+-- A call that `begin` let in has not been made after all.
+local function take_back(index)
+  local begun, cut, why = calls_of(call('HGET', CALLS, index))
+  call('HSET', CALLS, index, calls_text(math.max(0, begun - 1), cut, why))
+end
+
 -- A process that takes, begins or keeps something lives, and is looked after from now on, whether it
 -- has sent a heartbeat yet or not (it sends none while it holds nothing). What is written is the
 -- moment: a value that came again would pass for silence since its first time. This is no
@@ -161,10 +178,10 @@ end
 
 -- An outcome that no worker wrote: the reader makes the line from the payload's head. The caller
 -- takes the item out of `ready`, `held` and `try` (many at once).
-local function give_outcome(index, kind, control, entry)
+local function give_outcome(index, kind, control, entry, calls)
   local stored = call('HGET', ITEM, index) or ''
   local head = string.sub(stored, STAMP + 1, (string.find(stored, '\n', STAMP + 1, true) or 0) - 1)
-  append({'i', index, 'k', kind, 'h', head, 't', entry or ''})
+  append({'i', index, 'k', kind, 'h', head, 't', entry or '', 'c', calls or ''})
   mark(index, false, control)
   drop_payload(index, #stored, true)
   return #stored

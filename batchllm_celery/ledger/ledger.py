@@ -189,7 +189,7 @@ class Ledger(WorkerSide, ProducerSide):
                 and token not in self._claiming
                 and not self.holding.has(batch_id, int(index))
             ]
-            arguments = [part for index, token in strays for part in (index, token, 0)]
+            arguments = [part for index, token in strays for part in (index, token, 0, "")]
             if arguments:
                 await self._run(scripts.RELEASE, batch_id, [self.process_id, 0, *arguments])
 

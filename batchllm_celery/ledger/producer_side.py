@@ -182,6 +182,7 @@ class ProducerSide(Control):
             settings.max_deliveries,
             settings.max_payload_bytes // 4,
             spec.queue,
+            spec.config.most_calls + settings.max_deliveries,
         ]
 
     async def _feeding_of(self, batch_id: str) -> _Feeding:

@@ -119,11 +119,13 @@ class WorkerSide(LedgerCalls):
         """Ask, just before a provider call, whether it may start.
 
         Returns:
-            None: go. A `FailureKind`: the batch is stopped, that is the item's outcome. `PAUSED`
+            None: go. A `FailureKind`: the batch is stopped, or the item's calls are used up
+            (`EXHAUSTED`): that is its outcome. `PAUSED`
             or `PARKED`: give the item back. `FINISHED`: it is no longer this process's, leave it.
         """
+        claim.unused = True  # cancelled while it asks, it may be let in and makes no call
         answer = await self._of(claim.batch_id).begin(claim)
-        claim.calling = answer is None
+        claim.calling, claim.unused = answer is None, False
         return answer
 
     async def save_attempt(
@@ -133,11 +135,18 @@ class WorkerSide(LedgerCalls):
         refusals: int,
         state: RetryState,
         usage: TokenUsage,
+        *,
+        overloads: int = 0,
+        last_error: str = "",
     ) -> None:
-        """Note, after a call, what the next attempt must know wherever it runs."""
+        """Note, after a call, what the next attempt must know wherever it runs.
+
+        Raises:
+            TypeError, ValueError, RecursionError: for a retry state that can't be kept.
+        """
         claim.calling = False
         cut_off, claim.given_up = claim.given_up, 0
-        entry = Tries(attempts, refusals, state, usage).encode()
+        entry = Tries(attempts, refusals, state, usage, overloads, last_error).encode()
         try:
             await self._of(claim.batch_id).save((claim, entry, cut_off))
         except asyncio.CancelledError:  # handed back before it was told: `release` tells it
@@ -273,7 +282,7 @@ class WorkerSide(LedgerCalls):
                 claim = _claim(calls.batch_id, token, now / 1000, entry)
             except (UsageError, ValueError, TypeError, KeyError) as error:
                 self._tell_unreadable(calls.batch_id, int(entry[0]), error)
-                unreadable += (entry[0], token, 0)
+                unreadable += (entry[0], token, 0, "")
                 continue
             self.holding.add(claim)
             found.claims[claim.index] = claim
@@ -297,12 +306,16 @@ class WorkerSide(LedgerCalls):
         state = BatchState(text(word))
         self._note(batch_id, state)
         verdict = _verdict(state)
-        return [verdict if own else BatchState.FINISHED for own in owned]
+        return [
+            FailureKind.EXHAUSTED if own < 0 else verdict if own else BatchState.FINISHED
+            for own in owned
+        ]
 
     async def _save_all(self, batch_id: str, saves: list[_Save]) -> list[bool]:
         arguments: list[Argument] = [self.process_id]
         for claim, entry, cut_off in saves:
-            arguments += (claim.index, claim.token, entry, cut_off)
+            arguments += (claim.index, claim.token, entry, cut_off, int(claim.unused))
+            claim.unused = False
         try:
             return [bool(kept) for kept in await self._run(scripts.SAVE, batch_id, arguments)]
         except BatchNotFoundError:
@@ -326,7 +339,9 @@ class WorkerSide(LedgerCalls):
     async def _release(self, batch_id: str, claims: list[Claim]) -> None:
         arguments: list[Argument] = [self.process_id, 0]
         for claim in claims:
-            arguments += (claim.index, claim.token, max(claim.given_up, int(claim.calling)))
+            cut_by = claim.cut_by if claim.calling else "back" if claim.unused else ""
+            lost = max(claim.given_up, int(claim.calling))
+            arguments += (claim.index, claim.token, lost, cut_by)
         async with self._moving:
             try:
                 word, _ = await self._run(scripts.RELEASE, batch_id, arguments)
@@ -386,9 +401,11 @@ def _claim(batch_id: str, token: str, now: float, entry: Sequence[Any]) -> Claim
         stored.payload,
         attempts=tries.attempts,
         refusals=tries.refusals,
+        overloads=tries.overloads,
         losses=losses,
         state=tries.state,
         usage=tries.usage,
+        last_error=tries.last_error,
         queued_seconds=max(0.0, now - stored.fed_at),
         fed_at=stored.fed_at,
     )

@@ -163,7 +163,7 @@ class WorkItemResult(Model, Generic[TOutput, TContext]):
         error = line.get("error")
         flat = {**line, "error": None, "error_kind": None}
         if error is not None:
-            flat |= {"error": error["message"], "error_kind": error["kind"]}
+            flat |= {"error": error["message"], "error_kind": FailureKind.read(error["kind"])}
         return cls.model_validate(flat)
 
 

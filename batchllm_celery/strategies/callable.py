@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from batchllm_celery.models import Completion, RetryState, TokenUsage, TOutput
-from batchllm_celery.strategies.base import LLMCallStrategy, as_completion
+from batchllm_celery.models import Completion, RetryState, TOutput
+from batchllm_celery.strategies.base import LLMCallStrategy, as_completion, usage_in
 
 
 class CallableStrategy(LLMCallStrategy[TOutput]):
@@ -52,9 +52,4 @@ def _has_usage(answer: Any) -> bool:
         return True
     if not isinstance(answer, tuple) or len(answer) != 2:
         return False
-    usage = answer[1]
-    return usage is None or isinstance(usage, TokenUsage) or _looks_like_usage(usage)
-
-
-def _looks_like_usage(value: Any) -> bool:
-    return isinstance(value, dict) and all(str(name).endswith("_tokens") for name in value)
+    return usage_in(answer[1]) is not None

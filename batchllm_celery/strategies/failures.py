@@ -13,6 +13,7 @@ import ssl
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 
@@ -23,14 +24,19 @@ from batchllm_celery.errors import (
     ProviderError,
     TokenTrackingError,
     describe,
+    text_of,
 )
 from batchllm_celery.models import NO_TOKENS, Failure, TokenUsage
 from batchllm_celery.redaction import printable, without_secrets
+from batchllm_celery.strategies.usage import read_usage
 
 if TYPE_CHECKING:
     from batchllm_celery.strategies.base import LLMCallStrategy
 
 logger = logging.getLogger("batchllm_celery")
+
+#: No provider is waited for longer before it is asked again: a day's quota is there again by then.
+MOST_SECONDS = 86_400.0
 
 _STAMP = "_failed_token_usage"
 _MODEL_STAMP = "_priced_as"
@@ -161,14 +167,18 @@ def classify(exception: BaseException) -> Failure:
     if isinstance(exception, TokenTrackingError) and exception.__cause__ is not None:
         failure = classify(exception.__cause__)
         return Failure(
-            failure.kind, failure.message, failure.retry_after, TokenUsage.of(exception.usage)
+            failure.kind, failure.message, failure.retry_after, read_usage(exception.usage)
         )
-    return Failure(
-        kind=_kind(exception),
-        message=_message(exception),
-        retry_after=_retry_after(exception),
-        usage=extract_token_usage(exception),
-    )
+    try:
+        return Failure(
+            kind=_kind(exception),
+            message=_message(exception),
+            retry_after=_retry_after(exception),
+            usage=extract_token_usage(exception),
+        )
+    except Exception as error:  # an attribute of it fails
+        message = f"{type(exception).__name__}: it can't be looked at ({type(error).__name__})"
+        return Failure(FailureKind.LOGIC_ERROR, message, usage=extract_token_usage(exception))
 
 
 def classify_for(strategy: LLMCallStrategy[Any], exception: BaseException) -> Failure:
@@ -179,6 +189,8 @@ def classify_for(strategy: LLMCallStrategy[Any], exception: BaseException) -> Fa
     """
     try:
         failure = strategy.classify(exception)
+        if failure is not None:
+            failure = _checked(failure)
     except Exception as error:
         logger.warning("classify_failed error=%s", describe(error))
         failure = None
@@ -186,7 +198,24 @@ def classify_for(strategy: LLMCallStrategy[Any], exception: BaseException) -> Fa
         return classify(exception)
     message = printable(without_secrets(failure.message))
     usage = failure.usage or extract_token_usage(exception)
-    return Failure(failure.kind, message, failure.retry_after, usage)
+    return replace(failure, message=message, usage=usage)
+
+
+def _checked(failure: Failure) -> Failure:
+    """What a translator answered, in the types that the rest relies on.
+
+    Raises:
+        TypeError: if it is no `Failure`.
+        ValueError: for an unknown kind.
+    """
+    if not isinstance(failure, Failure):
+        raise TypeError(f"classify() must return a Failure or None, not {type(failure).__name__}")
+    return Failure(
+        FailureKind(failure.kind),
+        str(failure.message),
+        None if failure.retry_after is None else _seconds(failure.retry_after),
+        read_usage(failure.usage),
+    )
 
 
 def kind_of_status(status: int) -> FailureKind:
@@ -215,7 +244,7 @@ def status_of(exception: BaseException) -> int | None:
 
 def _kind(exception: BaseException) -> FailureKind:
     if isinstance(exception, ProviderError):
-        return exception.kind
+        return _named_kind(exception) or FailureKind.LOGIC_ERROR
     if isinstance(exception, FrameworkTimeoutError):
         return FailureKind.FRAMEWORK_TIMEOUT
     if isinstance(exception, asyncio.CancelledError):
@@ -227,8 +256,16 @@ def _kind(exception: BaseException) -> FailureKind:
         return _AWS_KINDS[aws]
     status = _status(exception)
     if status is not None:
-        return kind_of_refusal(status, str(exception))
-    return _kind_of_type(exception) or _kind_of_text(str(exception))
+        return kind_of_refusal(status, text_of(exception))
+    return _kind_of_type(exception) or _kind_of_text(text_of(exception))
+
+
+def _named_kind(exception: ProviderError) -> FailureKind | None:
+    """The kind that it names; None where there is none of that name."""
+    try:
+        return FailureKind(exception.kind)
+    except ValueError:
+        return None
 
 
 def _kind_of_type(exception: BaseException) -> FailureKind | None:
@@ -318,7 +355,10 @@ def _message(exception: BaseException) -> str:
     if not isinstance(exception, ProviderError):
         return describe(exception)
     shown = exception.error_type or type(exception.__cause__ or exception).__name__
-    return f"{shown}: {condensed(str(exception))}"
+    text = text_of(exception)
+    if _named_kind(exception) is None:
+        text = f"no failure kind is called {str(exception.kind)[:40]!r}; it said: {text}"
+    return f"{shown}: {condensed(text)}"
 
 
 def condensed(message: str) -> str:
@@ -334,8 +374,14 @@ def condensed(message: str) -> str:
 
 def _retry_after(exception: BaseException) -> float | None:
     if isinstance(exception, ProviderError):
-        return _number(exception.retry_after)
-    return retry_after_of(_headers_of(exception))
+        return _seconds(exception.retry_after)
+    return _seconds(retry_after_of(_headers_of(exception)))
+
+
+def _seconds(asked: object) -> float | None:
+    """A foreign number of seconds; longer ones than `MOST_SECONDS` are cut to that."""
+    value = _number(asked)
+    return None if value is None else min(value, MOST_SECONDS)
 
 
 def retry_after_of(headers: Mapping[str, str] | None) -> float | None:
@@ -376,7 +422,7 @@ def stamp_usage(exception: Exception, usage: TokenUsage) -> Exception:
     try:
         exception.__dict__[_STAMP] = dict(usage.items())
     except AttributeError:
-        stand_in = TokenTrackingError(str(exception), dict(usage.items()))
+        stand_in = TokenTrackingError(text_of(exception), dict(usage.items()))
         stand_in.__cause__ = exception
         return stand_in
     return exception
@@ -430,29 +476,3 @@ def _usages(exception: BaseException) -> Iterator[TokenUsage]:
         result = getattr(cause, "result", None)
         yield read_usage(getattr(result, "usage", None))
         yield extract_token_usage(cause)
-
-
-_INPUT_NAMES = ("input_tokens", "request_tokens", "prompt_tokens")
-
-
-def read_usage(source: Any) -> TokenUsage:
-    """Read any library's usage object, mapping or method: input/output, request/response and
-    prompt/completion names are understood; anything else gives zeros."""
-    named = any(hasattr(source, name) for name in _INPUT_NAMES)
-    value = source() if callable(source) and not named else source
-    if isinstance(value, TokenUsage) or value is None:
-        return TokenUsage.of(value)
-
-    def first(*names: str) -> int:
-        for name in names:
-            found = value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
-            if found:
-                return int(found)
-        return 0
-
-    return TokenUsage(
-        input_tokens=first(*_INPUT_NAMES),
-        output_tokens=first("output_tokens", "response_tokens", "completion_tokens"),
-        total_tokens=first("total_tokens"),
-        cached_input_tokens=first("cached_input_tokens", "cache_read_tokens"),
-    )

@@ -87,6 +87,7 @@ class GeminiStrategy(LLMCallStrategy[TOutput]):
     ) -> None:
         self.model = model
         self.client = client
+        self.own_client = client is None
         self.response_parser = response_parser
         self.config = config
         self.include_metadata = include_metadata
@@ -215,16 +216,16 @@ class GeminiStrategy(LLMCallStrategy[TOutput]):
     # -- configuration
 
     def _build_config(self, extra: Mapping[str, Any]) -> Any:
-        """The given config with our options over it; None where there is nothing to say."""
-        options = {**self._options, **extra}
-        given = {name: value for name, value in options.items() if value is not None}
-        if not given:
-            return self.config
+        """The given config with our options over it."""
         config_type = importlib.import_module("google.genai.types").GenerateContentConfig
+        options = {**self._options, **extra, **_one_request(config_type, own=self.own_client)}
+        given = {name: value for name, value in options.items() if value is not None}
         ours = config_type(**given)
         if self.config is None:
             return ours
         base = config_type.model_validate(self.config)
+        if base.http_options is not None:
+            given.pop("http_options", None)
         return base.model_copy(update={name: getattr(ours, name) for name in given})
 
 
@@ -234,6 +235,16 @@ def _raw(config: Any) -> Any:
     if config is None or isinstance(config, Mapping):
         return {**(config or {}), **asked}
     return config.model_copy(update=asked)
+
+
+def _one_request(config_type: Any, *, own: bool) -> dict[str, Any]:
+    """Keeps the SDK to one request a call: more would be paid without a permit, and uncounted."""
+    options: dict[str, Any] = {"automatic_function_calling": {"disable": True}}
+    if "automatic_continuation" in config_type.model_fields:
+        options["automatic_continuation"] = False
+    if not own:  # ours has its retries off already
+        options["http_options"] = {"retry_options": {"attempts": 1}}
+    return options
 
 
 def _thinking(budget: int | None) -> dict[str, int] | None:

@@ -20,6 +20,8 @@ from batchllm_celery.strategies import bodies
 from batchllm_celery.strategies.base import Opened, ProcessResources
 from batchllm_celery.strategies.failures import condensed, kind_of_refusal, retry_after_of
 from batchllm_celery.strategies.http import bounded_response, redirected
+from batchllm_celery.strategies.usage import MOST_TOKENS
+from batchllm_celery.strategies.usage import count as tokens
 
 #: Sockets beyond the slots: cache calls, and those of cancelled calls that still close.
 SPARE_CONNECTIONS = 16
@@ -93,6 +95,7 @@ async def _open(slots: int, base_url: str | None, api_key: str | None) -> Opened
         ) from error
 
     keep_secret(account_of(client)[-1])
+    _continue_nothing(client.aio.models)
 
     async def close() -> None:
         await client.aio.aclose()
@@ -111,6 +114,21 @@ async def _readable_error(response: Any) -> None:
         json.loads(content)
     except (ValueError, RecursionError):
         raise _refused(response.status, content, response.headers, "APIError") from None
+
+
+def _continue_nothing(models: Any) -> None:
+    """Keep `generate_content` to one request, whoever calls it (PydanticAI gives a config of its
+    own): the SDK would go on for as long as the answer says CONTINUATION, each request paid."""
+    generate = models.generate_content
+
+    async def generate_once(*, config: Any = None, **arguments: Any) -> Any:
+        if config is None or isinstance(config, Mapping):
+            config = {**(config or {}), "automatic_continuation": False}
+        elif config.automatic_continuation is not False:
+            config = config.model_copy(update={"automatic_continuation": False})
+        return await generate(config=config, **arguments)
+
+    models.generate_content = generate_once
 
 
 def account_of(client: Any) -> list[str]:
@@ -148,15 +166,15 @@ def usage_of(response: Any) -> TokenUsage:
     counts = getattr(response, "usage_metadata", None)
 
     def count(name: str) -> int:
-        value = getattr(counts, name, None)
-        return value if isinstance(value, int) else 0
+        return tokens(getattr(counts, name, None))
 
     input_tokens = count("prompt_token_count") + count("tool_use_prompt_token_count")
     output_tokens = count("candidates_token_count") + count("thoughts_token_count")
+    total = count("total_token_count")
     return TokenUsage(
         input_tokens=input_tokens,
         output_tokens=output_tokens,
-        total_tokens=max(count("total_token_count"), input_tokens + output_tokens),
+        total_tokens=max(total if total < MOST_TOKENS else 0, input_tokens + output_tokens),
         cached_input_tokens=count("cached_content_token_count"),
     )
 

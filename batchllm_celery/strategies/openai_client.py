@@ -17,6 +17,7 @@ from batchllm_celery.strategies import bodies, gemini_client
 from batchllm_celery.strategies.base import Opened, ProcessResources
 from batchllm_celery.strategies.failures import condensed, kind_of_refusal, retry_after_of
 from batchllm_celery.strategies.http import bounded_client, redirected
+from batchllm_celery.strategies.usage import Reading, count, reasoned_output
 
 #: Sockets beyond the slots: those of cancelled calls that still close.
 SPARE_CONNECTIONS = 16
@@ -86,6 +87,13 @@ async def _open(slots: int, base_url: str | None, api_key: str | None) -> Opened
     return Opened(client, client.close)
 
 
+def without_retries(client: Any) -> Any:
+    """A user's client with the SDK's retries off: a call is one request."""
+    if type(client).__module__.partition(".")[0] != "openai" or client.max_retries == 0:
+        return client
+    return client.with_options(max_retries=0)
+
+
 def import_openai() -> Any:
     """The SDK.
 
@@ -103,21 +111,25 @@ def import_openai() -> Any:
 # -- answers
 
 
-def usage_of(response: Any) -> TokenUsage:
+def usage_of(response: Any) -> Reading:
     """Tokens of an answer; reasoning tokens are part of the output, cached ones of the input."""
     usage = getattr(response, "usage", None)
     details = getattr(usage, "prompt_tokens_details", None)
-    return TokenUsage(
-        input_tokens=_count(usage, "prompt_tokens"),
-        output_tokens=_count(usage, "completion_tokens"),
-        total_tokens=_count(usage, "total_tokens"),
+    reasoned = getattr(usage, "completion_tokens_details", None)
+    inputs, total = _count(usage, "prompt_tokens"), _count(usage, "total_tokens")
+    completion, reasoning = _count(usage, "completion_tokens"), _count(reasoned, "reasoning_tokens")
+    outputs, guessed = reasoned_output(inputs, completion, total, reasoning)
+    tokens = TokenUsage(
+        input_tokens=inputs,
+        output_tokens=outputs,
+        total_tokens=inputs + outputs,
         cached_input_tokens=_count(details, "cached_tokens"),
     )
+    return Reading(tokens, guessed)
 
 
 def _count(source: Any, name: str) -> int:
-    value = getattr(source, name, None)
-    return value if isinstance(value, int) else 0
+    return count(getattr(source, name, None))
 
 
 def read_answer(content: bytes, headers: Mapping[str, str] | None) -> Any:

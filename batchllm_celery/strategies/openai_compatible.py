@@ -90,6 +90,7 @@ class OpenAICompatibleStrategy(LLMCallStrategy[TOutput]):
             )
         else:
             keep_secret(getattr(self.client, "api_key", None))
+            self.client = openai_client.without_retries(self.client)
         self._request = self._build_request()
 
     async def close(self) -> None:
@@ -108,12 +109,13 @@ class OpenAICompatibleStrategy(LLMCallStrategy[TOutput]):
             Exception: what `response_parser` raises, carrying the answer's tokens.
         """
         response, parsed = await self._call(with_feedback(prompt, state))
-        usage = openai_client.usage_of(response)
+        usage, guessed = openai_client.usage_of(response)
         with charged(usage):
             output = self._parse(response, parsed)
-        return Completion(
-            output, usage, {"finish_reason": openai_client.finish_reason_of(response)}
-        )
+        metadata: dict[str, Any] = {"finish_reason": openai_client.finish_reason_of(response)}
+        if guessed:
+            metadata["usage_guessed"] = True
+        return Completion(output, usage, metadata)
 
     async def on_error(
         self, exception: Exception, attempt: int, state: RetryState | None = None

@@ -13,8 +13,9 @@ from batchllm_celery.errors import UsageError
 from batchllm_celery.models import Completion, Failure, RetryState, TokenUsage, TOutput
 from batchllm_celery.strategies import gemini_client, openai_client
 from batchllm_celery.strategies.base import Answer, LLMCallStrategy, ProcessResources
-from batchllm_celery.strategies.failures import charged, classify, read_usage
+from batchllm_celery.strategies.failures import charged, classify
 from batchllm_celery.strategies.structured import remember_feedback, with_feedback
+from batchllm_celery.strategies.usage import read_usage
 
 # Importing pydantic_ai takes a second, and it may not be installed: type checkers alone see it.
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ class PydanticAIStrategy(LLMCallStrategy[TOutput]):
         model_name: `PROVIDER:MODEL`, for prices and the default quota; None: the agent's.
     """
 
+    _run_options: Mapping[str, Any] = {}
+
     def __init__(self, agent: Agent[Any, TOutput], model_name: str | None = None) -> None:
         self.agent = agent
         self.model_name = model_name or _model_name(agent)
@@ -48,7 +51,9 @@ class PydanticAIStrategy(LLMCallStrategy[TOutput]):
         """
         spent = importlib.import_module("pydantic_ai.usage").RunUsage()
         try:
-            result = await self.agent.run(with_feedback(prompt, state), usage=spent)
+            result = await self.agent.run(
+                with_feedback(prompt, state), usage=spent, **self._run_options
+            )
         except Exception:
             with charged(read_usage(spent)):
                 raise
@@ -129,6 +134,9 @@ class PydanticAIModelStrategy(PydanticAIStrategy[Any]):
             model_settings=self._settings or None,
             retries=0,
         )
+        # It has no tools: one request is all that it needs.
+        limits = importlib.import_module("pydantic_ai.usage").UsageLimits
+        self._run_options = {"usage_limits": limits(request_limit=1)}
 
     async def close(self) -> None:
         """Close what this instance opened for itself."""

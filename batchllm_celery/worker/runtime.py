@@ -154,15 +154,30 @@ class _LedgerGate:
         return await self._runtime.ledger.begin(self._claim)
 
     async def save(
-        self, attempts: int, refusals: int, state: RetryState, usage: TokenUsage
+        self,
+        attempts: int,
+        refusals: int,
+        state: RetryState,
+        usage: TokenUsage,
+        *,
+        overloads: int,
+        last_error: str,
     ) -> None:
-        await self._runtime.ledger.save_attempt(self._claim, attempts, refusals, state, usage)
+        await self._runtime.ledger.save_attempt(
+            self._claim,
+            attempts,
+            refusals,
+            state,
+            usage,
+            overloads=overloads,
+            last_error=last_error,
+        )
 
     def gave_up(self) -> None:
         self._claim.given_up += 1
 
     def calls(self, under_way: bool) -> None:
-        self._claim.calling = under_way
+        self._claim.calling, self._claim.unused = under_way, not under_way
 
 
 def _rehearsed(result: WorkItemResult[Any, Any]) -> WorkItemResult[Any, Any]:
@@ -457,11 +472,14 @@ class Runtime:
         return None
 
     async def _run_one(self, spec: BatchSpec, claim: Claim) -> WorkItemResult[Any, Any] | Stopped:
+        if claim.payload.problem is not None:
+            problem = f"InvalidInput: {claim.payload.problem}"
+            return self._without_call(claim, FailureKind.INVALID_INPUT, problem)
         chosen = claim.payload.strategy or spec.strategy
         try:
             strategy = await self.registry.get(chosen)
         except UsageError as error:
-            return self._not_runnable(claim, error)
+            return self._without_call(claim, FailureKind.INVALID_REQUEST, describe(error))
         with self.registry.using(strategy):
             outcome = await self.runner.run(self._job(spec, claim, strategy))
         await self.registry.close_surplus()
@@ -486,6 +504,8 @@ class Runtime:
             state=claim.state,
             attempts=claim.attempts,
             refusals=claim.refusals,
+            overloads=claim.overloads,
+            last_error=claim.last_error,
             usage=claim.usage,
             queued_seconds=claim.queued_seconds + time.monotonic() - claim.claimed_at,
             priority=spec.priority,
@@ -504,13 +524,15 @@ class Runtime:
         config: bytes | None = await connection.patiently(lambda: client.hget(key, "config"))
         return config is None or Quota.model_validate_json(config).day_exhausted == "park"
 
-    def _not_runnable(self, claim: Claim, error: UsageError) -> WorkItemResult[Any, Any]:
+    def _without_call(
+        self, claim: Claim, kind: FailureKind, error: str
+    ) -> WorkItemResult[Any, Any]:
         return WorkItemResult(
             item_id=claim.payload.item_id,
             index=claim.index,
             success=False,
-            error=describe(error),
-            error_kind=FailureKind.INVALID_REQUEST,
+            error=error,
+            error_kind=kind,
             context=claim.payload.context,
         )
 

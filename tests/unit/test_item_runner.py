@@ -601,7 +601,7 @@ class ToldGate(OpenGate):
         return answer
 
     async def save(
-        self, attempts: int, refusals: int, state: RetryState, usage: TokenUsage
+        self, attempts: int, refusals: int, state: RetryState, usage: TokenUsage, **_: Any
     ) -> None:
         self.saved.append((attempts, refusals, dict(state.data), usage.total_tokens))
 
@@ -653,7 +653,7 @@ async def test_a_retry_state_that_is_not_json_fails_the_item() -> None:
     """It could not survive a move, and must not be delivered for ever."""
 
     class Strict(ToldGate):
-        async def save(self, *_: Any) -> None:
+        async def save(self, *_: Any, **__: Any) -> None:
             raise TypeError("Object of type set is not JSON serializable")
 
     broken = ProviderError("x", kind=FailureKind.CONNECTION)
@@ -776,7 +776,7 @@ class SlowGate(OpenGate):
     async def begin(self) -> None:
         await asyncio.sleep(0.03)
 
-    async def save(self, *_: Any) -> None:
+    async def save(self, *_: Any, **__: Any) -> None:
         await asyncio.sleep(0.03)
 
 
