@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from functools import partial
 
 from batchllm_celery.errors import UsageError
 from batchllm_celery.events import Listener
 from batchllm_celery.settings import Settings
-
-logger = logging.getLogger("batchllm_celery")
 
 Opener = Callable[[], Listener]
 
