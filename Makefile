@@ -17,7 +17,7 @@ ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
 .PHONY: $(STAMP)
 endif
 
-.PHONY: help setup demo test test-server check format bench chaos wheel lock clean
+.PHONY: help setup demo test test-server check format bench chaos wheel dist check-wheel lock clean
 
 help:
 	@echo "make demo    the main job on real text, with the simulated provider: demo/results.jsonl"
@@ -77,6 +77,21 @@ chaos: $(STAMP)
 
 wheel: $(STAMP)
 	$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w dist .
+
+dist: $(STAMP)
+	rm -rf dist
+	$(BIN)/hatchling build -d dist
+
+# The wheel of dist/ alone, in a bare environment: the command is there and answers rows.
+check-wheel:
+	rm -rf build/bare && mkdir -p build
+	$(PYTHON) -m venv build/bare
+	build/bare/bin/python -m pip install -q --disable-pip-version-check dist/*.whl
+	build/bare/bin/python -m pip check
+	build/bare/bin/batchllm --version
+	cd build/bare && BATCHLLM_STATE_DIR=state bin/batchllm run ../../examples/data/docstrings.jsonl \
+		--prompt "Say in one sentence what this does: {text}" --model simulated --rpm 30000 \
+		--overwrite -o results.jsonl
 
 lock:
 	$(UV) pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url \

@@ -40,10 +40,15 @@ class Settings(BaseSettings):
         openai_base_url: an OpenAI-compatible server; only ever from this process' own settings.
         simulated_url: the simulated provider that `simulated` strategies call.
         prices_file: JSON of user prices that override genai-prices.
+        prometheus_port: each worker process serves /metrics at the first free port from here on;
+            None: no metrics. Needs the extra `prometheus`.
+        otel: send spans and metrics to an OpenTelemetry collector, as `OTEL_...` variables say.
+            Needs the extra `otel`.
     """
 
     model_config = SettingsConfigDict(
         env_prefix="BATCHLLM_",
+        env_ignore_empty=True,
         extra="ignore",
         frozen=True,
         hide_input_in_errors=True,  # a URL holds a password
@@ -67,6 +72,8 @@ class Settings(BaseSettings):
     openai_base_url: str | None = None
     simulated_url: str | None = None
     prices_file: Path | None = None
+    prometheus_port: int | None = Field(default=None, ge=1, le=65_535)
+    otel: bool = False
 
     @field_validator("namespace")
     @classmethod

@@ -27,6 +27,7 @@ from batchllm_celery.cli.summary import Summary, exit_code, print_summary
 from batchllm_celery.errors import InputError, UsageError
 from batchllm_celery.events import Events
 from batchllm_celery.models import BatchSpec, Quota, StrategySpec
+from batchllm_celery.observability.switched_on import openers
 from batchllm_celery.redaction import safe_url, without_secrets
 from batchllm_celery.settings import Settings
 
@@ -99,6 +100,8 @@ def _plan(source: str, chosen: dict[str, Any], stack: contextlib.ExitStack) -> P
     job.check_strategy(strategy, settings)
     if not chosen["dry_run"] and chosen["workers"]:
         job.check_key(strategy, settings)
+    if chosen["workers"]:
+        openers(settings)  # an extra that is missing ends the command, not each worker
     lane = None if chosen["workers"] else "default"
     spec = job.spec_of(chosen, strategy, source=source, queue=lane, keep_results=False)
     check_out(out, spec.batch_id, overwrite=chosen["overwrite"])

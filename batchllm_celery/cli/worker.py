@@ -13,6 +13,7 @@ from batchllm_celery.cli import exit_codes, job, options
 from batchllm_celery.cli.fleet import Fleet, environment_of
 from batchllm_celery.cli.session import Interrupts
 from batchllm_celery.errors import RedisUnavailableError
+from batchllm_celery.observability.switched_on import openers
 from batchllm_celery.settings import Settings
 
 
@@ -40,6 +41,7 @@ def worker(processes: int, loglevel: str, **chosen: Any) -> int:
     """
     settings = _settings(chosen)
     job.import_apps(settings)
+    openers(settings)  # an extra that is missing ends the command, not each worker
     _check_redis(settings)
     fleet = Fleet(processes, lambda number: _environment(settings, number), loglevel=loglevel)
     with Interrupts().counted() as interrupts:

@@ -8,6 +8,7 @@ import importlib
 import logging
 import os
 import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +21,9 @@ from kombu.utils.imports import symbol_by_name
 from batchllm_celery import event_loop
 from batchllm_celery.connection import broker_url, safe_url
 from batchllm_celery.embedded import resolve_url, revive_when_lost
-from batchllm_celery.errors import describe
-from batchllm_celery.events import Events
-from batchllm_celery.observability import LogListener
+from batchllm_celery.errors import UsageError, describe
+from batchllm_celery.events import Events, Listener
+from batchllm_celery.observability import LogListener, switched_on
 from batchllm_celery.queue import (
     DEFAULT_QUEUE,
     ITEMS_HEADER,
@@ -73,7 +74,11 @@ def worker_app() -> Celery:
 
 
 def install(
-    app: Celery, *, settings: Settings | None = None, redis_url: str | None = None
+    app: Celery,
+    *,
+    settings: Settings | None = None,
+    redis_url: str | None = None,
+    listeners: Sequence[Listener] = (),
 ) -> Celery:
     """Add the tasks and their lifetime to a Celery app, an existing one of yours included.
 
@@ -83,12 +88,15 @@ def install(
         settings: default: from the environment.
         redis_url: where ledger and limiter live; default: the settings', else the app's broker
             if that is Redis, else the embedded Valkey.
+        listeners: called with each event of a worker process (`batchllm_celery.events`), on its
+            event loop: quick ones, please. Besides them the settings may switch on Prometheus and
+            OpenTelemetry.
 
     Returns:
         The app.
     """
     settings = settings or Settings()
-    process = _Process(app, settings, redis_url)
+    process = _Process(app, settings, redis_url, listeners)
 
     @app.task(name=RUN_ITEMS, bind=True, acks_late=True, ignore_result=True, throws=(ItemsFailed,))
     def run_items(self: Any, batch_id: str, indexes: list[int]) -> Outcome:
@@ -105,6 +113,10 @@ def has_only_our_tasks(app: Celery) -> bool:
     return all(name == RUN_ITEMS or name.startswith("celery.") for name in app.tasks)
 
 
+def _nothing() -> None:
+    """Closes a listener that has nothing to close."""
+
+
 def _forks(pool: Any) -> bool:
     return type(pool).__module__ == "celery.concurrency.prefork"
 
@@ -113,7 +125,9 @@ class _Process:
     """The runtime of this process, whichever pool it is of. Signals differ by pool: `worker_ready`
     comes to the parent, `worker_process_init` to each child of prefork (and to solo)."""
 
-    def __init__(self, app: Celery, settings: Settings, redis_url: str | None) -> None:
+    def __init__(
+        self, app: Celery, settings: Settings, redis_url: str | None, listeners: Sequence[Listener]
+    ) -> None:
         self._app = app
         self._settings = settings
         self._redis_url = redis_url
@@ -123,6 +137,9 @@ class _Process:
         self._pool: Any = None
         self._slots: int | None = None
         self._task_events = False
+        self._listeners = list(listeners)
+        self._openers: list[switched_on.Opener] = []
+        self._opened: list[Listener] = []
         self._retry_events = RetryEvents(app, lambda: self._task_events)
 
     async def run_items(
@@ -169,12 +186,13 @@ class _Process:
             return self._runtime
 
     def _make(self) -> Runtime:
+        self._opened = list(self._open_listeners())
         runtime = Runtime(
             self._settings,
             self._redis_url or self._own_redis(),
             self._publish,
             slots=self._slots,
-            events=Events(LogListener(), self._retry_events),
+            events=Events(LogListener(), self._retry_events, *self._listeners, *self._opened),
             queues=self._lanes(),
         )
         runtime.dropped_messages = lambda: dropped.count
@@ -183,6 +201,13 @@ class _Process:
         watchdog.events.listen(runtime.events.emit)
         revive_when_lost(runtime.events)
         return runtime
+
+    def _open_listeners(self) -> Iterator[Listener]:
+        for opener in self._openers:
+            try:
+                yield opener()
+            except UsageError as error:  # no reason to leave the items alone
+                logger.error("listener.not_opened error=%s", error)
 
     def _own_redis(self) -> str:
         if self._settings.redis_url is None:
@@ -209,6 +234,10 @@ class _Process:
             symbol_by_name(sender.consumer_cls), only_ours=has_only_our_tasks(self._app)
         )
         self._task_events = bool(sender.task_events)
+        try:
+            self._openers = switched_on.openers(self._settings)
+        except UsageError as error:
+            raise SystemExit(f"Error: {error}") from error
         for name in filter(None, (self._settings.app or "").split(",")):
             try:
                 importlib.import_module(name.strip())
@@ -275,3 +304,5 @@ class _Process:
         if runtime is not None and self._pid == os.getpid():
             event_loop.run(runtime.close())
             event_loop.close()
+            for listener in self._opened:
+                getattr(listener, "close", _nothing)()

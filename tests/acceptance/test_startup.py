@@ -20,8 +20,8 @@ from tests.support import ValkeyServer, wait_until
 COMMANDS = {
     "batchllm worker": lambda fleet: fleet.start("worker", "--slots", "20", name="worker"),
     "celery worker": lambda fleet: fleet.start_celery_worker(name="worker"),
-    "celery worker -P prefork": lambda fleet: fleet.start_celery_worker(
-        "-P", "prefork", "-c", "2", name="worker"
+    "celery worker -P processes": lambda fleet: fleet.start_celery_worker(
+        "-P", "processes", "-c", "2", name="worker"
     ),
     "celery worker -P threads": lambda fleet: fleet.start_celery_worker(
         "-P", "threads", "-c", "4", name="worker"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import zipfile
@@ -44,3 +45,18 @@ def test_the_wheel_holds_the_scripts_and_the_types(tmp_path: Path) -> None:
     assert "batchllm_celery/py.typed" in shipped
     assert {name.split("/")[0].partition("-")[0] for name in shipped} == {"batchllm_celery"}
     assert any(name.endswith("licenses/LICENSE") for name in shipped)
+
+
+def test_every_link_to_a_file_leads_somewhere() -> None:
+    """Pictures, guides and sources that the README and the guides point at are in the tree."""
+    code = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "deploy").rglob("*.md")]
+    broken = [
+        f"{page.relative_to(ROOT)}: {target}"
+        for page in pages
+        for target in re.findall(
+            r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", code.sub("", page.read_text(encoding="utf-8"))
+        )
+        if not (page.parent / target).exists()
+    ]
+    assert broken == []
