@@ -252,7 +252,7 @@ _ERROR_FIELDS = ("errors", "detail", "message")
 
 
 def _speaks_of_error(value: Any) -> bool:
-    if not isinstance(value, Mapping) or _ANSWER_FIELDS & value.keys():
+    if not isinstance(value, Mapping) or any(value.get(name) for name in _ANSWER_FIELDS):
         return False
     return any(value.get(name) for name in _ERROR_FIELDS)
 

@@ -17,7 +17,7 @@ from typing import Literal, TypeAlias
 from batchllm_celery.models.request import DialectName
 
 #: Bytes of which one token is made in text, on average over languages and code.
-_BYTES_PER_TOKEN = 3
+BYTES_PER_TOKEN = 3
 #: How much is read while pages are counted: of one compressed stream, of all, and how many.
 _MOST_OF_STREAM, _MOST_UNPACKED, _MOST_STREAMS = 1_000_000, 20_000_000, 1_000
 
@@ -308,7 +308,7 @@ def tokens_of_part(
         # A container tells its length in a hundred ways: 1 Mbit/s is a usual web video.
         tokens = math.ceil(len(data) / 125_000) * _VIDEO_SECOND
     else:
-        tokens = math.ceil(len(data) / _BYTES_PER_TOKEN)
+        tokens = math.ceil(len(data) / BYTES_PER_TOKEN)
     return max(tokens, 1)
 
 

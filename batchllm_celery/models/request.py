@@ -470,7 +470,7 @@ Prompt: TypeAlias = str | Request | NativeRequest
 # -- text of any prompt
 
 #: Where native bodies hold text for the model.
-_TEXT_FIELDS = frozenset(
+TEXT_FIELDS = frozenset(
     {"text", "content", "input", "instructions", "system", "arguments", "output", "description"}
 )
 
@@ -497,7 +497,7 @@ def _message_texts(message: Any) -> Iterator[str]:
 
 def _native_texts(value: Any, field: str | None) -> Iterator[str]:
     if isinstance(value, str):
-        if field in _TEXT_FIELDS and value and not value.startswith("data:"):
+        if field in TEXT_FIELDS and value and not value.startswith("data:"):
             yield value
     elif isinstance(value, list):
         for element in value:

@@ -482,6 +482,8 @@ def test_half_a_surrogate_pair_is_replaced() -> None:
         ({"object": "error", "message": "too long", "code": 400}, K.INVALID_REQUEST, "too long"),
         ([{"error": {"code": 401, "message": "wrong key"}}], K.AUTHENTICATION, "wrong key"),
         ({"detail": "model is loading, service unavailable"}, K.OVERLOADED, "loading"),
+        ({"code": 429, "message": "slow", "data": None}, K.RATE_LIMITED, "slow"),
+        ({"success": False, "message": "no", "choices": []}, K.UNKNOWN, "no"),
         ({"errors": [{"message": "one"}, "two"]}, K.UNKNOWN, "one; two"),
         ({"error": {"code": 5001, "message": "odd"}}, K.UNKNOWN, "odd"),
         ({"error": {"code": {"a": 1}, "type": ["x"], "details": 3}}, K.UNKNOWN, "no reason"),

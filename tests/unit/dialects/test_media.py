@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from batchllm_celery.dialects.estimates import tokens_of_prompt
 from batchllm_celery.dialects.media import (
     audio_seconds,
     image_size,
@@ -16,7 +17,9 @@ from batchllm_celery.dialects.media import (
     pdf_pages,
     tokens_of_part,
 )
-from tests.unit.dialects.files import gif, jpeg_head, mp3, pdf, png, wav, webp
+from batchllm_celery.models.request import DialectName, NativeRequest, Prompt, Request
+from tests.unit.dialects.files import b64, data_url, gif, jpeg_head, mp3, pdf, png, wav, webp
+from tests.unit.dialects.native_rows import chat, message
 
 
 @pytest.mark.parametrize(
@@ -97,6 +100,101 @@ def test_the_length_of_audio() -> None:
 )
 def test_tokens_by_the_published_rules(data: bytes, dialect: str, model: str, tokens: int) -> None:
     assert tokens_of_part(data, dialect, model=model) == tokens  # type: ignore[arg-type]
+
+
+IMAGE = png(1024, 1024)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "dialect", "tokens"),
+    [
+        ("x" * 300, "openai", 100),
+        ("", "openai", 1),
+        (
+            Request.of(
+                {
+                    "messages": [
+                        {
+                            "role": "user",
+                            "content": [
+                                {"type": "text", "text": "x" * 300},
+                                {"type": "image", "data": b64(IMAGE)},
+                                {"type": "image", "data": b64(IMAGE), "detail": "low"},
+                                {"type": "image", "url": "https://example.com/a.png"},
+                            ],
+                        }
+                    ]
+                }
+            ),
+            "openai",
+            100 + 765 + 85 + 765,
+        ),
+        (
+            NativeRequest(
+                dialect="openai",
+                body=chat(
+                    {
+                        "content": [
+                            {"type": "text", "text": "x" * 300},
+                            {"image_url": {"url": data_url(IMAGE, "image/png"), "detail": "low"}},
+                            {"image_url": {"url": "https://example.com/a.png"}},
+                        ]
+                    }
+                ),
+            ),
+            "openai",
+            100 + 85 + 765,
+        ),
+        (
+            NativeRequest(
+                dialect="gemini",
+                body={
+                    "contents": [
+                        {
+                            "parts": [
+                                {"text": "x" * 30_000},
+                                {"inlineData": {"mimeType": "image/png", "data": b64(IMAGE)}},
+                                {"inlineData": {"mimeType": "image/png", "data": b64(IMAGE)}},
+                                {"inline_data": {"data": b64(pdf(10))}},
+                            ]
+                        }
+                    ]
+                },
+            ),
+            "gemini",
+            10_000 + 2 * 1032 + 2580,
+        ),
+        (
+            NativeRequest(
+                dialect="gemini",
+                body={
+                    "contents": [
+                        {
+                            "parts": [
+                                {"text": "AAAA" * 3000},  # a text that could be base64
+                                {"inlineData": {"mimeType": "text/csv", "data": b64(b"a,b" * 100)}},
+                                {"inlineData": {"mimeType": "video/mp4", "data": b64(b"\0" * 900)}},
+                            ]
+                        }
+                    ]
+                },
+            ),
+            "gemini",
+            4000 + 100 + 300,
+        ),
+        (
+            NativeRequest(
+                dialect="anthropic",
+                body=message({"content": [{"source": {"data": b64(png(200, 200))}}]}),
+            ),
+            "anthropic",
+            54,
+        ),
+    ],
+)
+def test_tokens_of_a_prompt(prompt: Prompt, dialect: DialectName, tokens: int) -> None:
+    """Text and parts, of any form; an image twice counts twice, and no text as an image."""
+    assert tokens_of_prompt(prompt, dialect, model="gpt-4o") == tokens
 
 
 def test_a_low_detail_is_cheap_at_openai() -> None:
