@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import re
 import secrets
@@ -41,6 +42,8 @@ _KEY_PAGES = {
     "gemini": "https://aistudio.google.com/apikey",
     "openai": "https://platform.openai.com/api-keys",
 }
+#: A dry run's id begins so: it never meets a real batch.
+REHEARSAL = "dry-"
 _MODEL_PARAMS = ("system", "temperature", "max_output_tokens")
 SIMULATED_MODEL = "simulated-1"
 
@@ -218,8 +221,11 @@ def policy_of(after_429: str | None) -> CooldownPolicy:
 
 
 def quota_of(options: Options, default_name: str) -> Quota | None:
-    """The quota to configure; None where nothing is said about it: what is there, stays."""
+    """The quota to configure; None where nothing is said about it: what is there, stays. A dry run
+    touches none."""
     limits = limits_of(options)
+    if options.get("dry_run"):
+        return None
     if not limits.given() and not options.get("after_429"):
         return None
     name = _quota_name(options, default_name)
@@ -275,6 +281,50 @@ def fail_fast_of(text: str | None) -> tuple[FailureKind, ...]:
     return tuple(kinds)
 
 
+def prices_of(options: Options, strategy: StrategySpec) -> dict[str, tuple[float, float]]:
+    """Those of `--price`: of a model, or under "" of all that are not named.
+
+    Raises:
+        UsageError: for something that is no price.
+    """
+    prices = {}
+    for text in options.get("price") or ():
+        name, _, numbers = text.rpartition("=")
+        if name and ":" not in name and strategy.name in PROVIDER_KEYS:
+            name = f"{strategy.name}:{name}"
+        try:
+            read, written = (float(number) for number in numbers.split(","))
+        except ValueError:
+            read = written = -1.0
+        if not (0 <= read < math.inf and 0 <= written < math.inf):
+            raise UsageError(
+                f"--price {text!r}: write IN,OUT or MODEL=IN,OUT, as 0.3,2.5 "
+                "(US dollars per million tokens)"
+            )
+        prices[name] = (read, written)
+    return prices
+
+
+def check_price(spec: BatchSpec, instance: Any, settings: Settings) -> None:
+    """Whether `--max-cost` can bind: each model that the strategy may ask needs a price.
+
+    Raises:
+        UsageError: naming the one whose price nobody knows.
+    """
+    if spec.max_cost is None or "" in spec.prices:
+        return
+    from batchllm_celery.execution import Prices
+
+    prices = Prices(settings.prices_file)
+    models = instance.models() or (f"strategy {spec.strategy.name!r}",)
+    for model in models:
+        if model not in spec.prices and prices.of(model) is None:
+            raise UsageError(
+                f"--max-cost would never bind: no price is known for {model}; give it with "
+                "--price IN,OUT (US dollars per million tokens), or use --token-budget"
+            )
+
+
 def batch_id_for(source: str) -> str:
     """A readable id of its own: `reviews-1122-2104-3f2a`."""
     stem = "batch" if source == STDIN else Path(source).stem
@@ -291,7 +341,14 @@ def spec_of(
         UsageError: (or pydantic's) for an id or a bound that can't be.
     """
     batch_id = options.get("batch_id")
-    batch_id = batch_id_for(source) if batch_id is None else check_batch_id(batch_id, "--batch-id")
+    given = batch_id is not None
+    batch_id = check_batch_id(batch_id, "--batch-id") if given else batch_id_for(source)
+    if options.get("dry_run"):
+        batch_id = REHEARSAL + batch_id.removeprefix(REHEARSAL)
+    elif given and batch_id.startswith(REHEARSAL):
+        raise UsageError(
+            f"--batch-id {batch_id!r}: ids that begin with {REHEARSAL!r} are dry runs'"
+        )
     return BatchSpec(
         batch_id=batch_id,
         strategy=strategy,
@@ -305,6 +362,7 @@ def spec_of(
         token_budget=options.get("token_budget"),
         fail_fast=fail_fast_of(options.get("fail_fast")),
         keep_results=keep_results,
+        prices=prices_of(options, strategy),
         model=model_name(strategy),
     )
 

@@ -114,6 +114,12 @@ bounds = group(
     ),
     option("--deadline", type=_POSITIVE, help="Seconds from now after which no call starts."),
     option("--max-cost", type=_POSITIVE, metavar="USD", help="No call starts once it is spent."),
+    option(
+        "--price",
+        multiple=True,
+        metavar="[MODEL=]IN,OUT",
+        help="US dollars per million tokens, where nobody knows them.",
+    ),
     option("--token-budget", type=_COUNT, help="No call starts once these tokens are spent."),
     option(
         "--fail-fast",

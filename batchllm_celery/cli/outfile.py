@@ -341,6 +341,24 @@ def check_out(out: str, batch_id: str, *, overwrite: bool) -> None:
         raise OutputError(refusal(path, owner, batch_id))
 
 
+def refuse_real_results(out: str) -> None:
+    """Refuse, for a dry run, a file that no dry run wrote, whatever `--overwrite` says.
+
+    Raises:
+        OutputError: naming the file.
+    """
+    path = Path(out)
+    if out == "-" or not path.is_file() or not path.stat().st_size:
+        return
+    owner_file = path.with_name(f".{path.name}.batch")
+    owner = _parse_owner(owner_file.read_bytes()) if owner_file.exists() else None
+    if owner is None or not owner.startswith("dry-"):
+        raise OutputError(
+            f"{out} was not written by a dry run, and a dry run replaces nothing else: "
+            "choose another file with -o, or leave -o out"
+        )
+
+
 def refusal(path: Path, owner: str | None, batch_id: str) -> str:
     """Why the file is not touched, and what to do instead."""
     if owner is None:

@@ -42,9 +42,12 @@ def submit(source: str, **chosen: Any) -> int:
         settings = job.settings_of(chosen)
         strategy = job.strategy_of(chosen)
         rows = open_rows(source, chosen, strategy, stack)
+        instance = None
         if chosen["model"] or settings.app:
-            job.check_strategy(strategy, settings)
+            instance = job.check_strategy(strategy, settings)
         spec = job.spec_of(chosen, strategy, source=source, queue="default", keep_results=True)
+        if instance is not None:
+            job.check_price(spec, instance, settings)
         quota = job.quota_of(chosen, job.default_quota_name(strategy))
         total = _submit(settings, spec, quota, chosen, rows, interrupts, stack)
     if total is None:

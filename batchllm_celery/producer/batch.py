@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import threading
 import time
@@ -13,7 +14,7 @@ from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
-from batchllm_celery.errors import FailureKind
+from batchllm_celery.errors import FailureKind, InputError
 from batchllm_celery.ledger import Ledger, Outcome, Payload
 from batchllm_celery.models import (
     BadRow,
@@ -21,7 +22,8 @@ from batchllm_celery.models import (
     BatchSpec,
     WorkItemResult,
 )
-from batchllm_celery.producer.rows import Row, as_payload
+from batchllm_celery.producer.item_ids import SeenIds
+from batchllm_celery.producer.rows import Row, as_payload, refuse_single
 from batchllm_celery.producer.session import Session
 from batchllm_celery.queue import items_per_task
 
@@ -94,7 +96,8 @@ class Batch:
             The total; None when it was stopped (the batch then still waits for more rows).
 
         Raises:
-            UsageError: a row can't be taken, or names a strategy instance.
+            UsageError: a row can't be taken (its place and id are named), names a strategy
+                instance, or has the id of an earlier one.
             BatchConflictError: another process feeds this batch.
         """
         try:
@@ -110,9 +113,10 @@ class Batch:
         on_fed: Callable[[int], None] | None,
         max_outstanding: int | None,
     ) -> int | None:
-        fed = 0
+        refuse_single(rows)
+        fed, seen = 0, SeenIds()
         for chunk in _chunked(rows, stop):
-            stored = [self._stored(row, fed + n) for n, row in enumerate(chunk)]
+            stored = [self._stored(row, fed + n, seen) for n, row in enumerate(chunk)]
             wake = self._until(stop, self._feed(fed, stored, max_outstanding))
             if wake is None or not self._enqueue(wake, stop):
                 return None
@@ -129,9 +133,14 @@ class Batch:
             self.id, first, rows, max_outstanding=max_outstanding
         )
 
-    def _stored(self, row: Row, index: int) -> Payload | WorkItemResult[Any, Any]:
+    def _stored(self, row: Row, index: int, seen: SeenIds) -> Payload | WorkItemResult[Any, Any]:
         payload = as_payload(row, index, self.spec.strategy)
-        return _bad(payload, index) if isinstance(payload, BadRow) else payload
+        if isinstance(payload, BadRow):
+            return _bad(payload, index)
+        own = payload.item_id == str(index)
+        if not (seen.add_index(index) if own else seen.add(payload.item_id)):
+            raise InputError(f"item {index}: an earlier row has its item_id {payload.item_id!r}")
+        return payload
 
     def _until(self, stop: threading.Event, work: Coroutine[Any, Any, T]) -> T | None:
         async def watched(_: Session) -> T | None:
@@ -232,6 +241,13 @@ class Batch:
     def cancel(self) -> BatchProgress:
         """Start no further call; what waits becomes a failure of kind `cancelled`."""
         return self._steered(lambda ledger: ledger.cancel(self.id))
+
+    def give_up(self) -> None:
+        """Cancel a batch whose rows did not all come: what was fed is all that it has. Says
+        nothing where Redis can't be told."""
+        with contextlib.suppress(Exception):
+            self.cancel()
+            self._on_ledger(lambda ledger: ledger.seal(self.id, 0))
 
     def pause(self) -> BatchProgress:
         """Start no further call until `resume`."""

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import AsyncExitStack
 from typing import Any, Self
 
-from batchllm_celery.errors import BatchNotFoundError, FailureKind
+from batchllm_celery.errors import BatchConflictError, BatchNotFoundError, FailureKind
 from batchllm_celery.events import Events
 from batchllm_celery.ledger import WorkerInfo
 from batchllm_celery.ledger.workers import list_workers
@@ -103,7 +103,8 @@ class Producer:
         """Store and enqueue all items, and return the batch; its results stay readable for
         `settings.result_ttl_seconds`.
 
-        Blocks while more than `max_outstanding` items are unfinished; `stream` does not.
+        Blocks while more than `max_outstanding` items are unfinished; `stream` does not. Where it
+        raises, the batch is cancelled; the same id goes on with it.
 
         Args:
             items: strings, mappings with `prompt` (and `item_id`, `context`), or `LLMWorkItem`s;
@@ -124,7 +125,8 @@ class Producer:
             max_outstanding: default `settings.max_outstanding`.
 
         Raises:
-            UsageError: an item can't be taken, or a strategy is missing.
+            UsageError: an item can't be taken (its place and id are named), or a strategy is
+                missing.
             BatchConflictError: the id belongs to another job that is still running.
             QuotaConflictError: the quota exists with other limits.
         """
@@ -146,7 +148,12 @@ class Producer:
         )
         limits = quota if isinstance(quota, Quota) else None
         batch = self.open(spec, quota=limits, quota_update=quota_update)
-        batch.feed(rows, max_outstanding=max_outstanding)
+        try:
+            batch.feed(rows, max_outstanding=max_outstanding)
+        except BaseException:
+            # Nobody has the batch: what was fed of it must not be paid for.
+            batch.give_up()
+            raise
         return batch
 
     def stream(
@@ -223,12 +230,14 @@ class Producer:
         failed ones do not (see `Batch.retry_failed`).
 
         Raises:
-            BatchConflictError: another process feeds it, or it runs with another strategy.
+            BatchConflictError: another process feeds it, it runs with another strategy, or one
+                of the two is a dry run and the other is not.
             QuotaConflictError: the quota exists with other limits.
         """
 
         async def create(session: Session) -> bool:
-            if quota is not None:
+            await _refuse_other_kind(session, spec)
+            if quota is not None and not spec.config.dry_run:
                 await session.limiter.configure(quota, update=quota_update)
             await session.enter(feeding)
 
@@ -300,6 +309,17 @@ class Producer:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+async def _refuse_other_kind(session: Session, spec: BatchSpec) -> None:
+    """A rehearsal would replace paid answers by mock ones, a real run the other way round."""
+    try:
+        known = await session.ledger.spec(spec.batch_id)
+    except BatchNotFoundError:
+        return
+    if known.config.dry_run != spec.config.dry_run:
+        kind = "a rehearsal (dry run)" if known.config.dry_run else "a real batch"
+        raise BatchConflictError(f"{spec.batch_id!r} is {kind}; take another batch id")
 
 
 def new_batch_id() -> str:

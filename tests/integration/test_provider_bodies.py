@@ -26,6 +26,7 @@ from batchllm_celery.strategies import (
     SimulatedStrategy,
     as_completion,
     classify_for,
+    spec_for_model,
 )
 
 JSON = "application/json"
@@ -431,3 +432,64 @@ async def test_a_403_is_about_its_row_unless_it_speaks_of_the_key(
 ) -> None:
     """A moderation or a firewall's page must not stop the batch."""
     assert (await failure_of(wire, http(body, 403, type_))).kind is kind
+
+
+# -- the same by way of PydanticAI
+
+
+def complete(wire: str, finish: str) -> dict[str, Any]:
+    """With all the fields that PydanticAI wants."""
+    body = good(wire, "par", finish)
+    if wire == "openai":
+        body |= {"id": "x", "object": "chat.completion", "created": 1, "model": "m"}
+        body["choices"][0] |= {"index": 0}
+        body["choices"][0]["message"] |= {"role": "assistant"}
+        body["usage"]["total_tokens"] = 5
+    return body
+
+
+@WIRES
+@pytest.mark.parametrize(
+    ("reply", "kind"),
+    [
+        (http(b""), K.UNKNOWN),
+        (http(b"<html></html>", type_="text/html"), K.UNKNOWN),
+        (http(b"[1]"), K.UNKNOWN),
+        (http({"choices": [None], "candidates": [None]}), K.UNKNOWN),
+        (http({"choices": "abc", "candidates": 5}), K.UNKNOWN),
+        ("MALFORMED_FUNCTION_CALL", K.UNKNOWN),
+        ("OTHER", K.UNKNOWN),
+        ({"openai": "length", "gemini": "MAX_TOKENS"}, K.TRUNCATED),
+        ({"openai": "content_filter", "gemini": "SAFETY"}, K.CONTENT_BLOCKED),
+        ({"openai": "stop", "gemini": "STOP"}, None),
+    ],
+)
+async def test_pydantic_ai_s_words_do_not_hide_whose_fault_it_was(
+    wire: str, reply: Any, kind: K | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A broken body or end is asked again with the same prompt; only a wrong answer is fed back."""
+    pytest.importorskip("pydantic_ai", reason="the pydantic-ai extra is not installed")
+    finish = reply[wire] if isinstance(reply, dict) else reply
+    sent = Sent(http(complete(wire, finish)) if isinstance(finish, str) else finish)
+    server = await asyncio.start_server(sent.handle, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    monkeypatch.setenv("GOOGLE_GEMINI_BASE_URL", url)
+    monkeypatch.setenv("GEMINI_API_KEY", "k")
+    registry = Registry(ProcessResources(settings=Settings(openai_base_url=f"{url}/v1")))
+    strategy = await registry.get(spec_for_model(f"pydantic-ai:{wire}:m"))
+    await registry.prepare(strategy)
+    state, failure, done = RetryState(), None, None
+    try:
+        done = as_completion(await strategy.execute("p", 1, 9, state))
+    except Exception as error:
+        await strategy.on_error(error, 1, state)
+        failure = classify_for(strategy, error)
+    await registry.close()
+    server.close()
+    assert not state
+    if failure is not None:
+        assert failure.kind is kind
+    else:
+        assert done is not None
+        assert kind is None
+        assert (done.output, done.metadata) == ("par", {"finish_reason": finish})

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from batchllm_celery.cli import inputs
 from batchllm_celery.cli.inputs import Rows, check_all, spooled
-from batchllm_celery.cli.item_ids import SeenIds
 from batchllm_celery.cli.template import MissingFieldError, PromptTemplate
 from batchllm_celery.errors import InputError, UsageError
 from batchllm_celery.models import BadRow, LLMWorkItem, StrategySpec
+from batchllm_celery.producer.item_ids import SeenIds
 
 SPEC = StrategySpec(name="gemini", params={"model": "m"})
 TEMPLATE = "Say {text}, please"
