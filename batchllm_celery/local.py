@@ -400,6 +400,8 @@ class ParallelBatchProcessor(Generic[TInput, TOutput, TContext]):
         async def prepare() -> None:
             await engine.registry.prepare(strategy)
 
+        if self._private and strategy.full_speed:
+            engine.runner.limiter.begin_at_full_speed(self._quota.name)
         return ItemJob(
             batch_id=self._batch_id,
             item_id=item.item_id,

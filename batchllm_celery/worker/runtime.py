@@ -458,6 +458,9 @@ class Runtime:
     def _job(self, spec: BatchSpec, claim: Claim, strategy: LLMCallStrategy[Any]) -> ItemJob:
         payload = claim.payload
         quota = spec.quota or strategy.quota or spec.strategy.name
+        # Where it has its default name nobody has chosen it.
+        if strategy.full_speed and quota in (strategy.model_name, spec.strategy.name):
+            self.limiter.begin_at_full_speed(quota)
         gate = _LedgerGate(self, claim, strategy, quota)
         return ItemJob(
             batch_id=claim.batch_id,

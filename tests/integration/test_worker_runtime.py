@@ -246,6 +246,21 @@ def _commands(url: str) -> dict[str, int]:
     return {name.removeprefix("cmdstat_"): row["calls"] for name, row in statistics.items()}
 
 
+def test_local_functions_have_no_brake_unless_a_quota_is_named(
+    producer: Producer, start: Start
+) -> None:
+    """Without a provider nothing is known that could be exceeded; a name is taken at its word."""
+    start(slots=20)
+    for quota in (None, "named"):
+        batch = producer.submit([f"{n}" for n in range(20)], strategy="unmetered", quota=quota)
+        assert batch.wait(timeout=60).succeeded == 20
+    free, named = producer.quota("unmetered"), producer.quota("named")
+    assert free is not None
+    assert named is not None
+    assert (free.configured, free.allowed_per_minute) == (False, None)
+    assert named.allowed_per_minute is not None
+
+
 def _has_lmpop(url: str) -> bool:
     with redis.Redis.from_url(url) as client:
         try:
