@@ -140,7 +140,7 @@ class Limiter:
 
     def is_void(self, permit: Permit) -> bool:
         """Whether a cooldown has begun, or the limits have changed, since it was handed out."""
-        return permit.generation != self._desks[permit.quota].line.generation
+        return self._desks[permit.quota].line.is_void(permit)
 
     def settle(
         self,
@@ -311,9 +311,9 @@ class _Desk:
     def hear(self, message: bytes) -> None:
         """`g:generation`, or `f:process`: a slot is free for that process."""
         kind, _, rest = message.partition(b":")
-        if kind == b"g":
-            self.line.saw_generation(int(rest), time.monotonic())
-        elif rest.decode() == self._process and self.line.waiting:
+        if kind == b"g" and rest.isdigit() and len(rest) < 20:
+            self.line.hear_generation(int(rest), time.monotonic())
+        elif kind == b"f" and rest == self._process.encode() and self.line.waiting:
             self.line.urgent = True
         self._wake(self.line.next_ask())
 

@@ -84,9 +84,10 @@ class Session:
         if self._stack is not None:
             return
         stack = AsyncExitStack()
-        keys, process_id = Keys(self.settings.namespace), new_process_id()
+        process_id = new_process_id()
         url: str = await asyncio.to_thread(lambda: self.url)
         connection = await stack.enter_async_context(Connection(url, events=self._events))
+        keys = Keys(self.settings.namespace, connection.database)
         ledger = Ledger(
             connection, keys, process_id=process_id, settings=self.settings, events=self._events
         )

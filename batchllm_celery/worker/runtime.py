@@ -218,10 +218,11 @@ class Runtime:
         self.events.emit(WorkerStarted(self.process_id))
 
     async def _wire(self, parts: contextlib.AsyncExitStack) -> None:
-        settings, keys = self.settings, Keys(self.settings.namespace)
+        settings = self.settings
         connection = await parts.enter_async_context(
             Connection(self._url, events=self.events, denied_seconds=settings.lease_seconds)
         )
+        keys = Keys(settings.namespace, connection.database)
         await connection.patiently(connection.ping)
         self.ledger = await parts.enter_async_context(
             Ledger(
