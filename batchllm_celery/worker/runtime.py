@@ -548,10 +548,15 @@ class Runtime:
             if self.draining:
                 continue
             try:
+                await self.ledger.reconcile(self._runs)
                 for queue in self.queues:
                     await self._offer(queue)
             except Exception as error:  # the next look may do better; without any, work is lost
                 logger.warning("offer.failed error=%s", describe(error))
+
+    def _runs(self, claim: Claim) -> bool:
+        running = self._running.get((claim.batch_id, claim.index))
+        return running is not None and running.claim is claim
 
     async def _offer(self, queue: str) -> None:
         """What was lost must not wait for an idle worker; the rest is for those with free slots."""
