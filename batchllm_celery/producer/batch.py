@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import math
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
@@ -13,8 +15,10 @@ from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
+from batchllm_celery.connection import Reminder
 from batchllm_celery.errors import FailureKind
 from batchllm_celery.ledger import Ledger, Outcome, Payload
+from batchllm_celery.ledger.workers import list_workers
 from batchllm_celery.models import (
     BadRow,
     BatchProgress,
@@ -24,6 +28,8 @@ from batchllm_celery.models import (
 from batchllm_celery.producer.rows import Row, as_payload
 from batchllm_celery.producer.session import Session
 from batchllm_celery.queue import items_per_task
+
+logger = logging.getLogger("batchllm_celery")
 
 T = TypeVar("T")
 
@@ -169,22 +175,33 @@ class Batch:
         return self._on_ledger(lambda ledger: ledger.progress(self.id))
 
     def wait(self, timeout: float | None = None) -> BatchProgress:
-        """Return when every item has its outcome.
+        """Return when every item has its outcome. A wait without any worker is said in the log.
 
         Raises:
-            TimeoutError: after `timeout` seconds.
+            TimeoutError: after `timeout` seconds, whether Redis answers or not.
         """
-        give_up = None if timeout is None else time.monotonic() + timeout
-        pause = 0.05
-        while not (progress := self.progress()).is_over:
-            if give_up is not None and time.monotonic() >= give_up:
-                raise TimeoutError(
-                    f"batch {self.id!r}: {progress.finished} of {progress.total} items "
-                    f"finished within {timeout:g} s"
-                )
-            time.sleep(pause)
+        give_up = math.inf if timeout is None else time.monotonic() + timeout
+        pause, reminder = 0.05, Reminder()
+        seen = "Redis has not answered"
+        while True:
+            try:
+                progress = self._session.run(lambda _: self._progress_by(give_up))
+            except TimeoutError:
+                break
+            if progress.is_over:
+                return progress
+            seen = f"{progress.finished} of {progress.total} items finished"
+            self._session.run(lambda session: _say_what_is_missing(session, self.spec, reminder))
+            if time.monotonic() >= give_up:
+                break
+            time.sleep(min(pause, max(give_up - time.monotonic(), 0.0)))
             pause = min(pause * 1.5, 0.5)
-        return progress
+        raise TimeoutError(f"batch {self.id!r}: {seen} within {timeout:g} s")
+
+    async def _progress_by(self, give_up: float) -> BatchProgress:
+        left = None if give_up == math.inf else max(give_up - time.monotonic(), 0.05)
+        async with asyncio.timeout(left):
+            return await self._session.ledger.progress(self.id)
 
     def results(self, *, follow: bool = True) -> Results:
         """Results in completion order, by `for` or by `async for`; reading takes nothing away.
@@ -266,6 +283,7 @@ class Results:
     def __init__(self, batch: Batch, follow: bool) -> None:
         self._batch = batch
         self._follow = follow
+        self._reminder = Reminder()
 
     def __iter__(self) -> Iterator[WorkItemResult[Any, Any]]:
         after = "0"
@@ -294,8 +312,23 @@ class Results:
         The counters are read before the stream: an outcome and its count are written in one step.
         """
         over = not self._follow or (await session.ledger.progress(self._batch.id)).is_over
+        if not over:
+            await _say_what_is_missing(session, self._batch.spec, self._reminder)
         block = 0.0 if over else READ_BLOCK
         return await session.ledger.results(self._batch.id, after, READ_COUNT, block), over
+
+
+async def _say_what_is_missing(session: Session, spec: BatchSpec, reminder: Reminder) -> None:
+    """A word for whoever waits for a batch that nobody works for."""
+    if not reminder.due():
+        return
+    workers = await list_workers(session.connection, session.keys)
+    if not any(spec.queue in worker.queues.split(",") for worker in workers):
+        logger.warning(
+            "batch.no_worker batch_id=%s queue=%s seconds=%.0f: no worker serves this queue; start "
+            "one: batchllm worker --queue %s",
+            spec.batch_id, spec.queue, reminder.seconds, spec.queue,
+        )  # fmt: skip
 
 
 def _result(outcome: Outcome) -> WorkItemResult[Any, Any]:

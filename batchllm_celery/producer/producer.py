@@ -41,7 +41,8 @@ class Producer:
 
     Args:
         settings: default: from the environment.
-        redis_url: in place of the settings'; with neither, the embedded Valkey.
+        redis_url: in place of the settings'; with neither, the broker of `app`, else the embedded
+            Valkey.
         namespace: in place of the settings'.
         app: an existing Celery app (see `install`) to send the messages with.
         events: hears of a Redis that is lost and found again.

@@ -62,6 +62,8 @@ class Tally:
     failed: int = 0
     tokens: int = 0
     returned: int = 0
+    unknown: bool = False
+    """Whether Redis does not know the batch."""
     waited: float = 0.0
     """Seconds that the one of them waited for the quota which waited longest."""
     kinds: dict[str, int] = field(default_factory=dict)
@@ -349,6 +351,8 @@ class Runtime:
             try:
                 reply = await self.ledger.claim(batch_id, indexes)
             except BatchNotFoundError:
+                tally.unknown = True
+                logger.warning("batch.unknown batch_id=%s", batch_id)
                 return tally
             if self.draining:  # since we asked: nobody else would hand them back
                 await self.ledger.release(reply.claims)

@@ -15,6 +15,7 @@ from celery import Celery, signals
 
 from batchllm_celery import event_loop
 from batchllm_celery.embedded import resolve_url, revive_when_lost
+from batchllm_celery.errors import UsageError
 from batchllm_celery.events import Events
 from batchllm_celery.observability import LogListener
 from batchllm_celery.queue import (
@@ -24,6 +25,7 @@ from batchllm_celery.queue import (
     RUN_ITEMS,
     make_app,
     publish,
+    redis_of,
 )
 from batchllm_celery.settings import Settings
 from batchllm_celery.worker import watchdog
@@ -71,13 +73,17 @@ def install(
         app: its workers run batches from then on, on its default queue and every other that
             they consume; any pool will do.
         settings: default: from the environment.
-        redis_url: where ledger and limiter live; default: the settings', else the app's broker
-            if that is Redis, else the embedded Valkey.
+        redis_url: where ledger and limiter live; default: the settings', else the app's broker.
 
     Returns:
         The app.
+
+    Raises:
+        UsageError: nothing says where, and the app's broker is no single Redis.
     """
     settings = settings or Settings()
+    if app.conf.broker_url:  # else it is still to come
+        redis_url = redis_of(app, settings, redis_url)
     process = _Process(app, settings, redis_url)
 
     @app.task(name=RUN_ITEMS, bind=True, acks_late=True, ignore_result=True, throws=(ItemsFailed,))
@@ -117,6 +123,10 @@ class _Process:
         runtime = self._current()
         async with self._retry_events.of(task_id, hostname) as retries:
             tally = await runtime.run_items(batch_id, indexes, offered=task_id.startswith(OFFERED))
+        if tally.unknown:
+            raise ItemsFailed(
+                f"batch {batch_id!r} is unknown to this worker's Redis; is its producer's another?"
+            )
         if tally.failed:
             raise ItemsFailed(f"{tally}{retries}")
         return Outcome(f"{tally}{retries}")
@@ -146,7 +156,7 @@ class _Process:
     def _make(self) -> Runtime:
         runtime = Runtime(
             self._settings,
-            self._redis_url or self._own_redis(),
+            redis_of(self._app, self._settings, self._redis_url),
             self._publish,
             slots=self._slots,
             events=Events(LogListener(), self._retry_events),
@@ -157,13 +167,6 @@ class _Process:
         watchdog.events.listen(runtime.events.emit)
         revive_when_lost(runtime.events)
         return runtime
-
-    def _own_redis(self) -> str:
-        if self._settings.redis_url is None:
-            broker = str(self._app.conf.broker_url or "")
-            if broker.startswith(("redis://", "rediss://")):
-                return broker
-        return resolve_url(self._settings)
 
     def _lanes(self) -> list[str]:
         """The lanes that this worker consumes; the app's default queue is the lane `default`."""
@@ -178,6 +181,10 @@ class _Process:
 
     def _on_init(self, sender: Any, **_: Any) -> None:
         """Import the modules that register strategies, before the first message comes."""
+        try:
+            redis_of(self._app, self._settings, self._redis_url)
+        except UsageError as error:
+            raise SystemExit(f"Error: {error}") from error
         self._task_events = bool(sender.task_events)
         for name in filter(None, (self._settings.app or "").split(",")):
             try:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -368,3 +369,35 @@ def test_other_pools_answer_too(producer: Producer, start: Start, pool: str) -> 
     batch = _submit(producer, 6, 0.01, items_per_task=2)
     start("-P", pool, "-c", "2")
     assert batch.wait(timeout=40).succeeded == 6
+
+
+@pytest.mark.parametrize("how", ["rights", "password"])
+def test_a_denial_in_mid_run_costs_no_item(start: Start, namespace: str, how: str) -> None:
+    """Redis denies the worker's rights or its password for a while, and then no more."""
+    server = ValkeyServer().start()
+    everything = ["on", "allkeys", "allchannels", "+@all", ">pw"]
+    # (Of our own keys: without the broker's Celery ends the process, for another to be started.)
+    own = ["resetkeys", f"~{namespace}:celery:*"]
+    taken = {"rights": own, "password": ["resetpass", ">another"]}[how]
+    given = {"rights": ["allkeys"], "password": [">pw"]}[how]
+    try:
+        with (
+            redis.Redis.from_url(server.url) as admin,
+            Producer(redis_url=server.url, namespace=namespace) as producer,
+        ):
+            admin.execute_command("ACL", "SETUSER", "app", *everything)
+            batch = _submit(producer, 200, 0.1, quota=UNHINDERED)
+            worker = start(slots=10, url=server.url.replace("unix://", "unix://app:pw@"))
+            wait_until(lambda: batch.progress().succeeded >= 20)
+            admin.execute_command("ACL", "LOG", "RESET")
+            admin.execute_command("ACL", "SETUSER", "app", *taken)
+            if how == "password":  # who is connected stays so
+                admin.execute_command("CLIENT", "KILL", "USER", "app")
+            wait_until(lambda: len(admin.execute_command("ACL", "LOG")) >= 1)
+            lasted = time.monotonic() + 4
+            wait_until(lambda: time.monotonic() >= lasted)
+            admin.execute_command("ACL", "SETUSER", "app", *given)
+            assert batch.wait(timeout=60).succeeded == 200
+            assert worker.poll() is None
+    finally:
+        server.stop()
