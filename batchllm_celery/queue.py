@@ -148,12 +148,11 @@ def publish(
             url = str(app.conf.broker_url)
             if is_denial(cause):
                 raise RedisDeniedError(denied_words(cause, url)) from error
-            if give_up():
-                return False
-            logger.debug("queue.publish_failed error=%s", type(error).__name__)
             if reminder.due():
                 where, why = safe_url(url), describe(error)
                 logger.warning("broker.away seconds=%.0f url=%s %s", reminder.seconds, where, why)
+            if give_up():
+                return False
             time.sleep(backoff)
             backoff = min(backoff * 2, 2.0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import math
@@ -40,6 +41,8 @@ CHUNK = 500
 CHUNK_SECONDS = 0.2
 READ_COUNT = 1000
 READ_BLOCK = 1.0
+#: Giving back the right to feed may take so many seconds.
+GIVE_BACK_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,8 @@ class Batch:
         self._session = session
         self._feeding = feeding  # the right to feed, given back when all is fed
         self._cursor = "0"
+        # A Redis that is away is waited for until no call may start any more.
+        self._feed_until = time.monotonic() + (math.inf if spec.deadline is None else spec.deadline)
         self._locked = False
 
     # -- feeding ----------------------------------------------------------------------------------
@@ -107,7 +112,7 @@ class Batch:
             return self._feed_all(rows, stop or threading.Event(), on_fed, max_outstanding)
         finally:
             if (feeding := self._feeding) is not None:
-                self._session.run(lambda _: feeding.aclose())
+                self._session.run(lambda _: _give_back(feeding))
 
     def _feed_all(
         self,
@@ -144,9 +149,12 @@ class Batch:
             task = asyncio.ensure_future(work)
             while not task.done():
                 await asyncio.wait([task], timeout=0.1)
-                if stop.is_set() and not task.done():
+                late = time.monotonic() > self._feed_until and self._session.connection.lost
+                if (stop.is_set() or late) and not task.done():
                     task.cancel()
                     await asyncio.wait([task])
+                    if late:
+                        raise TimeoutError(late_words(self.spec))
                     return None
             return task.result()
 
@@ -155,11 +163,16 @@ class Batch:
     def _enqueue(self, indexes: list[int], stop: threading.Event | None = None) -> bool:
         """Send the messages; False when it was stopped before all were sent."""
         spec, done = self.spec, 0
-        give_up = stop.is_set if stop is not None else (lambda: False)
+
+        def give_up() -> bool:
+            return (stop is not None and stop.is_set()) or time.monotonic() > self._feed_until
+
         while done < len(indexes):
             size = items_per_task(spec.items_per_task, indexes[done])
             some = indexes[done : done + size]
             if not self._session.publish(self.id, some, spec.queue, spec.priority, give_up):
+                if time.monotonic() > self._feed_until:
+                    raise TimeoutError(late_words(spec))
                 return False
             done += size
         return True
@@ -316,6 +329,21 @@ class Results:
             await _say_what_is_missing(session, self._batch.spec, self._reminder)
         block = 0.0 if over else READ_BLOCK
         return await session.ledger.results(self._batch.id, after, READ_COUNT, block), over
+
+
+async def _give_back(feeding: AsyncExitStack) -> None:
+    # Of a Redis that is away the right to feed expires by itself.
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(GIVE_BACK_SECONDS):
+            await feeding.aclose()
+
+
+def late_words(spec: BatchSpec) -> str:
+    """One line about a submission that Redis or the broker kept beyond the batch's deadline."""
+    return (
+        f"batch {spec.batch_id!r} is not submitted completely: Redis or the broker was away until "
+        f"its deadline of {spec.deadline:g} s"
+    )
 
 
 async def _say_what_is_missing(session: Session, spec: BatchSpec, reminder: Reminder) -> None:
