@@ -16,11 +16,11 @@ NS:queue:{Q}          zset    active batches of a queue
 NS:{quota:NAME}       hash    configuration, clock, cooldown, buckets, curve
 NS:{quota:NAME}:procs hash    process -> sequence | reply | in flight | lease
 NS:{quota:NAME}:wait  zset    process -> waiting since
-NS:{quota:NAME}:ch    channel generation and free slots
+NS:{quota:NAME}:ch:DB channel generation and free slots; channels know no database, so they name it
 NS:quotas             zset    quota names -> last use
 NS:worker:ID          hash    one worker process: host, pid, slots, running, last seen
 NS:workers            zset    worker id -> last seen
-NS:control            channel batch ids whose state was changed by a person
+NS:control:DB         channel batch ids whose state was changed by a person
 NS:cache:{NAME}       hash    a provider-side context cache shared by the fleet
 NS:cache:{NAME}:lock  string  who creates or renews it at the moment
 NS:app / celery keys          Celery's own, prefixed with NS through `global_keyprefix`
@@ -61,9 +61,10 @@ class QuotaKeys:
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """Names all keys of one namespace (one fleet)."""
+    """Names all keys of one namespace (one fleet), and its channels in one database."""
 
     namespace: str = "batchllm"
+    database: int = 0
 
     def batch(self, batch_id: str) -> BatchKeys:
         tag = f"{self.namespace}:{{batch:{batch_id}}}"
@@ -72,7 +73,7 @@ class Keys:
 
     def quota(self, name: str) -> QuotaKeys:
         tag = f"{self.namespace}:{{quota:{name}}}"
-        return QuotaKeys(tag, f"{tag}:procs", f"{tag}:wait", f"{tag}:ch")
+        return QuotaKeys(tag, f"{tag}:procs", f"{tag}:wait", f"{tag}:ch:{self.database}")
 
     def queue(self, name: str) -> str:
         return f"{self.namespace}:queue:{{{name}}}"
@@ -100,4 +101,4 @@ class Keys:
 
     @property
     def control(self) -> str:
-        return f"{self.namespace}:control"
+        return f"{self.namespace}:control:{self.database}"

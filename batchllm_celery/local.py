@@ -402,6 +402,8 @@ class ParallelBatchProcessor(Generic[TInput, TOutput, TContext]):
         async def prepare() -> None:
             await engine.registry.prepare(strategy)
 
+        if self._private and strategy.full_speed:
+            engine.runner.limiter.begin_at_full_speed(self._quota.name)
         return ItemJob(
             batch_id=self._batch_id,
             item_id=item.item_id,
@@ -461,7 +463,7 @@ class ParallelBatchProcessor(Generic[TInput, TOutput, TContext]):
         await stack.enter_async_context(self._feed)
         connection = await stack.enter_async_context(Connection(url, events=self._events))
         await connection.ping()
-        keys = Keys(settings.namespace)
+        keys = Keys(settings.namespace, connection.database)
         process_id = f"local-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         if self._private:
             stack.push_async_callback(_forget_quota, connection, keys, self._quota.name)

@@ -9,13 +9,17 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeAlias
+from urllib.parse import parse_qs, urlsplit
 
 from celery import Celery
 from kombu import Queue
 from kombu.exceptions import OperationalError
 from kombu.utils.uuid import uuid
+from redis.exceptions import RedisError
 
-from batchllm_celery.connection import broker_tls, broker_url
+from batchllm_celery.connection import Reminder, broker_tls, broker_url, safe_url
+from batchllm_celery.connection.redis_connection import denied_words, is_denial
+from batchllm_celery.errors import RedisDeniedError, UsageError, describe
 from batchllm_celery.settings import Settings
 
 logger = logging.getLogger("batchllm_celery")
@@ -104,6 +108,27 @@ def _transport_options(settings: Settings) -> dict[str, Any]:
     }
 
 
+def redis_of(app: Celery, settings: Settings, redis_url: str | None = None) -> str:
+    """The Redis of whoever hands in a Celery app of their own: what is said, else the app's broker.
+
+    Raises:
+        UsageError: the broker is no single Redis, so nobody can tell where the ledger is to be.
+    """
+    if said := redis_url or settings.redis_url:
+        return said
+    broker = app.conf.broker_url or "amqp://"  # Celery's own default
+    url = broker if isinstance(broker, str) else ";".join(broker)
+    if url.startswith(("redis://", "rediss://")) and not set(url) & {";", ","}:
+        return url
+    if url.startswith("redis+socket://") and not set(url) & {";", ","}:
+        database = parse_qs(urlsplit(url).query).get("virtual_host", ["0"])[0].strip("/") or "0"
+        return f"unix{url.removeprefix('redis+socket').partition('?')[0]}?db={database}"
+    raise UsageError(
+        f"the app's broker {safe_url(url)!r} is no single Redis: give redis_url (or "
+        f"BATCHLLM_REDIS_URL), where batches are to be kept"
+    )
+
+
 def publish(
     app: Celery,
     batch_id: str,
@@ -120,8 +145,11 @@ def publish(
 
     Returns:
         False where it gave up.
+
+    Raises:
+        RedisDeniedError: the broker is a Redis that denies a right, or the password.
     """
-    backoff = 0.05
+    backoff, reminder = 0.05, Reminder()
     while True:
         try:
             app.send_task(
@@ -138,10 +166,16 @@ def publish(
                 ignore_result=True,
             )
             return True
-        except (OperationalError, OSError) as error:
+        except (OperationalError, OSError, RedisError) as error:
+            cause = error.__cause__ or error
+            url = str(app.conf.broker_url)
+            if is_denial(cause):
+                raise RedisDeniedError(denied_words(cause, url)) from error
+            if reminder.due():
+                where, why = safe_url(url), describe(error)
+                logger.warning("broker.away seconds=%.0f url=%s %s", reminder.seconds, where, why)
             if give_up():
                 return False
-            logger.debug("queue.publish_failed error=%s", type(error).__name__)
             time.sleep(backoff)
             backoff = min(backoff * 2, 2.0)
 

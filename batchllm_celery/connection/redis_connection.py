@@ -107,6 +107,11 @@ class Connection:
             await client.connection_pool.disconnect()
 
     @property
+    def database(self) -> int:
+        """The number of the database that the URL names."""
+        return int(self.client.connection_pool.connection_kwargs.get("db") or 0)
+
+    @property
     def lost(self) -> bool:
         """Whether Redis is away, as far as `patiently` knows."""
         return self._outage is not None

@@ -91,6 +91,7 @@ class WorkerSide(LedgerCalls):
         super().__init__(connection, keys, process_id=process_id, settings=settings, events=events)
         self.holding = Holding()
         self._calls: dict[str, _BatchCalls] = {}
+        self._unsure: set[str] = set()  # batches of which Redis may believe that we hold more
         self._claiming: set[str] = set()  # tokens of claims whose reply is not here yet
         self._recent: deque[_Recent] = deque(maxlen=RECENT_OUTCOMES)
         self._moving = asyncio.Lock()  # adopt must not bring back what is being released
@@ -180,6 +181,8 @@ class WorkerSide(LedgerCalls):
             return False
 
     def _recorded(self, claim: Claim, answer: asyncio.Future[bool]) -> None:
+        if not answer.cancelled() and answer.exception() is not None:
+            self._unsure.add(claim.batch_id)
         refused = not answer.cancelled() and answer.exception() is None and not answer.result()
         if not refused:
             self.holding.discard(claim)
@@ -264,6 +267,9 @@ class WorkerSide(LedgerCalls):
                 later = round(self._settings.offer_seconds * REOFFER * 1000)
                 arguments = [self.process_id, later, *unreadable]
                 await self._run(scripts.RELEASE, calls.batch_id, arguments)
+        except BaseException:
+            self._unsure.add(calls.batch_id)
+            raise
         finally:
             self._claiming.discard(token)
 

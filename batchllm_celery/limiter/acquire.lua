@@ -6,6 +6,7 @@
 --          4 channel  "g:generation" and "f:process" (a slot is free for it)
 -- ARGV     1 process   2 the numbers named below, as doubles
 --          3 input, output tokens of each waiter, oldest first, as uint32 (empty: not limited)
+--          4 "1": a quota that nobody has set begins at full speed
 -- returns  REPLY: generation, now, cooldown until, ask again in, day exhausted until (doubles),
 --          flags, consecutive, version, then each start after now (uint32).  Times in microseconds.
 --          flags: 1 tokens are limited, 2 concurrency is, 4 probe, 8 plain (nothing but rates),
@@ -53,6 +54,7 @@ local HEADROOM = 0.995          -- of a known rate: lets the provider's bucket f
 local BETA, C = 0.75, 1e-5      -- CUBIC: what is left after a cut, and how fast it comes back
 local K = ((1 - BETA) / C) ^ (1 / 3)
 local START_RATE = 10           -- a second, of a quota that nobody knows
+local FULL_SPEED = 1000000      -- a second: no limit; `state.py` knows it too
 local GAIN = 0.25               -- it grows by so much per success: doubles in three seconds
 local LULL = 60000000           -- after so long without load a rate that was found is approached anew
 local WINDOW = 60000000         -- providers' windows, but for the day's
@@ -81,7 +83,7 @@ local s = packed[2] and unpack_live(packed[2]) or {
   fails = 0, probe = '', probe_at = 0, ramp_i = -1, ramp_next = 0,
   tat = {0, 0, 0, 0},
   day_used = 0, day_reset = 0, day_until = 0, ceiling = 0, active = 0, limited = 0,
-  rate = START_RATE, cycle_ok = 0, ok = 0, ok_since = 0, pace = 0, in_flight = 0, swept = 0,
+  rate = (c.full_speed == 1 or ARGV[4] == '1') and FULL_SPEED or START_RATE, cycle_ok = 0, ok = 0, ok_since = 0, pace = 0, in_flight = 0, swept = 0,
   busy_since = 0, heard = 0,
 }
 local rates, look = {c.rate_r, c.rate_t, c.rate_i, c.rate_o}, min(c.horizon, LOOK)
@@ -205,6 +207,11 @@ if refused_gen >= s.gen and not bumped then
   local function cut(wait)
     local rate = pace()
     if not known then
+      if s.ceiling == 0 and s.rate >= FULL_SPEED then  -- the first refusal: what came through so far
+        local count, covered = succeeded_in(WINDOW)
+        s.rate = max(count * 1000000 / max(covered, 1000000), START_RATE)
+        rate = s.rate
+      end
       if s.ceiling == 0 and s.cycle_ok < FEW then    -- it goes on growing, from lower down
         s.rate, s.success = max(s.rate / 2, 1), 0
         return

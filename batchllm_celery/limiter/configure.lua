@@ -9,6 +9,7 @@
 -- and that the day was over.
 
 local Q, CHANNEL, LOOK, TTL = KEYS[1], KEYS[2], 500000, 172800
+local FULL_SPEED, START_RATE = 1000000, 10   -- as in acquire.lua
 local RATES = {'rate_r', 'rate_t', 'rate_i', 'rate_o'}
 local json, replace = ARGV[1], ARGV[2] == '1'
 
@@ -28,6 +29,7 @@ local function carry_over(live, old, new)
     live.tat[d] = now + (owed > 0 and rate > 0 and owed * (old[name] or 0) / rate or 0)
   end
   live.ceiling, live.active, live.limited, live.cycle_ok = 0, 0, 0, 0
+  live.rate = new.full_speed == 1 and FULL_SPEED or START_RATE
   live.day_until = 0                    -- the provider will say so again if it is still over
   live.gen = math.max(live.gen + 1, now)
 end

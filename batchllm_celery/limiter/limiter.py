@@ -64,6 +64,7 @@ class Limiter:
         self._process = process_id
         self._events = Events() if events is None else events
         self._desks: dict[str, _Desk] = {}
+        self._full_speed: set[str] = set()
         self._listener: asyncio.Task[None] | None = None
         self._subscribe = asyncio.Event()
         self._background: set[asyncio.Task[None]] = set()
@@ -103,6 +104,11 @@ class Limiter:
                 raise QuotaConflictError(_differences(found, quota))
         return quota
 
+    def begin_at_full_speed(self, quota: str) -> None:
+        """Where nobody has set this quota: start with as many calls as there are slots, and find a
+        rate from above once a call is refused. Say so before the first `acquire`."""
+        self._full_speed.add(quota)
+
     async def acquire(
         self, quota: str, estimate: Estimate | Callable[[], Estimate], *, again: bool = False
     ) -> Permit:
@@ -134,7 +140,7 @@ class Limiter:
 
     def is_void(self, permit: Permit) -> bool:
         """Whether a cooldown has begun, or the limits have changed, since it was handed out."""
-        return permit.generation != self._desks[permit.quota].line.generation
+        return self._desks[permit.quota].line.is_void(permit)
 
     def settle(
         self,
@@ -186,6 +192,7 @@ class Limiter:
 
     def _open(self, quota: str) -> _Desk:
         desk = _Desk(self._connection, self._keys.quota(quota), quota, self._process, self._events)
+        desk.full_speed = quota in self._full_speed
         self._desks[quota] = desk
         self._subscribe.set()
         task = asyncio.create_task(self._remember(quota), name="limiter-remember")
@@ -245,6 +252,7 @@ class _Desk:
         self, connection: Connection, keys: QuotaKeys, quota: str, process: str, events: Events
     ) -> None:
         self.line = Line(quota)
+        self.full_speed = False
         self._connection = connection
         self._keys = [keys.state, keys.procs, keys.waiting, keys.channel]
         self._process = process
@@ -303,9 +311,9 @@ class _Desk:
     def hear(self, message: bytes) -> None:
         """`g:generation`, or `f:process`: a slot is free for that process."""
         kind, _, rest = message.partition(b":")
-        if kind == b"g":
-            self.line.saw_generation(int(rest), time.monotonic())
-        elif rest.decode() == self._process and self.line.waiting:
+        if kind == b"g" and rest.isdigit() and len(rest) < 20:
+            self.line.hear_generation(int(rest), time.monotonic())
+        elif kind == b"f" and rest == self._process.encode() and self.line.waiting:
             self.line.urgent = True
         self._wake(self.line.next_ask())
 
@@ -379,7 +387,8 @@ class _Desk:
         self._sequence += 1
         sent = time.monotonic()
         question = self.line.question(self._process, self._sequence, sent)
-        raw = await self._connection.patiently(lambda: self._call(question.arguments))
+        arguments = [*question.arguments, int(self.full_speed)]
+        raw = await self._connection.patiently(lambda: self._call(arguments))
         received = time.monotonic()
         reply = Reply.parse(raw)
         self._tell(reply, received)
@@ -439,14 +448,15 @@ class _Desk:
 
 def script_fields(quota: Quota) -> list[str | int | float]:
     """ARGV of configure.lua, from the third on: rates a second, durations in microseconds."""
-    limits, policy = quota.limits, quota.policy
+    limits, policy = quota.limits.finite(), quota.policy
     fields: dict[str, int | float] = {
-        "rate_r": (limits.requests_per_minute or 0) / 60,
-        "rate_t": (limits.tokens_per_minute or 0) / 60,
-        "rate_i": (limits.input_tokens_per_minute or 0) / 60,
-        "rate_o": (limits.output_tokens_per_minute or 0) / 60,
-        "per_day": limits.requests_per_day or 0,
-        "concurrency": limits.max_concurrency or 0,
+        "rate_r": limits.get("requests_per_minute", 0) / 60,
+        "rate_t": limits.get("tokens_per_minute", 0) / 60,
+        "rate_i": limits.get("input_tokens_per_minute", 0) / 60,
+        "rate_o": limits.get("output_tokens_per_minute", 0) / 60,
+        "per_day": limits.get("requests_per_day", 0),
+        "concurrency": limits.get("max_concurrency", 0),
+        "full_speed": int(quota.limits.full_speed),
         "burst": int(quota.burst_seconds * 1e6),
         "horizon": int(quota.horizon_seconds * 1e6),
         "adaptive": int(policy.kind == "adaptive"),
@@ -461,7 +471,7 @@ def script_fields(quota: Quota) -> list[str | int | float]:
 def _differences(found: Quota, wanted: Quota) -> str:
     old, new = found.model_dump(), wanted.model_dump()
     rows = [
-        f"{field}{'.' + name if name else ''}: {a!r} is in force, {b!r} was asked for"
+        f"{field}{'.' + name if name else ''}: {_shown(a)} is in force, {_shown(b)} was asked for"
         for field in old
         for name, a, b in _pairs(old[field], new[field])
         if a != b
@@ -471,6 +481,10 @@ def _differences(found: Quota, wanted: Quota) -> str:
         + "; ".join(rows)
         + ". Use the same, another quota name, or --quota-update to change it for everybody."
     )
+
+
+def _shown(value: object) -> str:
+    return "unlimited" if value == math.inf else repr(value)
 
 
 def _pairs(old: object, new: object) -> list[tuple[str, object, object]]:

@@ -39,6 +39,8 @@ ASKS_PER_START = 0.2
 MOST_SAVED = 10.0
 #: ... whose questions are so far apart.
 BURST_GAP = 0.005
+#: Seconds in which no other message is believed after a false one.
+DEAF = 1.0
 _RATE_MEMORY = 0.3
 _NEVER = math.inf
 _NO_TOKENS = Estimate()
@@ -99,6 +101,10 @@ class Line:
     waiting: int = 0
     in_flight: int = 0
     generation: int = 0
+    announced: int = 0
+    """A newer generation that the channel told of: nothing starts until Redis was asked."""
+    announced_at: float = -_NEVER
+    deaf_until: float = -_NEVER
     proof: float = -_NEVER
     pending: Pending = field(default_factory=Pending)
     urgent: bool = False
@@ -206,13 +212,13 @@ class Line:
         if pending.since is None:
             pending.since = now
 
+    def is_void(self, permit: Permit) -> bool:
+        """Whether a cooldown has begun, or the limits have changed, since it was handed out."""
+        return permit.generation != self.generation or self.announced > permit.generation
+
     def usable(self, permit: Permit, now: float) -> bool:
         """Whether a call with this permit may still start at this moment."""
-        return (
-            permit.generation == self.generation
-            and now - self.proof <= PROOF
-            and now <= permit.start + LATE
-        )
+        return not self.is_void(permit) and now - self.proof <= PROOF and now <= permit.start + LATE
 
     def settle(
         self,
@@ -223,6 +229,19 @@ class Line:
         self.in_flight -= 1
         if outcome in (CallOutcome.REFUSED, CallOutcome.DAY_EXHAUSTED):
             self.urgent = True
+
+    def hear_generation(self, generation: int, now: float) -> None:
+        """The channel says that there is a newer generation: stop, and ask Redis at once.
+
+        Anybody can write to a channel. So Redis is never told of a generation that only a message
+        told of: it would believe it and publish the next one. After a false message no other is
+        heard for a second; what a real one says then comes with the next answer.
+        """
+        if generation <= max(self.generation, self.announced) or now < self.deaf_until:
+            return
+        self.announced, self.announced_at = generation, now
+        self.give_back_all(now)
+        self.urgent = True
 
     def saw_generation(self, generation: int, now: float) -> bool:
         """The fleet cools down (or the limits changed): void what was handed out before."""
@@ -310,8 +329,12 @@ class Line:
     def take(self, question: Question, reply: Reply, sent: float, at: float, now: float) -> None:
         """The answer: `at` is the local time of the server's `now`, `sent` that of the question."""
         self.saw_generation(reply.generation, now)
+        if reply.generation >= self.announced:
+            self.announced = 0
+        elif sent >= self.announced_at:  # Redis knows nothing of it
+            self.announced, self.deaf_until = 0, now + DEAF
         tickets = list(self._tickets(question, reply, at))
-        if reply.generation == self.generation:
+        if reply.generation == self.generation and not self.announced:
             self.proof = sent
             self._add_tickets(tickets)
         else:  # a newer generation was announced while this answer travelled

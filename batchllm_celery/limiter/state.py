@@ -16,6 +16,7 @@ class QuotaState(Model):
     Args:
         allowed_per_minute: requests a minute now (after cuts); None: not limited. None too for
             quotas that are limited by tokens only: see `rate_factor`.
+        configured: whether somebody has set it; else its rate is found by itself.
         rate_factor: share of the configured rates that is allowed now (1.0: all of it).
         owed_seconds: by dimension, how far starts lie ahead of now: 0 means room.
         waiting: processes with waiters.
@@ -28,6 +29,7 @@ class QuotaState(Model):
     name: str
     limits: QuotaLimits = QuotaLimits()
     policy: CooldownPolicy = CooldownPolicy()
+    configured: bool = True
     allowed_per_minute: float | None = None
     rate_factor: float = 1.0
     owed_seconds: dict[str, float] = Field(default_factory=dict)
@@ -44,6 +46,8 @@ class QuotaState(Model):
     exhausted_until: float | None = None
 
 
+#: Starts a second without any limit, as acquire.lua has it.
+FULL_SPEED = 1_000_000
 _DIMENSIONS = {"r": "requests", "t": "tokens", "i": "input_tokens", "o": "output_tokens"}
 
 
@@ -60,11 +64,14 @@ def read_state(
     known = any(rates.values())
     pace = number("pace") if "pace" in fields else float(known)
     per_second = number("rate_r") * pace if known else pace
+    if per_second >= FULL_SPEED:
+        per_second = 0.0
     day_until, ramp = number("day_until"), number("ramp_i")
     values: dict[str, Any] = {
         "name": name,
         "limits": quota.limits,
         "policy": quota.policy,
+        "configured": bool(config),
         "allowed_per_minute": per_second * 60 or None,
         "rate_factor": pace if known else 1.0,
         "owed_seconds": {

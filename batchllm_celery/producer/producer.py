@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import threading
 import time
@@ -23,7 +24,7 @@ from batchllm_celery.models import (
     WorkItemResult,
 )
 from batchllm_celery.models.names import check_batch_id
-from batchllm_celery.producer.batch import Batch
+from batchllm_celery.producer.batch import Batch, late_words
 from batchllm_celery.producer.rows import Row, default_strategy
 from batchllm_celery.producer.session import Session
 from batchllm_celery.queue import App
@@ -42,7 +43,8 @@ class Producer:
 
     Args:
         settings: default: from the environment.
-        redis_url: in place of the settings'; with neither, the embedded Valkey.
+        redis_url: in place of the settings'; with neither, the broker of `app`, else the embedded
+            Valkey.
         namespace: in place of the settings'.
         app: an existing Celery app (see `install`) to send the messages with.
         events: hears of a Redis that is lost and found again.
@@ -129,6 +131,8 @@ class Producer:
                 missing.
             BatchConflictError: the id belongs to another job that is still running.
             QuotaConflictError: the quota exists with other limits.
+            RedisDeniedError: Redis denies a right, or the password.
+            TimeoutError: Redis or the broker was away until the `deadline`.
         """
         spec_of_strategy, rows = default_strategy(items, strategy)
         if params:
@@ -255,8 +259,15 @@ class Producer:
             await session.ledger.create(spec)
             return True
 
+        async def create_in_time(session: Session) -> bool:
+            try:
+                async with asyncio.timeout(spec.deadline):
+                    return await create(session)
+            except TimeoutError as error:
+                raise TimeoutError(late_words(spec)) from error
+
         feeding = AsyncExitStack()
-        resumed = self._session.run(create)
+        resumed = self._session.run(create_in_time)
         batch = Batch(self._session, spec, resumed=resumed, feeding=feeding)
         if resumed and batch.progress().state in ("paused", "parked"):
             batch.resume()

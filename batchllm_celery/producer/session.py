@@ -15,7 +15,7 @@ from batchllm_celery.events import Events
 from batchllm_celery.keys import Keys
 from batchllm_celery.ledger import Ledger, new_process_id
 from batchllm_celery.limiter import Limiter
-from batchllm_celery.queue import App, make_app, publish
+from batchllm_celery.queue import App, make_app, publish, redis_of
 from batchllm_celery.settings import Settings
 
 T = TypeVar("T")
@@ -41,7 +41,8 @@ class Session:
         """Redis; starts or attaches to the embedded server where none is configured."""
         with self._lock:
             if self._url is None:
-                self._url = resolve_url(self.settings)
+                app, settings = self._app, self.settings
+                self._url = resolve_url(settings) if app is None else redis_of(app, settings)
             return self._url
 
     @property
@@ -84,9 +85,10 @@ class Session:
         if self._stack is not None:
             return
         stack = AsyncExitStack()
-        keys, process_id = Keys(self.settings.namespace), new_process_id()
+        process_id = new_process_id()
         url: str = await asyncio.to_thread(lambda: self.url)
         connection = await stack.enter_async_context(Connection(url, events=self._events))
+        keys = Keys(self.settings.namespace, connection.database)
         ledger = Ledger(
             connection, keys, process_id=process_id, settings=self.settings, events=self._events
         )

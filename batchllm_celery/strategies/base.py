@@ -118,6 +118,12 @@ class LLMCallStrategy(ABC, Generic[TOutput]):
     #: Set by the registry before `prepare`.
     resources: ProcessResources | None = None
 
+    @property
+    def full_speed(self) -> bool:
+        """Whether its calls begin as fast as slots allow while nobody has set or named a quota: so
+        if there is no provider. Else the rate is found from below."""
+        return self.model_name is None
+
     async def prepare(self) -> None:
         """Open what all calls share: once per instance; after a failure the next item retries."""
 

@@ -77,6 +77,11 @@ class OpenAICompatibleStrategy(LLMCallStrategy[TOutput]):
         self._pages: int | None = 0
         self._request: dict[str, Any] | None = None
 
+    @property
+    def full_speed(self) -> bool:
+        """Whether it calls a server of your own, which its slots and its refusals slow down."""
+        return self._has_own_server()
+
     async def prepare(self) -> None:
         """Open the client, or use the given one.
 
@@ -184,10 +189,12 @@ class OpenAICompatibleStrategy(LLMCallStrategy[TOutput]):
 
     def _limit_name(self) -> str:
         # OpenAI's newer models refuse `max_tokens`; many other servers know nothing else.
+        return "max_tokens" if self._has_own_server() else "max_completion_tokens"
+
+    def _has_own_server(self) -> bool:
         settings_url = self.resources.settings.openai_base_url if self.resources else None
         url = self.base_url or settings_url or os.environ.get("OPENAI_BASE_URL") or ""
-        own = not url or "api.openai.com" in url
-        return "max_completion_tokens" if own else "max_tokens"
+        return bool(url) and "api.openai.com" not in url
 
     def _response_format(self) -> dict[str, Any] | None:
         if self.schema is None:

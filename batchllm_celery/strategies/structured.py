@@ -397,6 +397,11 @@ class StructuredStrategy(LLMCallStrategy[Any]):
         self.model_name = inner.model_name
         self.max_output_tokens = inner.max_output_tokens
 
+    @property
+    def full_speed(self) -> bool:
+        """As the inner strategy says."""
+        return self.inner.full_speed
+
     async def prepare(self) -> None:
         """Prepare the inner strategy."""
         self.inner.resources = self.resources or ProcessResources()

@@ -64,6 +64,8 @@ class Tally:
     failed: int = 0
     tokens: int = 0
     returned: int = 0
+    unknown: bool = False
+    """Whether Redis does not know the batch."""
     waited: float = 0.0
     """Seconds that the one of them waited for the quota which waited longest."""
     kinds: dict[str, int] = field(default_factory=dict)
@@ -243,10 +245,11 @@ class Runtime:
         self.events.emit(WorkerStarted(self.process_id))
 
     async def _wire(self, parts: contextlib.AsyncExitStack) -> None:
-        settings, keys = self.settings, Keys(self.settings.namespace)
+        settings = self.settings
         connection = await parts.enter_async_context(
             Connection(self._url, events=self.events, denied_seconds=settings.lease_seconds)
         )
+        keys = Keys(settings.namespace, connection.database)
         await connection.patiently(connection.ping)
         self.ledger = await parts.enter_async_context(
             Ledger(
@@ -375,6 +378,8 @@ class Runtime:
             try:
                 reply = await self.ledger.claim(batch_id, indexes)
             except BatchNotFoundError:
+                tally.unknown = True
+                logger.warning("batch.unknown batch_id=%s", batch_id)
                 return tally
             if self.draining:  # since we asked: nobody else would hand them back
                 await self.ledger.release(reply.claims)
@@ -490,6 +495,9 @@ class Runtime:
     def _job(self, spec: BatchSpec, claim: Claim, strategy: LLMCallStrategy[Any]) -> ItemJob:
         payload = claim.payload
         quota = spec.quota or strategy.quota or spec.strategy.name
+        # Where it has its default name nobody has chosen it.
+        if strategy.full_speed and quota in (strategy.model_name, spec.strategy.name):
+            self.limiter.begin_at_full_speed(quota)
         gate = _LedgerGate(self, claim, strategy, quota)
         return ItemJob(
             batch_id=claim.batch_id,
@@ -583,10 +591,15 @@ class Runtime:
             if self.draining:
                 continue
             try:
+                await self.ledger.reconcile(self._runs)
                 for queue in self.queues:
                     await self._offer(queue)
             except Exception as error:  # the next look may do better; without any, work is lost
                 logger.warning("offer.failed error=%s", describe(error))
+
+    def _runs(self, claim: Claim) -> bool:
+        running = self._running.get((claim.batch_id, claim.index))
+        return running is not None and running.claim is claim
 
     async def _offer(self, queue: str) -> None:
         """What was lost must not wait for an idle worker; the rest is for those with free slots."""

@@ -31,6 +31,7 @@ from batchllm_celery.queue import (
     RUN_ITEMS,
     make_app,
     publish,
+    redis_of,
 )
 from batchllm_celery.settings import Settings
 from batchllm_celery.worker import watchdog
@@ -86,16 +87,20 @@ def install(
         app: its workers run batches from then on, on its default queue and every other that
             they consume; any pool will do.
         settings: default: from the environment.
-        redis_url: where ledger and limiter live; default: the settings', else the app's broker
-            if that is Redis, else the embedded Valkey.
+        redis_url: where ledger and limiter live; default: the settings', else the app's broker.
         listeners: called with each event of a worker process (`batchllm_celery.events`), on its
             event loop: quick ones, please. Besides them the settings may switch on Prometheus and
             OpenTelemetry.
 
     Returns:
         The app.
+
+    Raises:
+        UsageError: nothing says where, and the app's broker is no single Redis.
     """
     settings = settings or Settings()
+    if app.conf.broker_url:  # else it is still to come
+        redis_url = redis_of(app, settings, redis_url)
     process = _Process(app, settings, redis_url, listeners)
 
     @app.task(name=RUN_ITEMS, bind=True, acks_late=True, ignore_result=True, throws=(ItemsFailed,))
@@ -148,6 +153,10 @@ class _Process:
         runtime = self._current()
         async with self._retry_events.of(task_id, hostname) as retries:
             tally = await runtime.run_items(batch_id, indexes, offered=task_id.startswith(OFFERED))
+        if tally.unknown:
+            raise ItemsFailed(
+                f"batch {batch_id!r} is unknown to this worker's Redis; is its producer's another?"
+            )
         if tally.failed:
             raise ItemsFailed(f"{tally}{retries}")
         return Outcome(f"{tally}{retries}")
@@ -189,7 +198,7 @@ class _Process:
         self._opened = list(self._open_listeners())
         runtime = Runtime(
             self._settings,
-            self._redis_url or self._own_redis(),
+            redis_of(self._app, self._settings, self._redis_url),
             self._publish,
             slots=self._slots,
             events=Events(LogListener(), self._retry_events, *self._listeners, *self._opened),
@@ -209,13 +218,6 @@ class _Process:
             except UsageError as error:  # no reason to leave the items alone
                 logger.error("listener.not_opened error=%s", error)
 
-    def _own_redis(self) -> str:
-        if self._settings.redis_url is None:
-            broker = str(self._app.conf.broker_url or "")
-            if broker.startswith(REDIS_SCHEMES):
-                return broker
-        return resolve_url(self._settings)
-
     def _lanes(self) -> list[str]:
         """The lanes that this worker consumes; the app's default queue is the lane `default`."""
         default = self._app.conf.task_default_queue
@@ -233,6 +235,10 @@ class _Process:
         sender.consumer_cls = guarded(
             symbol_by_name(sender.consumer_cls), only_ours=has_only_our_tasks(self._app)
         )
+        try:
+            redis_of(self._app, self._settings, self._redis_url)
+        except UsageError as error:
+            raise SystemExit(f"Error: {error}") from error
         self._task_events = bool(sender.task_events)
         try:
             self._openers = switched_on.openers(self._settings)
@@ -247,7 +253,7 @@ class _Process:
     def _on_pool_started(self, worker: Any) -> None:
         if not _forks(worker.pool):
             self._tell_probes()
-        url = self._redis_url or self._settings.redis_url or str(self._app.conf.broker_url)
+        url = redis_of(self._app, self._settings, self._redis_url)
         # An app with another broker has other work to do meanwhile.
         if self._app.conf.broker_url != broker_url(url) or not url.startswith(REDIS_SCHEMES):
             return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from batchllm_celery.errors import (
     BatchConflictError,
     BatchNotFoundError,
     FailureKind,
+    RedisDeniedError,
     UsageError,
 )
 from batchllm_celery.keys import Keys
@@ -166,6 +167,74 @@ async def test_only_deaths_in_mid_call_convict(one: Ledger) -> None:
     error = json.loads(outcome.line)["error"]
     assert error["kind"] == "worker_lost"
     assert (await one.progress(BATCH)).maybe_billed == 5
+
+
+async def test_what_a_living_process_does_not_run_goes_back(one: Ledger, two: Ledger) -> None:
+    """Its heartbeat renews what it holds: an item whose task has ended without a word would be held
+    for ever. Two looks, for what has just been claimed runs in a moment."""
+    await feed_all(one, 3)
+    claims = await take(one, 0, 1, 2)
+    for _ in range(2):
+        await one.heartbeat()
+        assert await take(two, 0, 1, 2) == []
+        await one.reconcile(lambda claim: claim.index == 0)
+    assert [claim.index for claim in await take(two, 0, 1, 2)] == [1, 2]
+    await one.reconcile(lambda claim: False)
+    claims[0].settled = True  # its outcome is on its way
+    await one.reconcile(lambda claim: False)
+    assert await take(two, 0) == []
+
+
+@pytest.mark.parametrize("failing", ["claim.lua", "record.lua", "release.lua"])
+async def test_what_a_failed_call_left_behind_goes_back(
+    one: Ledger, two: Ledger, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    """Redis did what was asked, and its answer was an error all the same: neither side may go on
+    believing that the living process has the item."""
+    await feed_all(one, 2)
+    (other,) = await take(one, 1)  # so that it has a heartbeat
+    claim = (await take(one, 0))[0] if failing != "claim.lua" else None
+    real = one._run
+    done = failing == "claim.lua"
+
+    async def run(script: Any, batch_id: str, args: Any = ()) -> Any:
+        if script.name == failing:
+            if done:
+                await real(script, batch_id, args)
+            raise RedisDeniedError("denied")
+        return await real(script, batch_id, args)
+
+    monkeypatch.setattr(one, "_run", run)
+    asked: Awaitable[object]
+    if claim is None:
+        asked = one.claim(BATCH, [0])
+    elif failing == "record.lua":
+        asked = one.record(claim, answer(claim), spent_tokens=0, cost=None)
+    else:
+        asked = one.release([claim])
+    with pytest.raises(RedisDeniedError):
+        await asked
+    monkeypatch.undo()
+    for _ in range(2):
+        await one.heartbeat()
+        await one.reconcile(lambda held: held is other)
+    assert [claim.index for claim in await take(two, 0, 1)] == [0]
+
+
+async def test_each_lease_redis_is_asked_what_it_believes(
+    connection: Connection, namespace: str
+) -> None:
+    """Whatever went wrong: what nobody has noticed goes back within a lease too."""
+    async with ledger(connection, namespace, lease_seconds=0.05) as worker:
+        await feed_all(worker, 2)
+        stray, kept = await take(worker, 0, 1)
+        worker.holding.discard(stray)
+
+        async def reconciled() -> bool:
+            await worker.reconcile(lambda claim: claim is kept)
+            return [claim.index for claim in await take(worker, 0)] == [0]
+
+        await wait_until_async(reconciled)
 
 
 async def test_a_killer_among_a_thousand_convicts_nobody_else(one: Ledger) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 import random
 import struct
 import uuid
@@ -37,6 +38,7 @@ class Scripts:
         self.keys = [keys.state, keys.procs, keys.waiting, keys.channel]
         self.sequence = 0
         self.generation = 0
+        self.full_speed = False
         self.configure(quota)
 
     def configure(self, quota: Quota) -> None:
@@ -78,7 +80,7 @@ class Scripts:
             0,
         ]
         estimates = [Estimate(tokens, 0) for tokens in wants if not told.get("unaware")]
-        arguments = pack_question(process, numbers, estimates)
+        arguments = [*pack_question(process, numbers, estimates), int(self.full_speed)]
         reply = Reply.parse(self.server.call("acquire.lua", self.keys, arguments))
         self.generation = reply.generation
         return reply
@@ -643,6 +645,55 @@ def test_refusals_before_any_success_do_not_end_the_search(server: VirtualRedis)
         scripts.ask("a", [1] * 9, successes=4)
         server.now += 0.5
     assert numbers_of(scripts)["rate"] >= 8.0
+
+
+@pytest.mark.parametrize("said", ["by the process", "by the quota"])
+def test_full_speed_starts_all_at_once_until_a_call_is_refused(
+    server: VirtualRedis, said: str
+) -> None:
+    """Nobody's quota: no start waits. A refusal sets the rate to what came through before it."""
+    limits = QuotaLimits.unlimited() if said == "by the quota" else QuotaLimits()
+    scripts = Scripts(server, Quota(name="q", limits=limits))
+    scripts.full_speed = said == "by the process"
+    for _ in range(20):
+        given = scripts.ask("a", [1] * 50, successes=50)
+        assert len(given.starts_in) == 50
+        assert max(given.starts_in) < 0.001
+        server.now += 1.0
+    scripts.ask("a", [], refused=True, retry_after=1.0)
+    assert 20 <= numbers_of(scripts)["ceiling"] <= 50
+    server.now += 1.1
+    starts = [delay for _ in range(3) for delay in scripts.ask("a", [1] * 200).starts_in]
+    assert len(starts) < 60  # of the 200, in the half second ahead
+
+
+def test_full_speed_that_is_refused_at_once_starts_as_any_quota_does(server: VirtualRedis) -> None:
+    """Before any success there is nothing to go by."""
+    scripts = Scripts(server, Quota(name="q", limits=QuotaLimits.unlimited()))
+    assert len(scripts.ask("a", [1] * 50).starts_in) == 50
+    scripts.ask("a", [], refused=True, retry_after=1.0)
+    seen = numbers_of(scripts)
+    assert (seen["ceiling"], seen["rate"]) == (0, 5.0)
+
+
+def test_a_known_rate_beside_unlimited_tokens_limits(server: VirtualRedis) -> None:
+    """Unlimited is said of one dimension, not of the others."""
+    limits = QuotaLimits(requests_per_minute=60, tokens_per_minute=math.inf)
+    scripts = Scripts(server, Quota(name="q", limits=limits))
+    scripts.full_speed = True
+    assert len(scripts.ask("a", [1] * 50).starts_in) <= 2
+
+
+def test_a_quota_set_to_unlimited_is_so_at_once(server: VirtualRedis) -> None:
+    """And back again: what the search had found, or its absence, is not kept."""
+    scripts = Scripts(server, Quota(name="q"))
+    assert len(scripts.ask("a", [1] * 50).starts_in) < 10
+    scripts.configure(Quota(name="q", limits=QuotaLimits.unlimited()))
+    assert len(scripts.ask("a", [1] * 50).starts_in) == 50
+    scripts.configure(Quota(name="q", limits=QuotaLimits(requests_per_minute=600)))
+    scripts.configure(Quota(name="q"))
+    server.now += 10
+    assert len(scripts.ask("a", [1] * 50).starts_in) < 10
 
 
 def test_a_spent_window_tells_the_quota(server: VirtualRedis) -> None:

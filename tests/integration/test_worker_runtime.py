@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -246,6 +247,21 @@ def _commands(url: str) -> dict[str, int]:
     return {name.removeprefix("cmdstat_"): row["calls"] for name, row in statistics.items()}
 
 
+def test_local_functions_have_no_brake_unless_a_quota_is_named(
+    producer: Producer, start: Start
+) -> None:
+    """Without a provider nothing is known that could be exceeded; a name is taken at its word."""
+    start(slots=20)
+    for quota in (None, "named"):
+        batch = producer.submit([f"{n}" for n in range(20)], strategy="unmetered", quota=quota)
+        assert batch.wait(timeout=60).succeeded == 20
+    free, named = producer.quota("unmetered"), producer.quota("named")
+    assert free is not None
+    assert named is not None
+    assert (free.configured, free.allowed_per_minute) == (False, None)
+    assert named.allowed_per_minute is not None
+
+
 def _has_lmpop(url: str) -> bool:
     with redis.Redis.from_url(url) as client:
         try:
@@ -353,3 +369,35 @@ def test_other_pools_answer_too(producer: Producer, start: Start, pool: str) -> 
     batch = _submit(producer, 6, 0.01, items_per_task=2)
     start("-P", pool, "-c", "2")
     assert batch.wait(timeout=40).succeeded == 6
+
+
+@pytest.mark.parametrize("how", ["rights", "password"])
+def test_a_denial_in_mid_run_costs_no_item(start: Start, namespace: str, how: str) -> None:
+    """Redis denies the worker's rights or its password for a while, and then no more."""
+    server = ValkeyServer().start()
+    everything = ["on", "allkeys", "allchannels", "+@all", ">pw"]
+    # (Of our own keys: without the broker's Celery ends the process, for another to be started.)
+    own = ["resetkeys", f"~{namespace}:celery:*"]
+    taken = {"rights": own, "password": ["resetpass", ">another"]}[how]
+    given = {"rights": ["allkeys"], "password": [">pw"]}[how]
+    try:
+        with (
+            redis.Redis.from_url(server.url) as admin,
+            Producer(redis_url=server.url, namespace=namespace) as producer,
+        ):
+            admin.execute_command("ACL", "SETUSER", "app", *everything)
+            batch = _submit(producer, 200, 0.1, quota=UNHINDERED)
+            worker = start(slots=10, url=server.url.replace("unix://", "unix://app:pw@"))
+            wait_until(lambda: batch.progress().succeeded >= 20)
+            admin.execute_command("ACL", "LOG", "RESET")
+            admin.execute_command("ACL", "SETUSER", "app", *taken)
+            if how == "password":  # who is connected stays so
+                admin.execute_command("CLIENT", "KILL", "USER", "app")
+            wait_until(lambda: len(admin.execute_command("ACL", "LOG")) >= 1)
+            lasted = time.monotonic() + 4
+            wait_until(lambda: time.monotonic() >= lasted)
+            admin.execute_command("ACL", "SETUSER", "app", *given)
+            assert batch.wait(timeout=60).succeeded == 200
+            assert worker.poll() is None
+    finally:
+        server.stop()

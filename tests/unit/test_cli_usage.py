@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -10,12 +11,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner
 
-from batchllm_celery.cli import _COMMANDS, cli, estimate, job, main
+from batchllm_celery.cli import _COMMANDS, cli, estimate, job, main, options
 from batchllm_celery.cli.doctor import check_server
 from batchllm_celery.cli.fleet import environment_of
+from batchllm_celery.cli.quota_view import limits_words
 from batchllm_celery.cli.run import default_out, resume_command
 from batchllm_celery.errors import FailureKind, UsageError
 from batchllm_celery.models import QuotaLimits
@@ -222,6 +225,36 @@ def test_options_become_models() -> None:
     assert quota is not None
     assert quota.limits.given() == {"requests_per_minute": 600.0}
     assert quota.policy.kind == "slow_start"
+
+
+@pytest.mark.parametrize(
+    "option", ["rpm", "tpm", "input-tpm", "output-tpm", "rpd", "max-concurrency"]
+)
+def test_unlimited_can_be_said_of_every_limit(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an option and in the environment; what is no number and not that word is refused."""
+    seen: list[Any] = []
+
+    @click.command()
+    @options.limits
+    def command(**chosen: Any) -> None:
+        seen.append(job.limits_of(chosen).given())
+
+    assert CliRunner().invoke(command, [f"--{option}", "unlimited"]).exit_code == 0
+    variable = "BATCHLLM_" + option.replace("-", "_").upper()
+    assert CliRunner().invoke(command, env={variable: "Unlimited"}).exit_code == 0
+    assert CliRunner().invoke(command, [f"--{option}", "7"]).exit_code == 0
+    assert [list(one.values()) for one in seen] == [[math.inf], [math.inf], [7]]
+    for wrong in ("0", "none", "-1"):
+        assert CliRunner().invoke(command, [f"--{option}", wrong]).exit_code == 2
+
+
+def test_limits_are_shown_in_words() -> None:
+    """What is limited, else what was said, else that nothing was."""
+    assert (
+        limits_words(QuotaLimits(requests_per_minute=600, tokens_per_minute=math.inf)) == "600 rpm"
+    )
+    assert limits_words(QuotaLimits.unlimited()) == "unlimited"
+    assert limits_words(QuotaLimits()) == "no quota"
 
 
 def test_no_limit_given_leaves_the_quota_as_it_is() -> None:

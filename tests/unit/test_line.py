@@ -174,3 +174,46 @@ async def test_a_steady_stream_costs_a_question_for_five_starts(stand: Stand) ->
         caller.come(10.0 + step * 0.01)
     assert caller.asks <= 0.2 * 2_000 + MOST_SAVED + 1
     assert caller.longest <= 0.1
+
+
+async def test_a_message_of_a_generation_stops_but_is_not_passed_on(stand: Stand) -> None:
+    """Redis is asked at once, and never told of what only a message said; it says what is so."""
+    waiter = stand.join(50)
+    stand.fetch([10.1], now=10.0)
+    stand.line.hear_generation(10**18, 10.05)
+    stand.line.release(10.1)
+    assert not waiter.granted.done()
+    assert stand.line.next_ask() < 10.1
+    question = stand.ask(10.1)
+    assert stand.line.generation == 1  # what the question tells Redis that it knows
+    stand.answer(question, [10.2], now=10.1)  # in generation 1 still: the message was false
+    stand.line.release(10.2)
+    permit = waiter.granted.result()
+    assert stand.line.usable(permit, 10.2)
+
+
+async def test_after_a_false_message_none_is_heard_for_a_second(stand: Stand) -> None:
+    """Whoever floods the channel slows nobody down."""
+    stand.join(50)
+    stand.fetch([10.1], now=10.0)
+    stand.line.hear_generation(7, 10.01)
+    stand.fetch([10.1], now=10.02)
+    stand.line.hear_generation(8, 10.03)
+    assert len(stand.line.tickets) == 1
+    stand.line.hear_generation(9, 11.03)
+    assert len(stand.line.tickets) == 0
+
+
+async def test_an_answer_on_its_way_does_not_make_a_message_false(stand: Stand) -> None:
+    """It was asked for before; its tickets go back, and Redis is asked again."""
+    stand.join(50)
+    stand.fetch([], now=9.9)
+    question = stand.ask(10.0)
+    stand.line.hear_generation(2, 10.01)
+    reply = Reply(1, 0, 0, 0.1, 0, stand.flags, 0, 1, (0.1,))
+    stand.line.take(question, reply, 10.0, 10.0, 10.02)
+    assert len(stand.line.tickets) == 0
+    assert stand.line.announced == 2
+    newer = Reply(2, 0, 0, 0.1, 0, stand.flags, 0, 1, (0.1,))
+    stand.line.take(stand.ask(10.03), newer, 10.03, 10.03, 10.04)
+    assert (stand.line.generation, stand.line.announced, len(stand.line.tickets)) == (2, 0, 1)
