@@ -16,6 +16,7 @@ from kombu.exceptions import OperationalError
 from kombu.utils.uuid import uuid
 
 from batchllm_celery.connection import broker_url
+from batchllm_celery.embedded import resolve_url
 from batchllm_celery.settings import Settings
 
 logger = logging.getLogger("batchllm_celery")
@@ -37,11 +38,30 @@ POOL: Final = "batchllm_celery.worker.pool:AsyncioPool"
 VISIBILITY_TIMEOUT_SECONDS: Final = 120
 
 
-def make_app(settings: Settings, url: str) -> Celery:
-    """The Celery app of a fleet on the Redis at `url`; a worker installs the tasks."""
+class _EmbeddedBroker:
+    """Celery settings whose broker is found, and started, when somebody reads its URL."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    @property
+    def broker_url(self) -> str:
+        return broker_url(resolve_url(self._settings))
+
+
+def make_app(settings: Settings, url: str | None) -> Celery:
+    """The Celery app of a fleet; a worker installs the tasks.
+
+    Args:
+        settings: namespace, lanes, slots.
+        url: Redis; None: the embedded Valkey, started when the app first connects to its broker.
+    """
     app = Celery("batchllm", set_as_current=False, amqp=AMQP)
+    if url is None:
+        app.config_from_object(_EmbeddedBroker(settings))
+    else:
+        app.conf.update(broker_url=broker_url(url))
     app.conf.update(
-        broker_url=broker_url(url),
         broker_transport_options=_transport_options(settings),
         broker_connection_retry_on_startup=True,
         task_default_queue=DEFAULT_QUEUE,

@@ -37,7 +37,6 @@ def worker(processes: int, loglevel: str, **chosen: Any) -> int:
     A second one stops at once.
     """
     settings = _settings(chosen)
-    job.import_apps(settings)
     _check_redis(settings)
     fleet = Fleet(processes, lambda number: _environment(settings, number), loglevel=loglevel)
     with Interrupts().counted() as interrupts:

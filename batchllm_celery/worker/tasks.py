@@ -7,7 +7,10 @@ import gc
 import importlib
 import logging
 import os
+import sys
 import threading
+import traceback
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +19,7 @@ from kombu.utils.imports import symbol_by_name
 
 from batchllm_celery import event_loop
 from batchllm_celery.embedded import resolve_url, revive_when_lost
+from batchllm_celery.errors import UsageError, describe
 from batchllm_celery.events import Events
 from batchllm_celery.observability import LogListener
 from batchllm_celery.queue import (
@@ -60,8 +64,7 @@ def worker_app() -> Celery:
     Without BATCHLLM_REDIS_URL it runs on the embedded Valkey.
     """
     settings = Settings()
-    url = resolve_url(settings)
-    return install(make_app(settings, url), settings=settings, redis_url=url)
+    return install(make_app(settings, settings.redis_url), settings=settings)
 
 
 def install(
@@ -77,10 +80,18 @@ def install(
             if that is Redis, else the embedded Valkey.
 
     Returns:
-        The app.
+        The app. Installing again changes nothing.
+
+    Raises:
+        UsageError: it was installed with other settings or another `redis_url`.
     """
     settings = settings or Settings()
-    process = _Process(app, settings, redis_url)
+    known = _installed.get(app)
+    if known is not None:
+        if known.settings != settings or known.redis_url != redis_url:
+            raise UsageError("this app is installed already, with other settings")
+        return app
+    process = _installed[app] = _Process(app, settings, redis_url)
 
     @app.task(name=RUN_ITEMS, bind=True, acks_late=True, ignore_result=True, throws=(ItemsFailed,))
     def run_items(self: Any, batch_id: str, indexes: list[int]) -> Outcome:
@@ -89,6 +100,10 @@ def install(
 
     process.connect()
     return app
+
+
+#: An app has one runtime in a process, however often it is installed.
+_installed: weakref.WeakKeyDictionary[Celery, _Process] = weakref.WeakKeyDictionary()
 
 
 def has_only_our_tasks(app: Celery) -> bool:
@@ -103,8 +118,9 @@ class _Process:
 
     def __init__(self, app: Celery, settings: Settings, redis_url: str | None) -> None:
         self._app = app
-        self._settings = settings
-        self._redis_url = redis_url
+        self.settings = settings
+        self.redis_url = redis_url
+        self._is_worker = False
         self._lock = threading.Lock()
         self._runtime: Runtime | None = None
         self._pid = 0
@@ -147,8 +163,8 @@ class _Process:
 
     def _make(self) -> Runtime:
         runtime = Runtime(
-            self._settings,
-            self._redis_url or self._own_redis(),
+            self.settings,
+            self.redis_url or self._own_redis(),
             self._publish,
             slots=self._slots,
             events=Events(LogListener(), self._retry_events),
@@ -162,16 +178,16 @@ class _Process:
         return runtime
 
     def _own_redis(self) -> str:
-        if self._settings.redis_url is None:
+        if self.settings.redis_url is None:
             broker = str(self._app.conf.broker_url or "")
             if broker.startswith(("redis://", "rediss://")):
                 return broker
-        return resolve_url(self._settings)
+        return resolve_url(self.settings)
 
     def _lanes(self) -> list[str]:
         """The lanes that this worker consumes; the app's default queue is the lane `default`."""
         default = self._app.conf.task_default_queue
-        consumed = list(self._app.amqp.queues.consume_from) or self._settings.queues
+        consumed = list(self._app.amqp.queues.consume_from) or self.settings.queues
         return [DEFAULT_QUEUE if name == default else name for name in consumed]
 
     def _publish(self, batch_id: str, indexes: Any, queue: str, priority: int) -> None:
@@ -180,21 +196,22 @@ class _Process:
     # -- signals ----------------------------------------------------------------------------------
 
     def _on_init(self, sender: Any, **_: Any) -> None:
-        """Import the modules that register strategies, before the first message comes."""
+        """Import the modules that register strategies, before the first message comes; under
+        prefork, before the fork."""
+        self._is_worker = sender.app is self._app
+        if not self._is_worker:
+            return
         use_in(self._app)
         sender.consumer_cls = guarded(
             symbol_by_name(sender.consumer_cls), only_ours=has_only_our_tasks(self._app)
         )
         self._task_events = bool(sender.task_events)
-        for name in filter(None, (self._settings.app or "").split(",")):
-            try:
-                importlib.import_module(name.strip())
-            except ImportError as error:
-                raise SystemExit(f"Error: --app {name.strip()!r}: {error}") from error
+        for name in filter(None, (self.settings.app or "").split(",")):
+            _import_or_end(name.strip())
 
     def _on_ready(self, sender: Any, **_: Any) -> None:
         pool = sender.pool
-        if type(pool).__module__ == "celery.concurrency.prefork":
+        if not self._is_worker or type(pool).__module__ == "celery.concurrency.prefork":
             return  # its children open their own; a thread or a loop before a fork is trouble
         gather_task_events(sender)
         if hasattr(pool, "admit"):
@@ -214,6 +231,8 @@ class _Process:
             self._current().expect(min(items, MOST_ITEMS))
 
     def _on_process_init(self, **_: Any) -> None:
+        if not self._is_worker:
+            return
         asyncio.run_coroutine_threadsafe(self._current().open(), event_loop.loop())
 
     def _on_shutting_down(self, how: str, **_: Any) -> None:
@@ -228,3 +247,21 @@ class _Process:
         if runtime is not None and self._pid == os.getpid():
             event_loop.run(runtime.close())
             event_loop.close()
+
+
+def _import_or_end(module: str) -> None:
+    """Import a module that registers strategies; without it every item here would fail.
+
+    Celery logs and swallows what a signal's receiver raises, but for SystemExit.
+    """
+    try:
+        importlib.import_module(module)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a module may call sys.exit
+        frames = traceback.extract_tb(error.__traceback__)
+        at = next((frame for frame in frames if frame.name == "<module>"), frames[-1])
+        quiet = isinstance(error, ImportError | SyntaxError)  # they name it themselves
+        place = "" if quiet else f" ({at.filename}:{at.lineno})"
+        print(f"Error: --app {module!r}: {describe(error)}{place}", file=sys.stderr, flush=True)
+        raise SystemExit(os.EX_CONFIG) from error

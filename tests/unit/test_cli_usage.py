@@ -82,7 +82,6 @@ SIMULATED = (*RUN, "--model", "simulated")
         (("simulate", "--error-rate", "2"), "error_rate"),
         (("flower", "--address", "0.0.0.0"), "not loopback"),
         (("status", "--redis-url", "redis://127.0.0.1:1/0"), "127.0.0.1:1"),
-        (("worker", "--app", "no_such_module"), "--app no_such_module"),
     ],
 )
 def test_a_wrong_request_is_one_line_and_exit_2(
