@@ -16,6 +16,7 @@ from redis.asyncio.client import PubSub
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
+from batchllm_celery.connection.broken import BrokenEntries
 from batchllm_celery.connection.urls import safe_url
 from batchllm_celery.errors import RedisUnavailableError, UsageError, describe
 from batchllm_celery.events import ConnectionLost, ConnectionRestored, Events
@@ -67,6 +68,7 @@ class Connection:
         socket_timeout: float = 5.0,
     ) -> None:
         self.url = url
+        self.broken = BrokenEntries()
         self._events = Events() if events is None else events
         self._lost_at: float | None = None
         self.client = _client(url, max_connections, socket_timeout, socket_timeout)

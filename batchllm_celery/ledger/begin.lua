@@ -3,6 +3,7 @@
 -- ARGV     1 process, then for each item: index, token
 -- returns  {state, for each item 1 (go) or 0 (not, or no longer this process's)}
 if not load_meta() then return false end
+check_keys()
 local process, state = ARGV[1], state_now()
 local open = state == 'feeding' or state == 'running'
 local indexes, tokens, answers, starting = {}, {}, {}, {}

@@ -17,6 +17,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from batchllm_celery.connection import BrokenEntries, is_broken
 from batchllm_celery.errors import describe
 from batchllm_celery.keys import Keys
 from batchllm_celery.ledger import scripts
@@ -74,6 +75,7 @@ class Heartbeat:
         self._heard = heard
         self._interval = interval
         self._presence = presence
+        self._broken = BrokenEntries()
         self._present_at = float("-inf")
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -146,8 +148,20 @@ class Heartbeat:
             answers = _pipeline(client, commands)
         self.last_beat = time.monotonic()
         if batches:
-            self._heard([_beat(*pair) for pair in zip(batches, answers, strict=True)])
+            beats = [self._beat_of(*pair) for pair in zip(batches, answers, strict=True)]
+            self._heard([beat for beat in beats if beat is not None])
         self._show(client)
+
+    def _beat_of(self, batch_id: str, answer: Any) -> Beat | None:
+        """None for a batch that is broken: the others must not lose their beat for it."""
+        if isinstance(answer, Exception):
+            if not is_broken(answer):
+                raise answer
+            self._broken.add("batch", batch_id, answer)
+            return None
+        if answer is None:
+            return Beat(batch_id, None, False)
+        return Beat(batch_id, BatchState(text(answer[0])), bool(answer[1]))
 
     def _show(self, client: redis.Redis) -> None:
         now = time.monotonic()
@@ -163,11 +177,3 @@ def _pipeline(client: redis.Redis, commands: Sequence[Sequence[Any]]) -> list[An
         for command in commands:
             pipeline.execute_command(*command)
         return list(pipeline.execute(raise_on_error=False))
-
-
-def _beat(batch_id: str, answer: Any) -> Beat:
-    if isinstance(answer, Exception):
-        raise answer
-    if answer is None:
-        return Beat(batch_id, None, False)
-    return Beat(batch_id, BatchState(text(answer[0])), bool(answer[1]))

@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from batchllm_celery.connection import Connection
-from batchllm_celery.errors import BatchNotFoundError, FailureKind, UsageError, describe
+from batchllm_celery.errors import (
+    BatchNotFoundError,
+    BatchUnreadableError,
+    FailureKind,
+    UsageError,
+    describe,
+)
 from batchllm_celery.events import Events, WorkerStarted, WorkerStopped
 from batchllm_celery.execution import ItemJob, ItemRunner, Prices, Stopped
 from batchllm_celery.keys import Keys
@@ -221,6 +227,7 @@ class Runtime:
     async def _wire(self, parts: contextlib.AsyncExitStack) -> None:
         settings, keys = self.settings, Keys(self.settings.namespace)
         connection = await parts.enter_async_context(Connection(self._url, events=self.events))
+        self._connection = connection
         await connection.patiently(connection.ping)
         self.ledger = await parts.enter_async_context(
             Ledger(
@@ -275,7 +282,11 @@ class Runtime:
             queues=",".join(self.queues),
             started_at=self._started_at,
             dropped_messages=self.dropped_messages(),
+            unreadable=",".join(self._unreadable()[:5]),
         )
+
+    def _unreadable(self) -> list[str]:
+        return [entry.name for entry in self._connection.broken.all() if entry.kind == "batch"]
 
     def _in_background(self, parts: contextlib.AsyncExitStack, work: Awaitable[None]) -> None:
         task = asyncio.ensure_future(work)
@@ -347,8 +358,8 @@ class Runtime:
                 return tally
             try:
                 reply = await self.ledger.claim(batch_id, indexes)
-            except BatchNotFoundError:
-                return tally
+            except (BatchNotFoundError, BatchUnreadableError):
+                return tally  # an unreadable one has been logged; `status` names it
             if self.draining:  # since we asked: nobody else would hand them back
                 await self.ledger.release(reply.claims)
                 tally.returned = len(reply.claims)
@@ -543,11 +554,11 @@ class Runtime:
             await asyncio.sleep(min(interval, HUNGRY_SECONDS) if self._hungry else interval)
             if self.draining:
                 continue
-            try:
-                for queue in self.queues:
+            for queue in self.queues:
+                try:
                     await self._offer(queue)
-            except Exception as error:  # the next look may do better; without any, work is lost
-                logger.warning("offer.failed error=%s", describe(error))
+                except Exception as error:  # the next look may do better; without any, work is lost
+                    logger.warning("offer.failed queue=%s error=%s", queue, describe(error))
 
     async def _offer(self, queue: str) -> None:
         """What was lost must not wait for an idle worker; the rest is for those with free slots."""
