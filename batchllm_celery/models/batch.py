@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from batchllm_celery.errors import FailureKind
 from batchllm_celery.models.base import SCHEMA_VERSION, Model
 from batchllm_celery.models.config import ProcessorConfig
 from batchllm_celery.models.item import StrategySpec
+from batchllm_celery.models.quota import check_name
 
 
 class BatchState(StrEnum):
@@ -72,6 +73,11 @@ class BatchSpec(Model):
     fail_fast: tuple[FailureKind, ...] = ()
     keep_results: bool = True
     model: str | None = None
+
+    @field_validator("quota")
+    @classmethod
+    def _check_quota(cls, quota: str | None) -> str | None:
+        return None if quota is None else check_name("quota", quota)
 
 
 class BatchProgress(Model):

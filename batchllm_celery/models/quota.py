@@ -13,6 +13,19 @@ from batchllm_celery.models.base import Model
 _NAME = re.compile(r"[^{}\s]{1,200}")
 
 
+def check_name(what: str, name: str) -> str:
+    """A name that can be a part of a Redis key, and of a line that people read.
+
+    Raises:
+        ValueError: it has spaces, braces or control characters, or is too long.
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or not name.isprintable():
+        raise ValueError(
+            f"{what} name {str(name)[:80]!r} must be 1 to 200 characters without spaces or braces"
+        )
+    return name
+
+
 class QuotaLimits(Model):
     """What the provider allows; None means not limited (or not known).
 
@@ -73,11 +86,7 @@ class Quota(Model):
     @field_validator("name")
     @classmethod
     def _check_name(cls, name: str) -> str:
-        if not _NAME.fullmatch(name):
-            raise ValueError(
-                f"quota name {name!r} must be 1 to 200 characters without spaces or braces"
-            )
-        return name
+        return check_name("quota", name)
 
     @model_validator(mode="after")
     def _check(self) -> Self:

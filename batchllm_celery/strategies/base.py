@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping
@@ -167,6 +168,10 @@ def as_completion(answer: Any) -> Completion[Any]:
     if isinstance(answer, tuple) and len(answer) == 2:
         output, usage = answer
         return Completion(output, TokenUsage.of(usage))
+    if inspect.isawaitable(answer):
+        if inspect.iscoroutine(answer):
+            answer.close()
+        raise TypeError("execute() returned an awaitable: an `await` is missing before its answer")
     raise TypeError(
         f"execute() must return (output, usage) or a Completion, not {type(answer).__name__}"
     )

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import re
 import socket
 import ssl
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
@@ -120,11 +122,41 @@ def classify_for(strategy: LLMCallStrategy[Any], exception: BaseException) -> Fa
         logger.warning("classify_failed error=%s", describe(error))
         failure = None
     if failure is None:
-        return classify(exception)
+        failure = classify(exception)
+        if failure.kind in (FailureKind.LOGIC_ERROR, FailureKind.UNKNOWN):
+            log_bug(type(strategy).__name__, exception)
+        return failure
     if failure.usage:
         return failure
     usage = extract_token_usage(exception)
     return Failure(failure.kind, failure.message, failure.retry_after, usage)
+
+
+#: The same bug is logged again after so many seconds; of so many bugs each process keeps count.
+BUG_SECONDS = 60.0
+MOST_BUGS = 100
+_bugs: dict[tuple[str, str, int | None], float] = {}
+
+
+def log_bug(name: str, exception: BaseException) -> None:
+    """Log where user code failed, at ERROR, once a minute for each place.
+
+    The exception's own text stands in the item's result: here it might quote a prompt or a key.
+    """
+    frames = traceback.extract_tb(exception.__traceback__)
+    last = frames[-1] if frames else None
+    bug = (type(exception).__name__, last.filename if last else "", last.lineno if last else None)
+    now = time.monotonic()
+    if now - _bugs.get(bug, -math.inf) < BUG_SECONDS or (
+        bug not in _bugs and len(_bugs) >= MOST_BUGS
+    ):
+        return
+    _bugs[bug] = now
+    stack = "".join(traceback.format_list(frames[-10:]))[-4000:]
+    logger.error(
+        "strategy.bug strategy=%s error=%s\nTraceback (most recent call last):\n%s%s",
+        *(name, bug[0], stack, bug[0]),
+    )
 
 
 def kind_of_status(status: int) -> FailureKind:

@@ -20,7 +20,9 @@ from typing import Any, TypeAlias, TypeVar
 from batchllm_celery.errors import StrategyNotFoundError, UsageError, describe
 from batchllm_celery.events import StrategyPrepared
 from batchllm_celery.models import StrategySpec
+from batchllm_celery.models.quota import check_name
 from batchllm_celery.strategies.base import LLMCallStrategy, ProcessResources, close_quietly
+from batchllm_celery.strategies.failures import log_bug
 
 #: Strategies built from names that a process keeps open; of more, idle ones are closed. A fleet has
 #: a handful, but items may each bring parameters of their own.
@@ -70,6 +72,7 @@ class Registration:
         except UsageError:
             raise
         except Exception as error:  # a setting is missing, say: no other item fares better
+            log_bug(self.name, error)
             raise UsageError(
                 f"strategy {self.name!r}: its factory failed: {describe(error)}"
             ) from error
@@ -78,7 +81,25 @@ class Registration:
                 f"strategy {self.name!r}: its factory returned {type(built).__name__}, "
                 f"not an LLMCallStrategy"
             )
+        _check_async(self.name, built)
         return built
+
+
+def _check_name(what: str, name: str) -> None:
+    try:
+        check_name(what, name)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def _check_async(name: str, strategy: Any) -> None:
+    """One word when it is registered or built, in place of asyncio's for each item."""
+    execute = getattr(strategy, "execute", None)
+    if not (inspect.iscoroutinefunction(execute) or asyncio.iscoroutinefunction(execute)):
+        raise UsageError(
+            f"strategy {name!r}: its execute() must be `async def`; "
+            f"run blocking code by `await asyncio.to_thread(...)`"
+        )
 
 
 def _parameters(factory: Factory) -> str:
@@ -158,10 +179,16 @@ def strategy(name: str, *, quota: str | None = None) -> Callable[[F], F]:
         quota: the quota its calls draw on; None: PROVIDER:MODEL of the strategy.
 
     Raises:
-        UsageError: if another factory has the name.
+        UsageError: if another factory has the name, a name has spaces or braces, or the class has
+            an `execute` that is not async.
     """
+    _check_name("strategy", name)
+    if quota is not None:
+        _check_name("quota", quota)
 
     def register(factory: F) -> F:
+        if inspect.isclass(factory):
+            _check_async(name, factory)
         catalog.register(Registration(name, factory, quota))
         return factory
 
@@ -231,6 +258,7 @@ class Registry:
             registration = self._catalog.lookup(spec.name)
             found = registration.build(spec)
             found.quota = registration.quota or found.quota or found.model_name or spec.name
+            _check_name("quota", found.quota)
             self._by_spec[key] = found
         self._by_spec.move_to_end(key)
         return found
