@@ -203,7 +203,7 @@ class _Process:
             return
         use_in(self._app)
         sender.consumer_cls = guarded(
-            symbol_by_name(sender.consumer_cls), only_ours=has_only_our_tasks(self._app)
+            symbol_by_name(sender.consumer_cls), only_ours=lambda: has_only_our_tasks(self._app)
         )
         self._task_events = bool(sender.task_events)
         for name in filter(None, (self.settings.app or "").split(",")):
