@@ -118,6 +118,10 @@ class BatchNotFoundError(UsageError):
     """Redis holds no batch of this id (or its keys have expired)."""
 
 
+class BatchUnreadableError(UsageError):
+    """What Redis holds of the batch can't be read here: corrupted, or of a newer version."""
+
+
 class BatchConflictError(UsageError):
     """The batch id exists with another strategy or other settings."""
 

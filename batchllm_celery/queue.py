@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from typing import Any, Final, TypeAlias
 from urllib.parse import parse_qs, urlsplit
 
@@ -19,6 +20,7 @@ from redis.exceptions import RedisError
 
 from batchllm_celery.connection import Reminder, broker_tls, broker_url, safe_url
 from batchllm_celery.connection.redis_connection import denied_words, is_denial
+from batchllm_celery.embedded import resolve_url
 from batchllm_celery.errors import RedisDeniedError, UsageError, describe
 from batchllm_celery.settings import Settings
 
@@ -45,7 +47,12 @@ class _FleetApp(Celery):
     """Its messages go to the Redis of its ledger. Plain Celery lets CELERY_BROKER_URL (also set by
     `celery -b`) win, and the messages would travel where nobody looks for them."""
 
-    fleet_broker: str
+    find_redis: Callable[[], str]
+
+    @cached_property
+    def fleet_broker(self) -> str:
+        """The one broker URL; found (and the embedded Valkey started) when somebody connects."""
+        return broker_url(self.find_redis())
 
     def connection(self, hostname: Any = None, *args: Any, **options: Any) -> Any:
         return super().connection(hostname or self.fleet_broker, *args, **options)
@@ -57,17 +64,40 @@ class _FleetApp(Celery):
         return super().connection_for_write(url or self.fleet_broker, **options)
 
 
-def make_app(settings: Settings, url: str) -> Celery:
-    """The Celery app of a fleet on the Redis at `url`; a worker installs the tasks.
+class _EmbeddedBroker:
+    """Celery settings whose broker is found, and started, when somebody reads its URL."""
+
+    def __init__(self, app: _FleetApp) -> None:
+        self._app = app
+
+    @property
+    def broker_url(self) -> str:
+        return self._app.fleet_broker
+
+
+def is_fleet(app: Celery) -> bool:
+    """Whether the app is `make_app`'s own, and no host's."""
+    return isinstance(app, _FleetApp)
+
+
+def make_app(settings: Settings, url: str | None) -> Celery:
+    """The Celery app of a fleet; a worker installs the tasks.
+
+    Args:
+        settings: namespace, lanes, slots.
+        url: Redis; None: the embedded Valkey, started when the app first connects to its broker.
 
     Raises:
         UsageError: for a URL that redis-py and kombu would not read alike.
     """
     app = _FleetApp("batchllm", set_as_current=False, amqp=AMQP)
-    app.fleet_broker = broker_url(url)
+    if url is None:
+        app.find_redis = partial(resolve_url, settings)
+        app.config_from_object(_EmbeddedBroker(app))
+    else:
+        app.fleet_broker = broker_url(url)
+        app.conf.update(broker_url=app.fleet_broker, broker_use_ssl=broker_tls(url))
     app.conf.update(
-        broker_url=app.fleet_broker,
-        broker_use_ssl=broker_tls(url),
         broker_transport_options=_transport_options(settings),
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,  # a worker outlives every outage of its Redis

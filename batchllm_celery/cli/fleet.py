@@ -95,6 +95,8 @@ class _Worker:
     restart_at: float = 0.0
     quick_deaths: int = 0
     log_start: int = 0
+    has_lived: bool = False
+    """Whether a process of it lived long enough: its module could be imported then."""
 
 
 class Fleet:
@@ -198,7 +200,11 @@ class Fleet:
                 self._start(worker)
 
     def _bury(self, worker: _Worker) -> None:
+        assert worker.process is not None
         quick = self._clock() - worker.started < QUICK_DEATH_SECONDS
+        if worker.process.returncode == os.EX_CONFIG and not worker.has_lived:
+            raise FleetError(f"a worker can't import its --app{self._last_words(worker)}")
+        worker.has_lived |= not quick
         worker.quick_deaths = worker.quick_deaths + 1 if quick else 0
         self._quick_deaths += quick
         self._unready_deaths += self.log_dir is not None and _READY not in self._words(worker)

@@ -40,7 +40,6 @@ def worker(processes: int, loglevel: str, **chosen: Any) -> int:
     A second one stops at once. Workers that find no Redis wait for it.
     """
     settings = _settings(chosen)
-    job.import_apps(settings)
     openers(settings)  # an extra that is missing ends the command, not each worker
     _check_redis(settings)
     fleet = Fleet(processes, lambda number: _environment(settings, number), loglevel=loglevel)

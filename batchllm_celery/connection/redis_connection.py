@@ -20,6 +20,7 @@ from redis.asyncio.client import PubSub
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
+from batchllm_celery.connection.broken import BrokenEntries
 from batchllm_celery.connection.reminder import Reminder
 from batchllm_celery.connection.urls import client_url
 from batchllm_celery.errors import RedisDeniedError, RedisUnavailableError, describe
@@ -88,6 +89,7 @@ class Connection:
         self.url = url
         self._denied_seconds = denied_seconds
         self._served = False
+        self.broken = BrokenEntries()
         self._events = Events() if events is None else events
         self._outage: Reminder | None = None
         self.client = _client(url, max_connections, socket_timeout, socket_timeout)

@@ -27,7 +27,6 @@ from batchllm_celery.errors import (
     ProviderError,
     QuotaUnavailableError,
     describe,
-    stack_of,
     text_of,
 )
 from batchllm_celery.events import AttemptFailed, AttemptStarted, Events, ItemFinished, ItemStarted
@@ -50,7 +49,13 @@ from batchllm_celery.models import (
     WorkItemResult,
 )
 from batchllm_celery.strategies.base import LLMCallStrategy, as_completion
-from batchllm_celery.strategies.failures import classify, classify_for, priced_as, status_of
+from batchllm_celery.strategies.failures import (
+    classify,
+    classify_for,
+    log_bug,
+    priced_as,
+    status_of,
+)
 from batchllm_celery.strategies.usage import plausible
 
 logger = logging.getLogger("batchllm_celery")
@@ -240,7 +245,6 @@ class ItemRunner:
         """403s per batch since its last success."""
         self.succeeded_at: dict[str, float] = {}
         """When the last one was, by the monotonic clock."""
-        self._reported: set[tuple[object, ...]] = set()
 
     async def run(self, job: ItemJob) -> WorkItemResult[Any, Any] | Stopped:
         """Drive `job` to its outcome. `cleanup` runs whatever happens.
@@ -268,23 +272,8 @@ class ItemRunner:
         return result
 
     def report(self, job: ItemJob, kind: str, error: BaseException) -> None:
-        """Log what is a bug of the strategy, or of ours: its stack once for each place."""
-        last = error.__traceback__
-        while last is not None and last.tb_next is not None:
-            last = last.tb_next
-        place = (type(error), last and (last.tb_frame.f_code, last.tb_lineno))
-        stack = ""
-        if place not in self._reported:
-            self._reported.add(place)
-            stack = f"\n{stack_of(error)}"
-        logger.error(
-            "item.%s batch_id=%s item_id=%s error=%s%s",
-            kind,
-            job.batch_id,
-            job.item_id,
-            type(error).__name__,
-            stack,
-        )
+        """Log what is a bug of the strategy, or of ours."""
+        log_bug(f"item.{kind}", error, batch_id=job.batch_id, item_id=job.item_id)
 
 
 async def _from_user(function: Callable[..., Awaitable[T]], *arguments: Any) -> T:

@@ -28,7 +28,19 @@ local NUMBERS = {
   'reopen_at', 'submitted_at', 'kept_limit', 'max_calls',
 }
 local WORDS = {'state', 'fail_fast', 'reopen'}
+-- What `create` writes: without one of them the rest says nothing.
+local ALWAYS = {'fed', 'ok', 'failed', 'stopped', 'round', 'rev', 'ttl', 'max_deliveries', 'keep',
+                'spent', 'cost', 'priced', 'input', 'output', 'cached', 'maybe_billed', 'item_bytes',
+                'kept_bytes', 'out_count', 'out_bytes', 'read_count', 'read_bytes', 'kept_limit',
+                'submitted_at', 'fail_fast'}
+local STATES = {open = 1, paused = 1, finished = 1, cancelled = 1, deadline = 1, budget = 1,
+                aborted = 1}
 local meta, loaded = {}, {}
+
+-- Somebody else wrote here, or Redis lost a part: nothing is written on top of it.
+local function broken(name)
+  error('BROKEN ' .. name .. ' script: ')
+end
 
 local function load_meta()
   local names = {}
@@ -37,10 +49,32 @@ local function load_meta()
   local values = call('HMGET', META, unpack(names))
   for i = 1, #names do
     local value = values[i] or nil
-    if i <= #NUMBERS and value then value = tonumber(value) end
+    if i <= #NUMBERS and value then
+      value = tonumber(value)
+      if not value or value ~= value or math.abs(value) > 2 ^ 62 then broken(names[i]) end
+    end
     meta[names[i]], loaded[names[i]] = value, value
   end
-  return meta.state ~= nil
+  if not meta.state then
+    if call('EXISTS', META) == 1 then broken('state') end
+    return false
+  end
+  if not STATES[meta.state] then broken('state') end
+  for i = 1, #ALWAYS do
+    if not meta[ALWAYS[i]] then broken(ALWAYS[i]) end
+  end
+  return true
+end
+
+-- Each key is what it should be. For those that begin something which is paid for, or that look: a
+-- script that met another type half way would have written the one half.
+local TYPES = {'hash', 'hash', 'string', 'zset', 'hash', 'hash', 'hash', 'string', 'string', 'stream',
+               'string'}
+local function check_keys()
+  for i = 1, #KEYS do
+    local found = call('TYPE', KEYS[i]).ok
+    if found ~= TYPES[i] and found ~= 'none' then broken('key is a ' .. found) end
+  end
 end
 
 local function text(value)

@@ -7,6 +7,7 @@
 -- returns  {state, for each item 1 (go), 0 (no longer this process's), or the number of its calls
 --          as a negative number: there are to be no more}
 if not load_meta() then return false end
+check_keys()
 local process, state = ARGV[1], state_now()
 local open = state == 'feeding' or state == 'running'
 local indexes, tokens, answers, starting, counted = {}, {}, {}, {}, {}

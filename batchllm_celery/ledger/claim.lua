@@ -5,6 +5,7 @@
 -- returns  {state, revision, spec or false, now, claims, held, gone}; a claim is
 --          {index, stored payload, losses, round, text of earlier attempts}
 if not load_meta() then return false end
+check_keys()
 local process, token = ARGV[1], ARGV[2]
 local mine = token .. ' ' .. process
 local slots, suspects, worst = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])

@@ -17,7 +17,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from batchllm_celery.connection import Script, client_url
+from batchllm_celery.connection import BrokenEntries, Script, client_url, is_broken
 from batchllm_celery.connection.scripts import refuses_first_line
 from batchllm_celery.errors import describe
 from batchllm_celery.keys import Keys
@@ -76,6 +76,7 @@ class Heartbeat:
         self._heard = heard
         self._interval = interval
         self._presence = presence
+        self._broken = BrokenEntries()
         self._present_at = float("-inf")
         self._script = scripts.BEAT
         self._stopping = threading.Event()
@@ -145,7 +146,8 @@ class Heartbeat:
             answers = self._run_for(client, batches)
         self.last_beat = time.monotonic()
         if batches:
-            self._heard([_beat(*pair) for pair in zip(batches, answers, strict=True)])
+            beats = [self._beat_of(*pair) for pair in zip(batches, answers, strict=True)]
+            self._heard([beat for beat in beats if beat is not None])
         self._show(client)
 
     def _run_for(self, client: redis.Redis, batches: Sequence[str]) -> list[Any]:
@@ -154,6 +156,17 @@ class Heartbeat:
             keys = key_list(self._keys, batch_id)
             commands.append(("EVALSHA", self._script.sha, len(keys), *keys, self._process_id))
         return _pipeline(client, commands)
+
+    def _beat_of(self, batch_id: str, answer: Any) -> Beat | None:
+        """None for a batch that is broken: the others must not lose their beat for it."""
+        if isinstance(answer, Exception):
+            if not is_broken(answer):
+                raise answer
+            self._broken.add("batch", batch_id, answer)
+            return None
+        if answer is None:
+            return Beat(batch_id, None, False)
+        return Beat(batch_id, BatchState(text(answer[0])), bool(answer[1]))
 
     def _show(self, client: redis.Redis) -> None:
         now = time.monotonic()
@@ -182,11 +195,3 @@ def _pipeline(client: redis.Redis, commands: Sequence[Sequence[Any]]) -> list[An
         for command in commands:
             pipeline.execute_command(*command)
         return list(pipeline.execute(raise_on_error=False))
-
-
-def _beat(batch_id: str, answer: Any) -> Beat:
-    if isinstance(answer, Exception):
-        raise answer
-    if answer is None:
-        return Beat(batch_id, None, False)
-    return Beat(batch_id, BatchState(text(answer[0])), bool(answer[1]))

@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Self
 
-from redis.exceptions import NoPermissionError
+from redis.exceptions import NoPermissionError, ResponseError
 
-from batchllm_celery.connection import Connection
-from batchllm_celery.errors import BatchNotFoundError
+from batchllm_celery.connection import Connection, is_broken, readable
+from batchllm_celery.errors import BatchNotFoundError, BatchUnreadableError
 from batchllm_celery.events import Events
 from batchllm_celery.keys import Keys
 from batchllm_celery.ledger import scripts
@@ -91,7 +91,15 @@ class Ledger(WorkerSide, ProducerSide):
         self._run_id = run_id
         offered = []
         for batch_id in batch_ids:
-            indexes, over = await self._offer_of(batch_id, n, lost_only, run_id)
+            try:
+                indexes, over = await self._offer_of(batch_id, n, lost_only, run_id)
+            except BatchUnreadableError:
+                continue  # `status` names it; the others go on
+            except Exception as error:
+                if not is_broken(error):
+                    raise
+                self._connection.broken.add("batch", batch_id, error)
+                continue
             n -= len(indexes)
             if indexes:
                 offered.append((batch_id, indexes))
@@ -144,8 +152,14 @@ class Ledger(WorkerSide, ProducerSide):
 
     async def _range_of(self, key: str, first: int, last: int) -> list[str]:
         client: Any = self._connection.client
-        found = await self._connection.patiently(lambda: client.zrange(key, first, last))
-        return [text(one) for one in found]
+        try:
+            found = await self._connection.patiently(lambda: client.zrange(key, first, last))
+        except ResponseError as error:
+            if not is_broken(error):
+                raise
+            self._connection.broken.add("list", key, error)
+            return []
+        return readable(found, "batch", self._connection.broken)
 
     async def _offer_of(
         self, batch_id: str, n: int, lost_only: bool, run_id: str
@@ -196,7 +210,7 @@ class Ledger(WorkerSide, ProducerSide):
                 await self._record_again(batch_id, forgotten.get(batch_id, []))
                 await self._adopt(batch_id)
                 await self._release_strays(batch_id)
-            except BatchNotFoundError:
+            except (BatchNotFoundError, BatchUnreadableError):
                 continue
 
     async def _record_again(self, batch_id: str, values: Sequence[Argument]) -> None:

@@ -15,7 +15,7 @@ from batchllm_celery.errors import BatchNotFoundError, FailureKind, UsageError, 
 from batchllm_celery.events import Events
 from batchllm_celery.keys import Keys
 from batchllm_celery.ledger import scripts
-from batchllm_celery.ledger.calls import Argument, LedgerCalls, text
+from batchllm_celery.ledger.calls import Argument, LedgerCalls, text, unreadable
 from batchllm_celery.ledger.claims import Claim, ClaimReply, Holding, Tries
 from batchllm_celery.ledger.payload import Stored
 from batchllm_celery.ledger.results import encode_result
@@ -251,6 +251,8 @@ class WorkerSide(LedgerCalls):
         wanted, found = list(owner), _Found()
         for first in range(0, max(1, len(wanted)), CALL_ITEMS):
             await self._claim_some(calls, wanted[first : first + CALL_ITEMS], found)
+        if found.unreadable:
+            raise unreadable(calls.batch_id, "its spec is corrupted or of a newer version")
         return [
             _reply(calls, number, indexes, owner, found) for number, indexes in enumerate(requests)
         ]
@@ -262,10 +264,10 @@ class WorkerSide(LedgerCalls):
         arguments: list[Argument] = [self.process_id, token, calls.revision, *limits, *indexes]
         try:
             reply = await self._run(scripts.CLAIM, calls.batch_id, arguments)
-            unreadable = self._take_in(calls, token, reply, found)
-            if unreadable:
+            back = self._take_in(calls, token, reply, found)
+            if back:
                 later = round(self._settings.offer_seconds * REOFFER * 1000)
-                arguments = [self.process_id, later, *unreadable]
+                arguments = [self.process_id, later, *back]
                 await self._run(scripts.RELEASE, calls.batch_id, arguments)
         except BaseException:
             self._unsure.add(calls.batch_id)
@@ -281,7 +283,13 @@ class WorkerSide(LedgerCalls):
         found.state = BatchState(text(state))
         self._note(calls.batch_id, found.state)
         if spec is not None:
-            calls.revision, calls.spec = revision, BatchSpec.model_validate_json(spec)
+            try:
+                calls.spec, calls.revision = BatchSpec.model_validate_json(spec), revision
+            except ValueError as error:
+                self._connection.broken.add("batch", calls.batch_id, error)
+                found.unreadable = True
+        if found.unreadable:  # of a newer version, say: for another process
+            return [part for entry in claims for part in (entry[0], token, 0)]
         found.gone.update(gone)
         for entry in claims:
             try:
@@ -378,6 +386,8 @@ class _Found:
         self.state = BatchState.RUNNING
         self.claims: dict[int, Claim] = {}
         self.gone: set[int] = set()
+        self.unreadable = False
+        """Whether the spec of the batch can't be read here."""
 
 
 def _reply(

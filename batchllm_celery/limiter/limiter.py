@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 from typing import Self
 
 from redis.asyncio.client import PubSub
+from redis.exceptions import ResponseError
 
-from batchllm_celery.connection import Connection, Script
+from batchllm_celery.connection import Connection, Script, is_broken, readable
 from batchllm_celery.errors import QuotaConflictError, QuotaUnavailableError
 from batchllm_celery.events import (
     CooldownEnded,
@@ -174,11 +175,26 @@ class Limiter:
 
     async def states(self) -> list[QuotaState]:
         """All quotas of the namespace that were used in the last month."""
-        client = self._connection.client
-        names: list[bytes] = await self._connection.patiently(
-            lambda: client.execute_command("ZRANGE", self._keys.quotas, 0, -1)
-        )
-        return [await self.state(name.decode()) for name in names]
+        client, broken = self._connection.client, self._connection.broken
+        try:
+            names: list[bytes] = await self._connection.patiently(
+                lambda: client.execute_command("ZRANGE", self._keys.quotas, 0, -1)
+            )
+        except ResponseError as error:
+            if not is_broken(error):
+                raise
+            broken.add("list", self._keys.quotas, error)
+            return []
+        found = []
+        for name in readable(names, "quota", broken):
+            try:
+                found.append(await self.state(name))
+                broken.mended("quota", name)
+            except Exception as error:
+                if not is_broken(error):
+                    raise
+                broken.add("quota", name, error)
+        return found
 
     async def _remember(self, quota: str) -> None:
         async def add() -> None:

@@ -61,7 +61,7 @@ class BatchSpec(Model):
         model: what prices are looked up under (`PROVIDER:NAME`), where it is known.
     """
 
-    version: int = SCHEMA_VERSION
+    version: int = Field(default=SCHEMA_VERSION, ge=SCHEMA_VERSION, le=SCHEMA_VERSION)
     batch_id: str
     strategy: StrategySpec
     quota: str | None = None

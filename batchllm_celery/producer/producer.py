@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import AsyncExitStack
 from typing import Any, Self
 
+from batchllm_celery.connection import BrokenEntry
 from batchllm_celery.errors import BatchConflictError, BatchNotFoundError, FailureKind
 from batchllm_celery.events import Events
 from batchllm_celery.ledger import WorkerInfo
@@ -297,6 +298,14 @@ class Producer:
     def quotas(self) -> list[QuotaState]:
         """The quotas in use, with their limiter's state."""
         return self._session.run(lambda session: session.limiter.states())
+
+    def broken(self) -> list[BrokenEntry]:
+        """What `batches`, `quotas` and `workers` have met so far and could not read."""
+
+        async def found(session: Session) -> list[BrokenEntry]:
+            return session.connection.broken.all()
+
+        return self._session.run(found)
 
     def quota(self, name: str) -> QuotaState | None:
         """One quota's limiter state; None if nobody has used it."""

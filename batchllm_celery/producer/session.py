@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
@@ -33,6 +34,8 @@ class Session:
         self._app = app
         self._url: str | None = None
         self._lock = threading.Lock()
+        self._pid = os.getpid()
+        self._inherited: list[AsyncExitStack] = []
         revive_when_lost(events)
         self._stack: AsyncExitStack | None = None
 
@@ -81,7 +84,17 @@ class Session:
         """Send one message; blocks, so never on the loop thread. False where it gave up."""
         return publish(self.app, batch_id, indexes, queue=queue, priority=priority, give_up=give_up)
 
+    def _forget_after_fork(self) -> None:
+        """A child opens its own: what the parent has belongs to the parent's loop. It is kept, not
+        closed: closing it here would unregister descriptors that parent and child share."""
+        if self._pid != os.getpid():
+            self._pid = os.getpid()
+            if self._stack is not None:
+                self._inherited.append(self._stack)
+            self._stack = None
+
     async def _open(self) -> None:
+        self._forget_after_fork()
         if self._stack is not None:
             return
         stack = AsyncExitStack()
@@ -103,6 +116,7 @@ class Session:
 
     def close(self) -> None:
         """Give back locks and connections; repeating it is harmless."""
+        self._forget_after_fork()
         stack, self._stack = self._stack, None
         if stack is not None:
             event_loop.run(stack.aclose())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping
@@ -183,6 +184,10 @@ def as_completion(answer: Any) -> Completion[Any]:
         output, told, metadata = answer.output, answer.usage, answer.metadata
     elif isinstance(answer, tuple) and len(answer) == 2:
         (output, told), metadata = answer, {}
+    elif inspect.isawaitable(answer):
+        if inspect.iscoroutine(answer):
+            answer.close()
+        raise TypeError("execute() returned an awaitable: an `await` is missing before its answer")
     else:
         raise TypeError(
             f"execute() must return (output, usage) or a Completion, not {type(answer).__name__}"

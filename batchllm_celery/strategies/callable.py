@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -43,7 +44,10 @@ class CallableStrategy(LLMCallStrategy[TOutput]):
         self, prompt: str, attempt: int, timeout: float, state: RetryState | None = None
     ) -> Completion[Any]:
         """Await the function. An answer without usage counts no tokens."""
-        answer = await self.function(prompt)
+        called = self.function(prompt)
+        if not inspect.isawaitable(called):
+            raise TypeError("the function of a CallableStrategy must be async")
+        answer = await called
         return as_completion(answer) if _has_usage(answer) else Completion(answer)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import re
 import socket
 import ssl
@@ -24,6 +25,7 @@ from batchllm_celery.errors import (
     ProviderError,
     TokenTrackingError,
     describe,
+    stack_of,
     text_of,
 )
 from batchllm_celery.models import NO_TOKENS, Failure, TokenUsage
@@ -216,6 +218,31 @@ def _checked(failure: Failure) -> Failure:
         None if failure.retry_after is None else _seconds(failure.retry_after),
         read_usage(failure.usage),
     )
+
+
+#: Seconds until the same bug is logged again.
+BUG_SECONDS = 60.0
+#: Bugs that a process tells apart; further ones are not logged.
+MOST_BUGS = 100
+_logged: dict[object, float] = {}
+
+
+def log_bug(event: str, error: BaseException, **fields: str) -> None:
+    """Log where user code (or ours) failed, at ERROR, once a minute for each place.
+
+    The exception's own text stands in the item's result: here it might quote a prompt or a key.
+    """
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    bug = (event, type(error), last and (last.tb_frame.f_code, last.tb_lineno))
+    now = time.monotonic()
+    known = bug in _logged
+    if now - _logged.get(bug, -math.inf) < BUG_SECONDS or (not known and len(_logged) >= MOST_BUGS):
+        return
+    _logged[bug] = now
+    words = " ".join(f"{name}={value}" for name, value in fields.items())
+    logger.error("%s %s error=%s\n%s", event, words, type(error).__name__, stack_of(error))
 
 
 def kind_of_status(status: int) -> FailureKind:

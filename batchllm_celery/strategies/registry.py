@@ -23,6 +23,7 @@ from batchllm_celery.models import StrategySpec
 from batchllm_celery.models.names import as_label, check_label
 from batchllm_celery.redaction import keep_secrets_of
 from batchllm_celery.strategies.base import LLMCallStrategy, ProcessResources, close_quietly
+from batchllm_celery.strategies.failures import log_bug
 
 #: Strategies built from names that a process keeps open; of more, idle ones are closed. A fleet has
 #: a handful, but items may each bring parameters of their own.
@@ -73,6 +74,7 @@ class Registration:
         except UsageError:
             raise
         except Exception as error:  # a setting is missing, say: no other item fares better
+            log_bug("strategy.factory_failed", error, strategy=self.name)
             raise UsageError(
                 f"strategy {self.name!r}: its factory failed: {describe(error)}"
             ) from error
@@ -81,7 +83,18 @@ class Registration:
                 f"strategy {self.name!r}: its factory returned {type(built).__name__}, "
                 f"not an LLMCallStrategy"
             )
+        _check_async(self.name, built)
         return built
+
+
+def _check_async(name: str, strategy: Any) -> None:
+    """One word when it is registered or built, in place of asyncio's for each item."""
+    execute = getattr(strategy, "execute", None)
+    if not (inspect.iscoroutinefunction(execute) or asyncio.iscoroutinefunction(execute)):
+        raise UsageError(
+            f"strategy {name!r}: its execute() must be `async def`; "
+            f"run blocking code by `await asyncio.to_thread(...)`"
+        )
 
 
 def _parameters(factory: Factory) -> str:
@@ -164,10 +177,16 @@ def strategy(name: str, *, quota: str | None = None) -> Callable[[F], F]:
         quota: the quota its calls draw on; None: PROVIDER:MODEL of the strategy.
 
     Raises:
-        UsageError: for a name or a quota that can't be one, or if another factory has the name.
+        UsageError: for a name or a quota that can't be one, if another factory has the name, or if
+            the class has an `execute` that is not async.
     """
+    check_label(name, "strategy name")
+    if quota is not None:
+        check_label(quota, "quota name")
 
     def register(factory: F) -> F:
+        if inspect.isclass(factory):
+            _check_async(name, factory)
         catalog.register(Registration(name, factory, quota))
         return factory
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 import traceback
+from collections.abc import Callable
 from typing import Annotated, Any
 
 from celery import signals
@@ -177,13 +178,13 @@ def _validate(model: type[BaseModel], values: Any, part: str) -> None:
         raise BadMessageError(f"{field}: {first['type']}") from None
 
 
-def guarded(consumer: type[Any], *, only_ours: bool) -> type[Any]:
+def guarded(consumer: type[Any], *, only_ours: Callable[[], bool]) -> type[Any]:
     """A Celery consumer class whose process no message can end.
 
     Args:
         consumer: the class that the worker would use.
-        only_ours: the app has no tasks but ours. Celery's own answer to an unknown task (its
-            failure goes to the result backend) then serves nobody.
+        only_ours: whether the app has no tasks but ours. Celery's own answer to an unknown task
+            (its failure goes to the result backend) then serves nobody.
     """
 
     class Guarded(consumer):  # type: ignore[misc]  # the host chooses the class
@@ -238,7 +239,7 @@ def guarded(consumer: type[Any], *, only_ours: bool) -> type[Any]:
             signals.task_rejected.send(sender=self, message=message, exc=exc)
 
         def on_unknown_task(self, body: Any, message: Message, exc: Exception) -> None:
-            if only_ours or len(repr(message.headers)) > MOST_HEADER_CHARACTERS:
+            if only_ours() or len(repr(message.headers)) > MOST_HEADER_CHARACTERS:
                 self._drop(message, "its task is not registered here")
             else:
                 super().on_unknown_task(body, message, exc)

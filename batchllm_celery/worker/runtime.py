@@ -14,7 +14,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from batchllm_celery.connection import Connection
-from batchllm_celery.errors import BatchNotFoundError, FailureKind, UsageError, describe
+from batchllm_celery.errors import (
+    BatchNotFoundError,
+    BatchUnreadableError,
+    FailureKind,
+    UsageError,
+    describe,
+)
 from batchllm_celery.events import Events, WorkerStarted, WorkerStopped
 from batchllm_celery.execution import ItemJob, ItemRunner, Prices, Stopped
 from batchllm_celery.execution.pricing import given_prices
@@ -249,6 +255,7 @@ class Runtime:
         connection = await parts.enter_async_context(
             Connection(self._url, events=self.events, denied_seconds=settings.lease_seconds)
         )
+        self._connection = connection
         keys = Keys(settings.namespace, connection.database)
         await connection.patiently(connection.ping)
         self.ledger = await parts.enter_async_context(
@@ -305,7 +312,11 @@ class Runtime:
             queues=",".join(self.queues),
             started_at=self._started_at,
             dropped_messages=self.dropped_messages(),
+            unreadable=",".join(self._unreadable()[:5]),
         )
+
+    def _unreadable(self) -> list[str]:
+        return [entry.name for entry in self._connection.broken.all() if entry.kind == "batch"]
 
     def _in_background(self, parts: contextlib.AsyncExitStack, work: Awaitable[None]) -> None:
         task = asyncio.ensure_future(work)
@@ -381,6 +392,8 @@ class Runtime:
                 tally.unknown = True
                 logger.warning("batch.unknown batch_id=%s", batch_id)
                 return tally
+            except BatchUnreadableError:
+                return tally  # it has been logged; `status` names it
             if self.draining:  # since we asked: nobody else would hand them back
                 await self.ledger.release(reply.claims)
                 tally.returned = len(reply.claims)
@@ -592,10 +605,13 @@ class Runtime:
                 continue
             try:
                 await self.ledger.reconcile(self._runs)
-                for queue in self.queues:
+            except Exception as error:  # the next look may do better
+                logger.warning("reconcile.failed error=%s", describe(error))
+            for queue in self.queues:
+                try:
                     await self._offer(queue)
-            except Exception as error:  # the next look may do better; without any, work is lost
-                logger.warning("offer.failed error=%s", describe(error))
+                except Exception as error:  # without any further look, work is lost
+                    logger.warning("offer.failed queue=%s error=%s", queue, describe(error))
 
     def _runs(self, claim: Claim) -> bool:
         running = self._running.get((claim.batch_id, claim.index))

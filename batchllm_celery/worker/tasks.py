@@ -7,7 +7,10 @@ import gc
 import importlib
 import logging
 import os
+import sys
 import threading
+import traceback
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +32,7 @@ from batchllm_celery.queue import (
     ITEMS_HEADER,
     OFFERED,
     RUN_ITEMS,
+    is_fleet,
     make_app,
     publish,
     redis_of,
@@ -70,8 +74,7 @@ def worker_app() -> Celery:
     Without BATCHLLM_REDIS_URL it runs on the embedded Valkey.
     """
     settings = Settings()
-    url = resolve_url(settings)
-    return install(make_app(settings, url), settings=settings, redis_url=url)
+    return install(make_app(settings, settings.redis_url), settings=settings)
 
 
 def install(
@@ -93,15 +96,21 @@ def install(
             OpenTelemetry.
 
     Returns:
-        The app.
+        The app. Installing again changes nothing.
 
     Raises:
-        UsageError: nothing says where, and the app's broker is no single Redis.
+        UsageError: it was installed with other settings or another `redis_url`; or nothing says
+            where Redis is, and the app's broker is no single Redis.
     """
     settings = settings or Settings()
-    if app.conf.broker_url:  # else it is still to come
-        redis_url = redis_of(app, settings, redis_url)
+    known = _installed.get(app)
+    if known is not None:
+        if known.settings != settings or known.redis_url != redis_url:
+            raise UsageError("this app is installed already, with other settings")
+        return app
     process = _Process(app, settings, redis_url, listeners)
+    process.check_redis()
+    _installed[app] = process
 
     @app.task(name=RUN_ITEMS, bind=True, acks_late=True, ignore_result=True, throws=(ItemsFailed,))
     def run_items(self: Any, batch_id: str, indexes: list[int]) -> Outcome:
@@ -110,6 +119,10 @@ def install(
 
     process.connect()
     return app
+
+
+#: An app has one runtime in a process, however often it is installed.
+_installed: weakref.WeakKeyDictionary[Celery, _Process] = weakref.WeakKeyDictionary()
 
 
 def has_only_our_tasks(app: Celery) -> bool:
@@ -134,8 +147,9 @@ class _Process:
         self, app: Celery, settings: Settings, redis_url: str | None, listeners: Sequence[Listener]
     ) -> None:
         self._app = app
-        self._settings = settings
-        self._redis_url = redis_url
+        self.settings = settings
+        self.redis_url = redis_url
+        self._is_worker = False
         self._lock = threading.Lock()
         self._runtime: Runtime | None = None
         self._pid = self._probed = 0
@@ -197,8 +211,8 @@ class _Process:
     def _make(self) -> Runtime:
         self._opened = list(self._open_listeners())
         runtime = Runtime(
-            self._settings,
-            redis_of(self._app, self._settings, self._redis_url),
+            self.settings,
+            self.redis(),
             self._publish,
             slots=self._slots,
             events=Events(LogListener(), self._retry_events, *self._listeners, *self._opened),
@@ -218,10 +232,26 @@ class _Process:
             except UsageError as error:  # no reason to leave the items alone
                 logger.error("listener.not_opened error=%s", error)
 
+    def redis(self) -> str:
+        """Where ledger and limiter live; of our own app without a URL: the embedded Valkey."""
+        if self.redis_url is None and self.settings.redis_url is None and is_fleet(self._app):
+            return resolve_url(self.settings)
+        return redis_of(self._app, self.settings, self.redis_url)
+
+    def check_redis(self) -> None:
+        """Say at once what `redis` would say, where that needs no look at our own app's broker,
+        which would start the embedded Valkey.
+
+        Raises:
+            UsageError: the broker of a host's app is no single Redis.
+        """
+        if not is_fleet(self._app) and self._app.conf.broker_url:  # else it is still to come
+            self.redis()
+
     def _lanes(self) -> list[str]:
         """The lanes that this worker consumes; the app's default queue is the lane `default`."""
         default = self._app.conf.task_default_queue
-        consumed = list(self._app.amqp.queues.consume_from) or self._settings.queues
+        consumed = list(self._app.amqp.queues.consume_from) or self.settings.queues
         return [DEFAULT_QUEUE if name == default else name for name in consumed]
 
     def _publish(self, batch_id: str, indexes: Any, queue: str, priority: int) -> None:
@@ -230,30 +260,31 @@ class _Process:
     # -- signals ----------------------------------------------------------------------------------
 
     def _on_init(self, sender: Any, **_: Any) -> None:
-        """Import the modules that register strategies, before the first message comes."""
+        """Import the modules that register strategies, before the first message comes; under
+        prefork, before the fork."""
+        self._is_worker = sender.app is self._app
+        if not self._is_worker:
+            return
         use_in(self._app)
         sender.consumer_cls = guarded(
-            symbol_by_name(sender.consumer_cls), only_ours=has_only_our_tasks(self._app)
+            symbol_by_name(sender.consumer_cls), only_ours=lambda: has_only_our_tasks(self._app)
         )
         try:
-            redis_of(self._app, self._settings, self._redis_url)
+            self.redis()
         except UsageError as error:
             raise SystemExit(f"Error: {error}") from error
         self._task_events = bool(sender.task_events)
         try:
-            self._openers = switched_on.openers(self._settings)
+            self._openers = switched_on.openers(self.settings)
         except UsageError as error:
             raise SystemExit(f"Error: {error}") from error
-        for name in filter(None, (self._settings.app or "").split(",")):
-            try:
-                importlib.import_module(name.strip())
-            except ImportError as error:
-                raise SystemExit(f"Error: --app {name.strip()!r}: {error}") from error
+        for name in filter(None, (self.settings.app or "").split(",")):
+            _import_or_end(name.strip())
 
     def _on_pool_started(self, worker: Any) -> None:
         if not _forks(worker.pool):
             self._tell_probes()
-        url = redis_of(self._app, self._settings, self._redis_url)
+        url = self.redis()
         # An app with another broker has other work to do meanwhile.
         if self._app.conf.broker_url != broker_url(url) or not url.startswith(REDIS_SCHEMES):
             return
@@ -267,15 +298,15 @@ class _Process:
 
     def _tell_probes(self) -> None:
         """Touch the heartbeat file from this process' loop, whether Redis is there or not."""
-        file = self._settings.heartbeat_file
+        file = self.settings.heartbeat_file
         if file is not None and self._probed != os.getpid():
             self._probed = os.getpid()
-            touching = touch_forever(file, self._settings.heartbeat_seconds)
+            touching = touch_forever(file, self.settings.heartbeat_seconds)
             asyncio.run_coroutine_threadsafe(touching, event_loop.loop())
 
     def _on_ready(self, sender: Any, **_: Any) -> None:
         pool = sender.pool
-        if _forks(pool):
+        if not self._is_worker or _forks(pool):
             return  # its children open their own; a thread or a loop before a fork is trouble
         gather_task_events(sender)
         if hasattr(pool, "admit"):
@@ -295,6 +326,8 @@ class _Process:
             self._current().expect(min(items, MOST_ITEMS))
 
     def _on_process_init(self, **_: Any) -> None:
+        if not self._is_worker:
+            return
         self._tell_probes()
         asyncio.run_coroutine_threadsafe(self._current().open(), event_loop.loop())
 
@@ -312,3 +345,21 @@ class _Process:
             event_loop.close()
             for listener in self._opened:
                 getattr(listener, "close", _nothing)()
+
+
+def _import_or_end(module: str) -> None:
+    """Import a module that registers strategies; without it every item here would fail.
+
+    Celery logs and swallows what a signal's receiver raises, but for SystemExit.
+    """
+    try:
+        importlib.import_module(module)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a module may call sys.exit
+        frames = traceback.extract_tb(error.__traceback__)
+        at = next((frame for frame in frames if frame.name == "<module>"), frames[-1])
+        quiet = isinstance(error, ImportError | SyntaxError)  # they name it themselves
+        place = "" if quiet else f" ({at.filename}:{at.lineno})"
+        print(f"Error: --app {module!r}: {describe(error)}{place}", file=sys.stderr, flush=True)
+        raise SystemExit(os.EX_CONFIG) from error

@@ -13,6 +13,7 @@ import redis
 from kombu import Consumer, Message, Producer, Queue
 
 from batchllm_celery.connection import broker_url
+from batchllm_celery.worker import redis_transport
 from batchllm_celery.worker.broker import MOST_TOGETHER, Amqp, fetch_together
 
 WAITING = 40
@@ -69,6 +70,12 @@ def opened(url: str, namespace: str, **options: Any) -> Iterator[Reader]:
             fetch_together(None)
             for key in client.scan_iter(f"{prefix}*"):
                 client.delete(key)
+
+
+@pytest.fixture(autouse=True)
+def _always_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow this machine is, a message that came had others behind it."""
+    monkeypatch.setattr(redis_transport, "BUSY_SECONDS", 60.0)
 
 
 @pytest.fixture

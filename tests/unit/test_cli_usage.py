@@ -109,7 +109,6 @@ SIMULATED = (*RUN, "--model", "simulated")
         (("worker", "--redis-url", "redis://h/mydb"), "a number"),
         ((*SIMULATED, "--redis-url", "redis://a/5;redis://b/5"), "one server"),
         (("status", "--redis-url", "redis://127.0.0.1:1/0"), "127.0.0.1:1"),
-        (("worker", "--app", "no_such_module"), "--app no_such_module"),
     ],
 )
 def test_a_wrong_request_is_one_line_and_exit_2(
