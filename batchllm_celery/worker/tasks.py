@@ -35,6 +35,10 @@ from batchllm_celery.worker.task_events import gather_task_events
 logger = logging.getLogger("batchllm_celery")
 
 
+#: Seconds.
+NO_TIME_LIMIT = 10**8
+
+
 class ItemsFailed(Exception):
     """Shows a message some of whose items failed for good as failed, in Celery and in Flower."""
 
@@ -80,7 +84,17 @@ def install(
     settings = settings or Settings()
     process = _Process(app, settings, redis_url)
 
-    @app.task(name=RUN_ITEMS, bind=True, acks_late=True, ignore_result=True, throws=(ItemsFailed,))
+    @app.task(
+        name=RUN_ITEMS,
+        bind=True,
+        acks_late=True,
+        ignore_result=True,
+        throws=(ItemsFailed,),
+        # Out of reach: Celery reads 0 and None as the host's, and a limit shorter than a call has
+        # every item paid for again and again. The item runner has limits of its own.
+        time_limit=NO_TIME_LIMIT,
+        soft_time_limit=NO_TIME_LIMIT,
+    )
     def run_items(self: Any, batch_id: str, indexes: list[int]) -> Outcome:
         request = self.request
         return event_loop.run(process.run_items(request.id, request.hostname, batch_id, indexes))
@@ -116,7 +130,12 @@ class _Process:
     ) -> Outcome:
         runtime = self._current()
         async with self._retry_events.of(task_id, hostname) as retries:
-            tally = await runtime.run_items(batch_id, indexes, offered=task_id.startswith(OFFERED))
+            tally = await runtime.run_items(
+                batch_id,
+                indexes,
+                offered=task_id.startswith(OFFERED),
+                time_limit=self._time_limit(),
+            )
         if tally.failed:
             raise ItemsFailed(f"{tally}{retries}")
         return Outcome(f"{tally}{retries}")
@@ -179,6 +198,14 @@ class _Process:
     def _on_init(self, sender: Any, **_: Any) -> None:
         """Import the modules that register strategies, before the first message comes."""
         self._task_events = bool(sender.task_events)
+        limit = self._time_limit()
+        if limit is not None:
+            logger.warning(
+                "worker.time_limit seconds=%g: Celery's time limit for %s cuts calls off; "
+                "leave it out of task_annotations",
+                limit,
+                RUN_ITEMS,
+            )
         for name in filter(None, (self._settings.app or "").split(",")):
             try:
                 importlib.import_module(name.strip())
@@ -200,6 +227,14 @@ class _Process:
             gc.collect()
             gc.freeze()
         asyncio.run_coroutine_threadsafe(self._current().open(), event_loop.loop())
+
+    def _time_limit(self) -> float | None:
+        """Seconds that Celery lets the task run, where the host has set a limit for it after all
+        (by `task_annotations`, say)."""
+        task = self._app.tasks[RUN_ITEMS]
+        limits = [one for one in (task.time_limit, task.soft_time_limit) if one]
+        shortest = min(limits, default=NO_TIME_LIMIT)
+        return None if shortest >= NO_TIME_LIMIT else float(shortest)
 
     def _seen(self, headers: dict[str, Any]) -> None:
         if headers.get("task") == RUN_ITEMS:
