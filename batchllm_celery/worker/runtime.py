@@ -546,9 +546,9 @@ class Runtime:
         self, claim: Claim, result: WorkItemResult[Any, Any]
     ) -> WorkItemResult[Any, Any]:
         # It arrives even if this task is cancelled now: the answer is paid for.
-        await self.ledger.record(
-            claim, result, spent_tokens=result.token_usage.total_tokens, cost=result.cost
-        )
+        result, line = await self.ledger.fitting(result)
+        tokens = result.token_usage.total_tokens
+        await self.ledger.record(claim, result, spent_tokens=tokens, cost=result.cost, line=line)
         return result
 
     # -- control ----------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import redis
 
 from batchllm_celery import (
     Batch,
@@ -34,6 +35,7 @@ from batchllm_celery.models import (
 )
 from batchllm_celery.settings import Settings
 from batchllm_celery.worker.runtime import Runtime
+from tests.support import ValkeyServer
 from tests.unit.test_item_runner import FakeLimiter
 
 WIDE = Quota(name="wide", limits=QuotaLimits(requests_per_minute=1_000_000))
@@ -157,6 +159,7 @@ ENDLESS: dict[str, Callable[[], Any]] = {
     "days that end at once": _kind(FailureKind.QUOTA_EXHAUSTED, retry_after=0),
     "days without an end": _kind(FailureKind.QUOTA_EXHAUSTED),
     "overloads": _kind(FailureKind.OVERLOADED),
+    "a large answer": lambda: ("x" * 2_000_000, USAGE),
 }
 
 
@@ -236,7 +239,7 @@ async def test_what_goes_wrong_beside_the_call_ends_the_item_too(
         assert "async def" in (results[0].error or "")
 
 
-@pytest.mark.parametrize("how", ENDLESS)
+@pytest.mark.parametrize("how", [how for how in ENDLESS if how != "a large answer"])
 async def test_what_would_go_on_for_ever_ends_as_exhausted(runtime: Runtime, how: str) -> None:
     """Refusals, day's ends and overloads: at most the bound's calls, then the last error's name."""
     config = FAST.model_copy(update={"max_rate_limit_retries": 3})
@@ -299,3 +302,25 @@ async def test_a_deep_context_costs_one_call_at_most(
     else:
         assert results["deep"].error_kind is FailureKind.INVALID_INPUT
         assert "nested deeper" in (results["deep"].error or "")
+
+
+async def test_an_answer_larger_than_redis_takes_is_paid_once_and_says_so(namespace: str) -> None:
+    """In place of the connection's end, five more calls and the word that the worker died."""
+    server = ValkeyServer().start()
+    try:
+        with redis.Redis.from_url(server.url) as client:
+            client.config_set("proto-max-bulk-len", 1024**2)
+        settings = Settings(redis_url=server.url, namespace=namespace)
+        small = Runtime(settings, server.url, lambda *_: None, slots=4)
+        await small.open()
+        try:
+            async with asyncio.timeout(30):
+                [result] = await run(small, ["a"], "a large answer", config=FAST)
+        finally:
+            await small.close()
+    finally:
+        await asyncio.to_thread(server.stop)
+    assert calls["a"] == 1
+    assert result.error_kind is FailureKind.LOGIC_ERROR
+    assert "proto-max-bulk-len" in (result.error or "")
+    assert result.token_usage.total_tokens == 5
