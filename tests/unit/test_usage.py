@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from decimal import Decimal
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -131,7 +131,7 @@ def test_every_sdks_usage_is_understood_as_a_mapping_and_as_an_object(shape: str
     """In a Completion and in the pair, nested details included."""
     given, wanted = SHAPES[shape]
     for usage in (given, as_object(given)):
-        for answer in (Completion("x", usage), ("x", usage)):
+        for answer in (Completion("x", cast(TokenUsage, usage)), ("x", usage)):
             told = as_completion(answer).usage
             found = (told.input_tokens, told.output_tokens, told.cached_input_tokens)
             assert found == wanted
