@@ -807,7 +807,6 @@ async def test_a_bug_leaves_its_stack_in_the_log_once_and_no_word_of_the_row(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """File, line and type; the message may quote a prompt. The next item's is one line."""
-
     words = ["secret", "prompt"]
 
     async def quote() -> Any:
