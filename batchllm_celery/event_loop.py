@@ -12,11 +12,16 @@ import asyncio
 import atexit
 import concurrent.futures
 import contextlib
+import logging
 import os
 import sys
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
+
+from batchllm_celery.errors import stack_of
+
+logger = logging.getLogger("batchllm_celery")
 
 T = TypeVar("T")
 
@@ -53,11 +58,23 @@ class _LoopThread:
         asyncio.set_event_loop(self.loop)
         self.loop.call_soon(self._running.set)
         try:
-            self.loop.run_forever()
+            self._run()
             self.loop.run_until_complete(_cancel_everything())
             self.loop.run_until_complete(self.loop.shutdown_asyncgens())
         finally:
             self.loop.close()
+
+    def _run(self) -> None:
+        """Run until `stop`: a task that calls `sys.exit` ends itself, and not everybody's loop."""
+        while True:
+            try:
+                return self.loop.run_forever()
+            except (SystemExit, KeyboardInterrupt) as error:
+                logger.error(
+                    "event_loop.exit_ignored error=%s: a task of a strategy raised it\n%s",
+                    type(error).__name__,
+                    stack_of(error),
+                )
 
 
 def _new_loop() -> asyncio.AbstractEventLoop:

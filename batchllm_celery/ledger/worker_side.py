@@ -10,6 +10,8 @@ from collections import defaultdict, deque
 from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
+from redis.exceptions import ResponseError
+
 from batchllm_celery.connection import Coalescer, Connection
 from batchllm_celery.errors import BatchNotFoundError, FailureKind, UsageError, describe
 from batchllm_celery.events import Events
@@ -43,6 +45,8 @@ KNOWN_BATCHES = 64
 #: Outcomes that are kept for a Redis that comes back without its last second, and how long.
 RECENT_OUTCOMES = 20_000
 RECENT_SECONDS = 30.0
+#: Redis takes so much as one value whatever its configuration, and so much by default.
+LEAST_VALUE_BYTES, DEFAULT_VALUE_BYTES = 1024**2, 512 * 1024**2
 #: An offered item is offered again after this many idle times of a worker.
 REOFFER = 5
 
@@ -93,6 +97,7 @@ class WorkerSide(LedgerCalls):
         self._calls: dict[str, _BatchCalls] = {}
         self._unsure: set[str] = set()  # batches of which Redis may believe that we hold more
         self._claiming: set[str] = set()  # tokens of claims whose reply is not here yet
+        self._value_bytes: int | None = None
         self._recent: deque[_Recent] = deque(maxlen=RECENT_OUTCOMES)
         self._moving = asyncio.Lock()  # adopt must not bring back what is being released
 
@@ -154,6 +159,45 @@ class WorkerSide(LedgerCalls):
             claim.given_up += cut_off
             raise
 
+    async def fitting(
+        self, result: WorkItemResult[Any, Any]
+    ) -> tuple[WorkItemResult[Any, Any], bytes]:
+        """The result and its line; a failure that says so in place of one that is larger than what
+        Redis takes as one value: sent all the same, it would end the connection."""
+        line = encode_result(result)
+        if len(line) < LEAST_VALUE_BYTES or len(line) <= await self._largest_value():
+            return result, line
+        limit = await self._largest_value()
+        logger.error("result.too_large item_id=%s bytes=%d", result.item_id, len(line))
+        failed: dict[str, Any] = {
+            "success": False,
+            "output": None,
+            "metadata": {},
+            "error_kind": FailureKind.LOGIC_ERROR,
+            "error": f"AnswerTooLarge: its result has {len(line):,} bytes, and Redis takes "
+            f"{limit:,} in one value (proto-max-bulk-len)",
+        }
+        small = result.model_copy(update=failed)
+        line = encode_result(small)
+        if len(line) > limit:
+            small = small.model_copy(update={"context": None})
+            line = encode_result(small)
+        return small, line
+
+    async def _largest_value(self) -> int:
+        """Bytes that this Redis takes as one value."""
+        if self._value_bytes is None:
+            client: Any = self._connection.client
+            try:
+                found = await self._connection.patiently(
+                    lambda: client.config_get("proto-max-bulk-len")
+                )
+                values = [int(value) for value in found.values()]
+            except (ResponseError, ValueError):  # CONFIG is not for us: Redis' default
+                values = []
+            self._value_bytes = min(values, default=DEFAULT_VALUE_BYTES)
+        return self._value_bytes
+
     async def record(
         self,
         claim: Claim,
@@ -161,16 +205,19 @@ class WorkerSide(LedgerCalls):
         *,
         spent_tokens: int,
         cost: float | None,
+        line: bytes | None = None,
     ) -> bool:
         """Write the item's outcome; the first one wins.
 
-        Goes on when its caller is cancelled: the answer is paid for.
+        Goes on when its caller is cancelled: the answer is paid for. `line` is the result's, where
+        the caller has made it (see `fitting`).
 
         Returns:
             False where it was refused: the item has its outcome, changed, or (a failure)
             belongs to another process; or the batch was resumed before its stop came to here.
         """
-        entry = (claim, _record_arguments(claim, result, spent_tokens, cost))
+        line = encode_result(result) if line is None else line
+        entry = (claim, _record_arguments(claim, result, line, spent_tokens, cost))
         claim.settled = True
         recorded = self._of(claim.batch_id).record.submit(entry)
         self._outlive(recorded)
@@ -430,6 +477,7 @@ def _claim(batch_id: str, token: str, now: float, entry: Sequence[Any]) -> Claim
 def _record_arguments(
     claim: Claim,
     result: WorkItemResult[Any, Any],
+    line: bytes,
     spent_tokens: int,
     cost: float | None,
 ) -> tuple[Argument, ...]:
@@ -441,7 +489,7 @@ def _record_arguments(
         claim.round,
         claim.version,
         kind,
-        encode_result(result),
+        line,
         usage.input_tokens,
         usage.output_tokens,
         usage.cached_input_tokens,

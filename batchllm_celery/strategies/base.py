@@ -21,7 +21,7 @@ from batchllm_celery.models import (
     TOutput,
 )
 from batchllm_celery.settings import Settings
-from batchllm_celery.strategies.failures import charged
+from batchllm_celery.strategies.failures import stamp_usage
 from batchllm_celery.strategies.usage import Reading, understand
 
 if TYPE_CHECKING:
@@ -195,8 +195,7 @@ def as_completion(answer: Any) -> Completion[Any]:
     reading = usage_in(told)
     if reading is None:
         raise TypeError(f"no tokens can be read from a usage of type {type(told).__name__}")
-    with charged(reading.usage):
-        notes = _metadata(metadata)
+    notes = _metadata(metadata, reading.usage)
     if reading.guessed:
         notes = {**notes, "usage_guessed": True}
     return Completion(output, reading.usage, notes)
@@ -209,11 +208,12 @@ def usage_in(told: Any) -> Reading | None:
     return understand(told)
 
 
-def _metadata(given: Any) -> Mapping[str, Any]:
+def _metadata(given: Any, usage: TokenUsage) -> Mapping[str, Any]:
     if given is None:
         return {}
     if not isinstance(given, Mapping):
-        raise TypeError(f"metadata must be a mapping, not {type(given).__name__}")
+        wrong = TypeError(f"metadata must be a mapping, not {type(given).__name__}")
+        raise stamp_usage(wrong, usage)
     return (
         given
         if all(type(name) is str for name in given)

@@ -57,6 +57,9 @@ HUNGRY_SECONDS = 0.25
 #: A shorter wait for the quota is not worth a word in a task's result.
 SHOWN_WAIT_SECONDS = 1.0
 
+#: Seconds before a time limit of Celery's at which what still runs goes back.
+CUT_OFF_BEFORE = 5.0
+
 _HALTED = frozenset({BatchState.PAUSED, BatchState.PARKED})
 
 Publish = Callable[[str, Sequence[int], str, int], None]
@@ -131,6 +134,11 @@ class _Admission:
 
     def leave_one(self, _: object) -> None:
         self.leave(1)
+
+
+def _until_cut(time_limit: float) -> float:
+    """Seconds after which calls are cut off, before a time limit of Celery's does worse."""
+    return max(time_limit / 2, time_limit - CUT_OFF_BEFORE)
 
 
 class _LedgerGate:
@@ -334,8 +342,9 @@ class Runtime:
             return
         self.draining = True
         self._hand_back(lambda running: not running.in_call)
+        seconds = self.settings.drain_seconds
         asyncio.get_running_loop().call_later(
-            self.settings.drain_seconds, self._hand_back, lambda running: True
+            seconds, self._hand_back, lambda running: True, f"drain_seconds={seconds:g}"
         )
 
     def abandon(self) -> None:
@@ -373,12 +382,22 @@ class Runtime:
         self._message_items = max(1, items)
 
     async def run_items(
-        self, batch_id: str, indexes: Sequence[int], *, offered: bool = False
+        self,
+        batch_id: str,
+        indexes: Sequence[int],
+        *,
+        offered: bool = False,
+        time_limit: float | None = None,
     ) -> Tally:
         """Claim and run the items that one message names; what others hold is left to them.
 
-        `offered`: a worker sent it for items that no message had brought.
+        Args:
+            batch_id: the batch.
+            indexes: the items.
+            offered: whether a worker sent it for items that no message had brought.
+            time_limit: seconds after which Celery ends this; what runs 5 s before goes back.
         """
+        ends = math.inf if time_limit is None else time.monotonic() + _until_cut(time_limit)
         await self.open()
         if not offered:
             self._last_delivery, self._hungry = time.monotonic(), False
@@ -403,6 +422,8 @@ class Runtime:
             for task in tasks:
                 task.add_done_callback(admission.leave_one)
             try:
+                if tasks and ends < math.inf:
+                    await self._run_until(ends, tasks, f"time_limit={time_limit:g}")
                 ended = await asyncio.gather(*tasks, return_exceptions=True)
             except asyncio.CancelledError:  # revoked, or a cold shutdown
                 if tasks:
@@ -413,6 +434,10 @@ class Runtime:
                 raise result  # shows in Celery; the item itself went back
             tally.add(None if isinstance(result, BaseException) else result)
         return tally
+
+    async def _run_until(self, ends: float, tasks: Sequence[asyncio.Task[Any]], why: str) -> None:
+        _, late = await asyncio.wait(tasks, timeout=max(0.0, ends - time.monotonic()))
+        self._hand_back(lambda running: running.task in late, why)
 
     @contextlib.asynccontextmanager
     async def _admission(self, items: int) -> AsyncIterator[_Admission]:
@@ -561,9 +586,9 @@ class Runtime:
         self, claim: Claim, result: WorkItemResult[Any, Any]
     ) -> WorkItemResult[Any, Any]:
         # It arrives even if this task is cancelled now: the answer is paid for.
-        await self.ledger.record(
-            claim, result, spent_tokens=result.token_usage.total_tokens, cost=result.cost
-        )
+        result, line = await self.ledger.fitting(result)
+        tokens = result.token_usage.total_tokens
+        await self.ledger.record(claim, result, spent_tokens=tokens, cost=result.cost, line=line)
         return result
 
     # -- control ----------------------------------------------------------------------------------
@@ -584,10 +609,12 @@ class Runtime:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _hand_back(self, wanted: Callable[[_Running], bool]) -> None:
+    def _hand_back(self, wanted: Callable[[_Running], bool], why: str = "a_shutdown") -> None:
+        """Give items back; `why` is what their calls, if they are in one, were cut off by."""
         for running in list(self._running.values()):
             if wanted(running):
                 running.handed_back = True
+                running.claim.cut_by = why
                 running.task.cancel()
 
     def _is_handed_back(self, claim: Claim) -> bool:

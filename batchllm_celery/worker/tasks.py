@@ -51,6 +51,10 @@ logger = logging.getLogger("batchllm_celery")
 REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
 
 
+#: Seconds.
+NO_TIME_LIMIT = 10**8
+
+
 class ItemsFailed(Exception):
     """Shows a message some of whose items failed for good as failed, in Celery and in Flower."""
 
@@ -112,7 +116,17 @@ def install(
     process.check_redis()
     _installed[app] = process
 
-    @app.task(name=RUN_ITEMS, bind=True, acks_late=True, ignore_result=True, throws=(ItemsFailed,))
+    @app.task(
+        name=RUN_ITEMS,
+        bind=True,
+        acks_late=True,
+        ignore_result=True,
+        throws=(ItemsFailed,),
+        # Out of reach: Celery reads 0 and None as the host's, and a limit shorter than a call has
+        # every item paid for again and again. The item runner has limits of its own.
+        time_limit=NO_TIME_LIMIT,
+        soft_time_limit=NO_TIME_LIMIT,
+    )
     def run_items(self: Any, batch_id: str, indexes: list[int]) -> Outcome:
         request = self.request
         return event_loop.run(process.run_items(request.id, request.hostname, batch_id, indexes))
@@ -166,7 +180,12 @@ class _Process:
     ) -> Outcome:
         runtime = self._current()
         async with self._retry_events.of(task_id, hostname) as retries:
-            tally = await runtime.run_items(batch_id, indexes, offered=task_id.startswith(OFFERED))
+            tally = await runtime.run_items(
+                batch_id,
+                indexes,
+                offered=task_id.startswith(OFFERED),
+                time_limit=self._time_limit(),
+            )
         if tally.unknown:
             raise ItemsFailed(
                 f"batch {batch_id!r} is unknown to this worker's Redis; is its producer's another?"
@@ -278,6 +297,14 @@ class _Process:
             self._openers = switched_on.openers(self.settings)
         except UsageError as error:
             raise SystemExit(f"Error: {error}") from error
+        limit = self._time_limit()
+        if limit is not None:
+            logger.warning(
+                "worker.time_limit seconds=%g: Celery's time limit for %s cuts calls off; "
+                "leave it out of task_annotations",
+                limit,
+                RUN_ITEMS,
+            )
         for name in filter(None, (self.settings.app or "").split(",")):
             _import_or_end(name.strip())
 
@@ -319,6 +346,14 @@ class _Process:
             gc.collect()
             gc.freeze()
         asyncio.run_coroutine_threadsafe(self._current().open(), event_loop.loop())
+
+    def _time_limit(self) -> float | None:
+        """Seconds that Celery lets the task run, where the host has set a limit for it after all
+        (by `task_annotations`, say)."""
+        task = self._app.tasks[RUN_ITEMS]
+        limits = [one for one in (task.time_limit, task.soft_time_limit) if one]
+        shortest = min(limits, default=NO_TIME_LIMIT)
+        return None if shortest >= NO_TIME_LIMIT else float(shortest)
 
     def _seen(self, headers: dict[str, Any]) -> None:
         items = headers.get(ITEMS_HEADER)

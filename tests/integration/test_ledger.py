@@ -32,6 +32,8 @@ from batchllm_celery.ledger.heartbeat import Beat
 from batchllm_celery.ledger.observer import Observer
 from batchllm_celery.models import (
     BatchState,
+    ProcessorConfig,
+    RetryConfig,
     RetryState,
     StrategySpec,
     TokenUsage,
@@ -919,3 +921,68 @@ def test_every_key_of_a_batch_is_named_on_one_page() -> None:
     keys = Keys("ns").batch("b")
     assert keys.meta == "ns:{batch:b}:meta"
     assert keys.stopped == "ns:{batch:b}:stopped"
+
+
+# -- the bound
+
+
+async def _calls(of: Ledger) -> list[str]:
+    client: Any = of._connection.client
+    entry = await client.hget(of._keys.batch(BATCH).calls, "0")
+    return entry.decode().split() if entry else []
+
+
+async def test_an_items_calls_are_counted_and_the_last_one_is_refused(
+    one: Ledger, two: Ledger
+) -> None:
+    """Here and elsewhere, whatever was saved or not; the round after begins anew."""
+    config = ProcessorConfig(retry=RetryConfig(max_attempts=2), max_rate_limit_retries=1)
+    await feed_all(one, 1, config=config)
+    most = config.most_calls + Settings().max_deliveries + 1
+    for made in range(most):
+        process = (one, two)[made % 2]
+        [claim] = await take(process, 0)
+        assert await process.begin(claim) is None
+        claim.calling = False  # answered, and given back without a word
+        await process.release([claim])
+    [claim] = await take(one, 0)
+    assert await one.begin(claim) is FailureKind.EXHAUSTED
+    result = failure(claim, FailureKind.EXHAUSTED)
+    assert await one.record(claim, result, spent_tokens=0, cost=None)
+    assert await _calls(one) == []
+    await one.retry_failed(BATCH)
+    [claim] = await take(one, 0)
+    assert await one.begin(claim) is None
+
+
+async def test_a_begin_without_a_call_is_not_counted(one: Ledger) -> None:
+    """Its permit went stale, its wait was saved, it was given back, its reply was lost."""
+    await feed_all(one, 1)
+    [claim] = await take(one, 0)
+    assert await one.begin(claim) is None
+    assert await one.begin(claim) is None
+    assert (await _calls(one))[0] == "1"
+    claim.calling, claim.unused = False, True
+    await one.save_attempt(claim, 0, 0, RetryState(), TokenUsage())
+    assert (await _calls(one))[0] == "0"
+    assert await one.begin(claim) is None
+    claim.calling, claim.unused = False, True
+    await one.release([claim])
+    assert (await _calls(one))[0] == "0"
+    assert (await one.progress(BATCH)).maybe_billed == 0
+
+
+async def test_calls_cut_off_end_an_item_by_their_own_name(one: Ledger) -> None:
+    """Together with deaths in mid-call; its neighbours are no suspects for it."""
+    await feed_all(one, 1)
+    for _ in range(Settings().max_deliveries):
+        [claim] = await take(one, 0)
+        assert claim.losses == 0
+        assert await one.begin(claim) is None
+        claim.cut_by = "drain_seconds=60"
+        await one.release([claim])
+    assert (await one.claim(BATCH, [0])).gone == [0]
+    [outcome] = await one.results(BATCH)
+    line = WorkItemResult.from_json(json.loads(outcome.line))
+    assert line.error_kind is FailureKind.CUT_OFF
+    assert "drain seconds=60" in (line.error or "")

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 import redis
+from celery import Celery
 
-from batchllm_celery import Batch, Producer
+from batchllm_celery import Batch, FailureKind, Producer
 from batchllm_celery.keys import Keys
 from batchllm_celery.ledger import Ledger
 from batchllm_celery.models import Quota, QuotaLimits
@@ -401,3 +402,62 @@ def test_a_denial_in_mid_run_costs_no_item(start: Start, namespace: str, how: st
             assert worker.poll() is None
     finally:
         server.stop()
+
+
+PREFORK = ("-P", "prefork", "-c", "2")
+
+
+@pytest.mark.parametrize("pool", [(), PREFORK])
+def test_a_hosts_time_limits_do_not_reach_our_task(
+    producer: Producer, start: Start, pool: tuple[str, ...]
+) -> None:
+    """Calls of 3 s under limits of 1 and 2 s: each is made once, and answered."""
+    batch = _submit(producer, 2, 3.0, items_per_task=1)
+    start(*pool, "--time-limit", "2", "--soft-time-limit", "1")
+    progress = batch.wait(timeout=60)
+    assert (progress.succeeded, progress.maybe_billed) == (2, 0)
+
+
+@pytest.mark.parametrize("pool", ["prefork", "custom"])
+def test_calls_that_a_time_limit_cuts_off_end_their_item(
+    redis_url: str, namespace: str, tmp_path: Path, pool: str
+) -> None:
+    """Where a limit bites all the same the worker says so, an item is called `max_deliveries` times
+    at most, and its outcome names the limit."""
+    settings = Settings(redis_url=redis_url, namespace=namespace, max_deliveries=2)
+    app = Celery("limited", broker=redis_url.replace("unix://", "redis+socket://"))
+    with Producer(app=app, redis_url=redis_url, settings=settings) as producer:
+        batch = _submit(producer, 2, 30.0, items_per_task=1, quota=UNHINDERED)
+        command = ["celery", "-A", "tests.integration.limited_app", "worker", "-P", pool, "-c", "2"]
+        log = tmp_path / "log"
+        with log.open("wb") as output:
+            worker = subprocess.Popen(
+                [sys.executable, "-W", "ignore", "-m", *command, "--without-mingle"],
+                cwd=tmp_path,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                env=os.environ
+                | {
+                    "CELERY_CUSTOM_WORKER_POOL": "batchllm_celery.worker.pool:AsyncioPool",
+                    "LIMITED_BROKER": redis_url.replace("unix://", "redis+socket://"),
+                    "BATCHLLM_REDIS_URL": redis_url,
+                    "BATCHLLM_NAMESPACE": namespace,
+                    "BATCHLLM_LEASE_SECONDS": "3",
+                    "BATCHLLM_HEARTBEAT_SECONDS": "0.3",
+                    "BATCHLLM_OFFER_SECONDS": "0.3",
+                    "PYTHONPATH": str(ROOT),
+                },
+            )
+            try:
+                progress = batch.wait(timeout=60)
+            finally:
+                os.killpg(worker.pid, signal.SIGKILL)
+                worker.wait()
+        results = list(batch.results())
+    assert "worker.time_limit seconds=2" in log.read_text()
+    assert progress.failed == 2
+    assert progress.maybe_billed == 4
+    for result in results:
+        assert result.error_kind is FailureKind.CUT_OFF
+        assert "time limit=2" in (result.error or "")

@@ -893,3 +893,95 @@ def test_the_gate_protocol_is_what_open_gate_is() -> None:
     """OpenGate stands where the ledger's gate does."""
     gate: Gate = OpenGate()
     assert gate is not None
+
+
+# -- overloads, logs and what strategies raise to end more than their item
+
+
+def busy() -> ProviderError:
+    return ProviderError("busy", kind=FailureKind.OVERLOADED, status=503)
+
+
+async def test_an_overload_beside_successes_costs_no_attempt() -> None:
+    """A server that takes four calls at once refuses the fifth: it is asked again, 20 times."""
+    bench = Bench()
+    bench.runner.succeeded_at["q"] = time.monotonic()
+    strategy = Scripted(*[busy()] * 20, ("ok", FIFTEEN))
+    result = await bench.result(strategy)
+    assert result.success
+    assert result.attempts == 1
+    assert set(strategy.attempts) == {1}
+    assert bench.limiter.settled == [CallOutcome.OVERLOADED] * 20 + [CallOutcome.SUCCEEDED]
+
+
+async def test_overloads_cost_attempts_when_there_are_too_many_or_nobody_succeeds() -> None:
+    """The 21st beside successes, and each one where no call gets through."""
+    bench, many = Bench(), Scripted(busy())
+    bench.runner.succeeded_at["q"] = time.monotonic()
+    assert (await bench.result(many)).error_kind is FailureKind.OVERLOADED
+    assert len(many.attempts) == 20 + 3
+    alone, elsewhere = Scripted(busy()), Bench()
+    elsewhere.runner.succeeded_at["another quota"] = time.monotonic()
+    assert (await elsewhere.result(alone)).attempts == 3
+    assert len(alone.attempts) == 3
+
+
+async def test_without_a_ledger_the_calls_of_an_item_are_bounded_too() -> None:
+    """The in-process API refuses the next call, naming the last error."""
+    strategy = Scripted(refused())
+    result = await Bench().result(strategy, gate=OpenGate(most_calls=7))
+    assert len(strategy.attempts) == 7
+    assert result.error_kind is FailureKind.EXHAUSTED
+    assert "slow down" in (result.error or "")
+
+
+async def test_a_bug_leaves_its_stack_in_the_log_once_and_no_word_of_the_row(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """File, line and type; the message may quote a prompt. The next item's is one line."""
+    words = ["secret", "prompt"]
+
+    async def quote() -> Any:
+        raise KeyError(" ".join(words))
+
+    bench = Bench()
+    for _ in range(2):
+        await bench.result(Scripted(quote))
+    errors = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+    assert [__file__ in message for message in errors] == [True, False]
+    assert all("item-1" in message and "KeyError" in message for message in errors)
+    assert not any("secret" in message for message in errors)
+
+
+async def test_a_coroutine_that_is_closed_is_not_answered() -> None:
+    """GeneratorExit from outside ends the run, as Python wants it; one from inside is a bug."""
+
+    async def forever() -> Any:
+        await asyncio.sleep(60)
+
+    bench = Bench()
+    task = asyncio.ensure_future(bench.run(Scripted(forever)))
+    await wait_until_async(lambda: bench.limiter.open == 1)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert bench.limiter.open == 0
+
+
+async def test_a_figure_that_can_not_be_does_not_reach_the_quota() -> None:
+    """10^12 tokens of one answer would hold a quota of 100,000 a minute up for years."""
+    bench = Bench()
+    result = await bench.result(Scripted(("ok", {"input_tokens": 10**12})))
+    assert result.success
+    assert result.token_usage.input_tokens == 10_000_000
+    assert bench.limiter.usages == [None]
+
+
+async def test_a_day_is_waited_for_no_longer_than_a_day() -> None:
+    """Retry-After 1e300 would park the batch for ever."""
+    error = ProviderError("x", kind=FailureKind.QUOTA_EXHAUSTED, retry_after=1e300)
+    before = time.time()
+    stopped = await Bench().run(Scripted(error))
+    assert isinstance(stopped, Stopped)
+    assert stopped.until is not None
+    assert stopped.until <= before + 86_500
