@@ -87,22 +87,33 @@ def read(
     """
     names = lowered(headers)
     reply = _Reply(status, names, request_id_of(names), rate_limits_of(names))
+    try:
+        return _read(reply, body, reader, usage)
+    except RecursionError:
+        return reply.failed(_unread(reply, b"", "it is nested too deep"))
+
+
+def _read(
+    reply: _Reply,
+    body: bytes,
+    reader: Callable[[Mapping[str, Any]], Read],
+    usage: Callable[[Mapping[str, Any]], TokenUsage],
+) -> Answer | FailedAnswer:
     value = _parse(body)
     if isinstance(value, str):
-        return reply.failed(_unread(status, names, body, value))
-    error = find_error(value, status)
+        return reply.failed(_unread(reply, body, value))
+    spent = usage(value) if isinstance(value, Mapping) else NO_TOKENS
+    error = find_error(value, reply.status)
     if error is not None:
-        return reply.failed(_read_error(status, names, error, _safe_usage(usage, value)))
+        return reply.failed(_read_error(reply.status, reply.headers, error, spent))
     if not isinstance(value, Mapping):
         return reply.failed(_bad("the body is no JSON object"))
     try:
         found = reader(value)
     except BadAnswerError as bad:
-        return reply.failed(_bad(str(bad), _safe_usage(usage, value)))
+        return reply.failed(_bad(str(bad), spent))
     if found.failed is None:
-        return Answer(
-            found.output, found.usage, found.metadata, status, reply.request_id, reply.limits
-        )
+        return reply.answered(found)
     name = _TYPE_NAMES.get(found.failed, "BadAnswer")
     failure = Failure(found.failed, f"{name}: {found.message}", usage=found.usage)
     return reply.failed(failure, found.metadata)
@@ -117,6 +128,11 @@ class _Reply:
     headers: Mapping[str, str]
     request_id: str | None
     limits: RateLimits | None
+
+    def answered(self, found: Read) -> Answer:
+        return Answer(
+            found.output, found.usage, found.metadata, self.status, self.request_id, self.limits
+        )
 
     def failed(self, failure: Failure, metadata: Mapping[str, Any] | None = None) -> FailedAnswer:
         return FailedAnswer(
@@ -136,10 +152,6 @@ def _bad(message: str, usage: TokenUsage = NO_TOKENS) -> Failure:
     return Failure(FailureKind.UNKNOWN, f"BadAnswer: {message}", usage=usage)
 
 
-def _safe_usage(usage: Callable[[Mapping[str, Any]], TokenUsage], value: Any) -> TokenUsage:
-    return usage(value) if isinstance(value, Mapping) else NO_TOKENS
-
-
 # -- bodies
 
 
@@ -151,8 +163,6 @@ def _parse(body: bytes) -> Any:
         return "it is not UTF-8"
     try:
         value = _loads(text)
-    except RecursionError:
-        return "its JSON is nested too deep"
     except ValueError:
         return _shape_of(text)
     if isinstance(value, str):
@@ -194,10 +204,11 @@ def _shape_of(text: str) -> str:
     return "it is cut off" if start.startswith(("{", "[")) else "it is not JSON"
 
 
-def _unread(status: int, headers: Mapping[str, str], body: bytes, why: str) -> Failure:
-    if status < 300:
-        return _bad(f"the body of status {status} is no answer: {why}")
-    return _read_error(status, headers, page_text(body.decode("utf-8", "replace")), NO_TOKENS)
+def _unread(reply: _Reply, body: bytes, why: str) -> Failure:
+    if reply.status < 300:
+        return _bad(f"the body of status {reply.status} is no answer: {why}")
+    words = page_text(body.decode("utf-8", "replace"))
+    return _read_error(reply.status, reply.headers, words, NO_TOKENS)
 
 
 _TAG = re.compile(r"<[^<>]{0,2000}>")

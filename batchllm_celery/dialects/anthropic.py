@@ -247,6 +247,7 @@ _WORDS = {
     "reasoning_effort": "",
 }
 _TIERS = frozenset({"auto", "standard_only"})
+_EFFORTS = frozenset({"low", "medium", "high", "xhigh", "max"})
 
 
 def write_request(
@@ -304,8 +305,10 @@ def _write_thinking(writer: Writer, request: Request, limit: int) -> dict[str, A
         written["thinking"] = {"type": "enabled", "budget_tokens": budget}
         if budget >= limit:
             writer.refuse("parameters.thinking_budget", "must be below max_output_tokens")
-    if parameters.reasoning_effort is not None:
+    if parameters.reasoning_effort in _EFFORTS:
         config["effort"] = parameters.reasoning_effort
+    elif parameters.reasoning_effort is not None:
+        writer.unsupported("parameters.reasoning_effort")
     if request.schema is not None:
         config["format"] = {"type": "json_schema", "schema": request.schema}
         if request.schema_strict is False:

@@ -21,6 +21,7 @@ from batchllm_celery.dialects.answers import (
     output_of,
     read,
     short,
+    tool_call,
 )
 from batchllm_celery.dialects.refusals import Fields, Reader, Refusals
 from batchllm_celery.dialects.writing import Writer, Written, json_text
@@ -552,10 +553,28 @@ def _calls(message: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for call in calls if isinstance(calls, list) else ():
         if not isinstance(call, Mapping):
             raise BadAnswerError("a tool call of the answer is no object")
-        yield dict(call)
-    legacy = message.get("function_call")
-    if isinstance(legacy, Mapping):
-        yield {"type": "function", "function": dict(legacy)}
+        if isinstance(call.get("custom"), Mapping):
+            name, given = (_text(call["custom"].get(field)) for field in ("name", "input"))
+            custom = {"name": name, "input": given}
+            yield {"id": _text(call.get("id")), "type": "custom", "custom": custom}
+        else:
+            yield _function_call(call.get("id"), call.get("function"))
+    if message.get("function_call"):
+        yield _function_call("", message["function_call"])
+
+
+def _function_call(call_id: Any, function: Any) -> dict[str, Any]:
+    if not isinstance(function, Mapping):
+        raise BadAnswerError("a tool call of the answer has no function")
+    name, arguments = function.get("name"), function.get("arguments")
+    return tool_call(_text(call_id), _text(name), _text(arguments))
+
+
+def _text(value: Any) -> str:
+    """A text; some servers write arguments as an object."""
+    if isinstance(value, str):
+        return value
+    return "" if value is None else json_text(value)
 
 
 # -- tokens

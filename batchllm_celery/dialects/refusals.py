@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
+from batchllm_celery.models.request import MOST_LEVELS, too_deep
+
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
@@ -136,6 +138,9 @@ class Fields:
     def mapping(self, name: str) -> dict[str, Any] | None:
         """An object that is carried as it is: a schema, a tool's arguments."""
         value: dict[str, Any] | None = self._typed(name, dict, "an object")
+        if too_deep(value):
+            self.refuse(name, f"is nested deeper than {MOST_LEVELS} levels")
+            return None
         return value
 
     def inner(self, name: str) -> Fields | None:

@@ -14,7 +14,7 @@ from batchllm_celery.dialects.answers import FailedAnswer, condense
 from batchllm_celery.dialects.refusals import Reader, Refusals
 from batchllm_celery.errors import FailureKind
 from batchllm_celery.models import Completion
-from batchllm_celery.models.request import DialectName, NativeRequest
+from batchllm_celery.models.request import MOST_LEVELS, DialectName, NativeRequest, too_deep
 
 #: The files' formats. OpenAI's holds rows of three dialects.
 RowFormat: TypeAlias = Literal["openai", "gemini", "anthropic"]
@@ -136,6 +136,9 @@ def check_body(reader: Reader, dialect: DialectName, body: Mapping[str, Any]) ->
 
     Everything else is the provider's to judge: the body is sent as it is.
     """
+    if too_deep(body):
+        reader.refuse("body", f"is nested deeper than {MOST_LEVELS} levels")
+        return None
     for name in ("stream", "background"):
         if body.get(name):
             reader.refuse(f"body.{name}", _NEVER_NATIVE)

@@ -10,7 +10,14 @@ from typing import Any
 
 from batchllm_celery.dialects.media import media_type_of
 from batchllm_celery.dialects.refusals import Refusal, Refusals
-from batchllm_celery.models.request import NEVER_EXTRA, FilePart, ImagePart, Request, ToolCall
+from batchllm_celery.models.request import (
+    NEVER_EXTRA,
+    FilePart,
+    ImagePart,
+    Request,
+    ToolCall,
+    too_deep,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +80,8 @@ class Writer:
 
     def arguments(self, call: ToolCall, path: str) -> dict[str, Any]:
         """A tool call's arguments as an object, for providers that want one."""
-        try:
-            value = json.loads(call.function.arguments)
-        except (ValueError, RecursionError):
-            value = None
-        if isinstance(value, dict):
+        value = _object_in(call.function.arguments)
+        if value is not None:
             return value
         self.refuse(f"{path}.function.arguments", "must be a JSON object in text")
         return {}
@@ -157,8 +161,13 @@ def json_text(value: Any) -> str:
 
 def as_object(text: Any) -> dict[str, Any]:
     """Tool arguments as an object; what is none is kept under `arguments`."""
+    value = _object_in(text)
+    return {"arguments": text} if value is None else value
+
+
+def _object_in(text: Any) -> dict[str, Any] | None:
     try:
         value = json.loads(text)
     except (TypeError, ValueError, RecursionError):
-        value = None
-    return value if isinstance(value, dict) else {"arguments": text}
+        return None
+    return value if isinstance(value, dict) and not too_deep(value) else None

@@ -39,6 +39,36 @@ Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
 DialectName: TypeAlias = Literal["openai", "responses", "embeddings", "gemini", "anthropic"]
 
 
+#: Levels of objects and lists that JSON in a request may have. Far more would reach the limits of
+#: the decoders that it passes on its way to a worker, and take other rows along.
+MOST_LEVELS = 100
+
+
+def too_deep(value: Any) -> bool:
+    """Whether JSON is nested deeper than `MOST_LEVELS`; needs no recursion itself."""
+    level = [value]
+    for _ in range(MOST_LEVELS):
+        containers = [each for each in level if isinstance(each, dict | list | tuple)]
+        level = [
+            inner
+            for each in containers
+            for inner in (each.values() if isinstance(each, dict) else each)
+        ]
+        if not level:
+            return False
+    return any(isinstance(each, dict | list | tuple) for each in level)
+
+
+def _check_depth(value: Any) -> Any:
+    if too_deep(value):
+        raise ValueError(f"is nested deeper than {MOST_LEVELS} levels")
+    return value
+
+
+#: An object of JSON that is carried as it is.
+_Object = Annotated[dict[str, Any], BeforeValidator(_check_depth)]
+
+
 class _RequestModel(Model):
     # Errors name the field and never quote the value: it is the user's prompt.
     model_config = ConfigDict(hide_input_in_errors=True)
@@ -227,7 +257,7 @@ class Tool(_RequestModel):
 
     name: str = Field(min_length=1)
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: _Object | None = None
     strict: bool | None = None
 
     @model_validator(mode="before")
@@ -331,10 +361,10 @@ with warnings.catch_warnings():
         parameters: Parameters = Parameters()
         tools: tuple[Tool, ...] = ()
         tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
-        schema: dict[str, Any] | None = None  # type: ignore[assignment]
+        schema: _Object | None = None  # type: ignore[assignment]
         schema_name: str | None = Field(default=None, pattern=r"^[\w-]{1,64}$")
         schema_strict: bool | None = None
-        extra: dict[str, Any] = Field(default_factory=dict)
+        extra: _Object = Field(default_factory=dict)
         version: int = REQUEST_VERSION
 
         FORM: ClassVar[str] = "request"
@@ -434,7 +464,7 @@ class NativeRequest(_RequestModel):
     """
 
     dialect: DialectName
-    body: dict[str, Any]
+    body: _Object
     version: int = REQUEST_VERSION
 
     FORM: ClassVar[str] = "native"

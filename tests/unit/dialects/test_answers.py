@@ -444,6 +444,42 @@ def test_a_body_that_is_no_answer_is_the_providers_fault(name: str, body: bytes,
     assert word in failure.message
 
 
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("depth", [100, 480, 900, 5000])
+def test_no_depth_raises(name: str, depth: int) -> None:
+    """A body nested almost too deep is read or fails, in whatever place it is so."""
+    for field in ("message", "error", "args"):
+        deep = f'{{"{field}":' * depth + '"\\ud800"' + "}" * depth
+        bodies = [
+            deep,
+            f'{{"error": {deep}}}',
+            f'{{"choices": [{{"finish_reason": "stop", "message": {{"content": {deep}}}}}]}}',
+            '{"choices": [{"finish_reason": "tool_calls", "message": {"tool_calls": [{"id": "c", '
+            f'"function": {{"name": "f", "arguments": {deep}}}}}]}}}}]}}',
+            '{"candidates": [{"finishReason": "STOP", "content": {"parts": '
+            f'[{{"functionCall": {{"name": "f", "args": {deep}}}}}]}}}}]}}',
+            f'{{"stop_reason": "tool_use", "content": [{{"type": "tool_use", "input": {deep}}}]}}',
+        ]
+        for body in bodies:
+            for status in (200, 429):
+                answer = read(name, body.encode(), status)
+                assert isinstance(answer, Answer | FailedAnswer)
+                assert answer.status == status
+
+
+def test_calls_in_odd_forms() -> None:
+    """Arguments as an object, the form of long ago, tools of free text."""
+    odd = {"id": "c1", "index": 0, "function": {"name": "f", "arguments": {"a": 1}}}
+    answer = good("openai", chat(None, "tool_calls", message={"tool_calls": [odd]}))
+    assert answer.output["tool_calls"] == [CALL]
+    old = {"name": "f", "arguments": '{"a": 1}'}
+    answer = good("openai", chat(None, "function_call", message={"function_call": old}))
+    assert answer.output["tool_calls"] == [{**CALL, "id": ""}]
+    custom = {"id": "c2", "type": "custom", "custom": {"name": "sql", "input": "select 1"}}
+    answer = good("openai", chat(None, "tool_calls", message={"tool_calls": [custom]}))
+    assert answer.output["tool_calls"] == [custom]
+
+
 def test_a_byte_order_mark_is_no_fault() -> None:
     assert good("openai", b"\xef\xbb\xbf" + json.dumps(chat()).encode()).output == "hello"
 

@@ -13,9 +13,9 @@ from batchllm_celery.dialects import anthropic, gemini, openai, responses
 from batchllm_celery.dialects.answers import Answer, FailedAnswer
 from batchllm_celery.dialects.refusals import Refusals
 from batchllm_celery.dialects.rows import Outcome, Row, read_row, recognise, write_row
-from batchllm_celery.errors import FailureKind
+from batchllm_celery.errors import FailureKind, InputError
 from batchllm_celery.models import Completion, TokenUsage
-from batchllm_celery.models.request import NativeRequest
+from batchllm_celery.models.request import NativeRequest, Request
 from tests.unit.dialects import native_rows as rows
 from tests.unit.dialects.sdk_types import CHAT, EMBEDDINGS, RESPONSES, check, check_gemini, strict
 from tests.unit.dialects.test_answers import chat, claude, generated
@@ -155,6 +155,29 @@ def test_urls_choose_the_dialect() -> None:
 def test_what_can_not_be_run_is_refused_by_name(change: dict[str, Any], path: str) -> None:
     row = {"custom_id": "a", "url": "/v1/chat/completions", "body": rows.chat(**change)}
     assert refused(row) == [path]
+
+
+def test_a_body_that_is_nested_too_deep_is_refused() -> None:
+    """It would break decoders on its way, and take other rows along."""
+    for depth in (99, 3000):
+        deep: Any = "x"
+        for _ in range(depth):
+            deep = [deep]
+        row = {"custom_id": "a", "url": "/v1/chat/completions", "body": rows.chat(user=deep)}
+        if depth == 99:
+            assert read(row).request.body["user"] == deep
+        else:
+            assert refused(row) == ["body"]
+    nested: dict[str, Any] = {}
+    for _ in range(3000):
+        nested = {"a": nested}
+    for field in ("schema", "extra"):
+        with pytest.raises(InputError, match=f"{field}: is nested deeper"):
+            Request.of({"messages": [rows.USER], field: nested})
+    with pytest.raises(InputError, match=r"tools\[0\].parameters: is nested deeper"):
+        Request.of({"messages": [rows.USER], "tools": [{"name": "f", "parameters": nested}]})
+    with pytest.raises(InputError, match="body: is nested deeper"):
+        NativeRequest.of({"dialect": "openai", "body": nested})
 
 
 def test_fields_that_ask_for_nothing_are_kept() -> None:

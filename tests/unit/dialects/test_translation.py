@@ -290,6 +290,7 @@ def test_what_a_provider_has_no_word_for_is_refused_or_dropped_by_permission() -
                 "n": 2,
                 "service_tier": "flex",
                 "json_output": True,
+                "reasoning_effort": "minimal",
             },
         ),
     ],
@@ -548,6 +549,38 @@ def test_a_value_of_a_wrong_type_is_refused_and_nothing_raises(name: str) -> Non
 @pytest.mark.parametrize("name", DIALECTS)
 def test_what_is_no_body_is_refused(name: str, body: Any) -> None:
     assert isinstance(DIALECTS[name].read_request(body), Refusals)
+
+
+@pytest.mark.parametrize("depth", [150, 480, 900])
+def test_schemas_and_arguments_that_are_nested_too_deep_are_refused(depth: int) -> None:
+    deep: dict[str, Any] = {}
+    for _ in range(depth):
+        deep = {"items": deep}
+    bodies: list[tuple[Any, dict[str, Any]]] = [
+        (
+            openai,
+            rows.chat(tools=[{"type": "function", "function": {"name": "f", "parameters": deep}}]),
+        ),
+        (gemini, rows.generate(generationConfig={"responseSchema": deep})),
+        (
+            gemini,
+            rows.generate(
+                {"role": "model", "parts": [{"functionCall": {"name": "f", "args": deep}}]}
+            ),
+        ),
+        (
+            anthropic,
+            rows.message(output_config={"format": {"type": "json_schema", "schema": deep}}),
+        ),
+        (anthropic, rows.message(metadata=deep)),
+    ]
+    for dialect, body in bodies:
+        assert isinstance(dialect.read_request(body), Refusals)
+    text = '{"a": ' * depth + "1" + "}" * depth
+    call = {"id": "a", "function": {"name": "f", "arguments": text}}
+    request = Request.of({"messages": [{"role": "assistant", "tool_calls": [call]}]})
+    for name in ("gemini", "anthropic"):
+        assert refused(name, request) == ["messages[0].tool_calls[0].function.arguments"]
 
 
 def test_a_chat_goes_to_every_provider() -> None:
