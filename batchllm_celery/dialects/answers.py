@@ -102,16 +102,16 @@ def _read(
     value = _parse(body)
     if isinstance(value, str):
         return reply.failed(_unread(reply, body, value))
-    spent = usage(value) if isinstance(value, Mapping) else NO_TOKENS
     error = find_error(value, reply.status)
     if error is not None:
+        spent = usage(value) if isinstance(value, dict) else NO_TOKENS
         return reply.failed(_read_error(reply.status, reply.headers, error, spent))
-    if not isinstance(value, Mapping):
+    if not isinstance(value, dict):
         return reply.failed(_bad("the body is no JSON object"))
     try:
         found = reader(value)
     except BadAnswerError as bad:
-        return reply.failed(_bad(str(bad), spent))
+        return reply.failed(_bad(str(bad), usage(value)))
     if found.failed is None:
         return reply.answered(found)
     name = _TYPE_NAMES.get(found.failed, "BadAnswer")
@@ -580,21 +580,17 @@ def seconds_to_pacific_midnight(now: float) -> float:
 
 def count(source: Any, name: str) -> int:
     """A number of tokens; 0 for anything that is none, and never more than one call can cost."""
-    value = source.get(name) if isinstance(source, Mapping) else None
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
-        return 0
-    return int(min(max(value, 0), MOST_TOKENS))
+    value = source.get(name) if isinstance(source, dict) else None
+    if type(value) is int:
+        return min(max(value, 0), MOST_TOKENS)
+    if type(value) is float and value == value:
+        return int(min(max(value, 0), MOST_TOKENS))
+    return 0
 
 
 def nonsense(source: Any, *names: str) -> bool:
     """Whether a number of tokens can't be meant, so that `count` gave another."""
-    values = [source.get(name) for name in names] if isinstance(source, Mapping) else []
-    return any(
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and count({"": value}, "") != value
-        for value in values
-    )
+    return any(type(source.get(n)) in (int, float) and count(source, n) != source[n] for n in names)
 
 
 def tool_call(call_id: str, name: str, arguments: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ MOST_PAYLOAD_BYTES = 64 * 1024
 #: A text of this many characters is lifted, whatever it is.
 LONG_TEXT = 4096
 
-Encoding: TypeAlias = Literal["base64", "base64url", "text", "json"]
+Encoding: TypeAlias = Literal["base64", "base64url", "text", "lifted"]
 
 _DATA_URL = re.compile(r"data:[\w.+-]+/[\w.+-]+(?:;[\w.+=-]+){0,4};base64,")
 #: Fields that hold base64 beside a media type or a format, in any dialect.
@@ -34,7 +34,7 @@ class Place:
     Args:
         path: keys and indexes from the body's root.
         sha: hex SHA-256 of the blob.
-        encoding: how its bytes become the value: base64 text, text, or JSON.
+        encoding: how its bytes become the value: base64 text, text, or a lifted body of its own.
         prefix: what stands before them (`data:image/png;base64,`).
     """
 
@@ -75,18 +75,17 @@ def lift(body: Any, *, most_bytes: int = MOST_PAYLOAD_BYTES, long_text: int = LO
 
     Args:
         body: JSON values.
-        most_bytes: what is left is lifted as a whole where its JSON is longer.
+        most_bytes: what is left, with its places, is lifted as a whole where its JSON is longer.
         long_text: characters from which on any text is lifted.
     """
     blobs: dict[str, bytes] = {}
     places: list[Place] = []
     rest = _lift(body, (), long_text, places, blobs)
-    text = json.dumps(rest, ensure_ascii=False).encode("utf-8", "surrogatepass")
-    if len(text) > most_bytes:
-        # It still has the nulls of the places within it, so it is put back first.
-        places.insert(0, Place((), _store(blobs, text), "json"))
-        rest = None
-    return Lifted(rest, tuple(places), blobs)
+    whole = json.dumps([rest, [place.to_json() for place in places]], ensure_ascii=False)
+    data = whole.encode("utf-8", "surrogatepass")
+    if len(data) <= most_bytes:
+        return Lifted(rest, tuple(places), blobs)
+    return Lifted(None, (Place((), _store(blobs, data), "lifted"),), blobs)
 
 
 def restore(body: Any, places: tuple[Place, ...], blobs: Mapping[str, bytes]) -> Any:
@@ -100,6 +99,9 @@ def restore(body: Any, places: tuple[Place, ...], blobs: Mapping[str, bytes]) ->
             data = blobs[place.sha]
         except KeyError:
             raise BlobMissingError(place.sha) from None
+        if place.encoding == "lifted":
+            inner, listed = json.loads(data.decode("utf-8", "surrogatepass"))
+            return restore(inner, tuple(Place.of(entry) for entry in listed), blobs)
         body = _put(body, place.path, _value(place, data))
     return body
 
@@ -169,8 +171,6 @@ def _store(blobs: dict[str, bytes], data: bytes) -> str:
 
 
 def _value(place: Place, data: bytes) -> Any:
-    if place.encoding == "json":
-        return json.loads(data.decode("utf-8", "surrogatepass"))
     if place.encoding == "base64":
         return place.prefix + base64.b64encode(data).decode("ascii")
     if place.encoding == "base64url":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -51,9 +52,9 @@ _LINKED = "image/*"
 
 
 def _native_parts(body: dict[str, Any]) -> Iterator[tuple[bytes, str | None, Any]]:
-    lifted = lift(body)
+    lifted = lift(body, most_bytes=sys.maxsize)
     for place in lifted.places:
-        if place.encoding in ("text", "json") or place.path[-1] in TEXT_FIELDS:
+        if place.encoding == "text" or place.path[-1] in TEXT_FIELDS:
             continue  # a text, which counts as such, also where it could be base64
         holder = _holder(body, place.path)
         named = (holder.get(name) for name in ("mimeType", "mime_type", "media_type"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from batchllm_celery.dialects.answers import (
@@ -537,10 +538,15 @@ def read_answer(
 
 def _get(value: Any, name: str) -> Any:
     """A field by its name in camelCase, or in snake_case."""
-    if not isinstance(value, Mapping):
+    if not isinstance(value, dict):
         return None
     found = value.get(name)
-    return value.get(re.sub(r"([A-Z])", r"_\1", name).lower()) if found is None else found
+    return value.get(_snake(name)) if found is None else found
+
+
+@cache
+def _snake(name: str) -> str:
+    return re.sub(r"([A-Z])", r"_\1", name).lower()
 
 
 def _read_response(body: Mapping[str, Any]) -> Read:

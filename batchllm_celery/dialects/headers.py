@@ -72,6 +72,8 @@ def rate_limits_of(headers: Mapping[str, str]) -> RateLimits | None:
 
     `headers` have lower-case names. Dates are read against the reply's own `date`.
     """
+    if not any("ratelimit" in name for name in headers):
+        return None
     windows = {
         name: _openai_window(headers, name) or _anthropic_window(headers, name)
         for name in _DIMENSIONS

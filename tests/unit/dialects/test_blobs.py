@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchllm_celery.dialects.blobs import BlobMissingError, Place, lift, restore
-from batchllm_celery.models.request import Request
+from batchllm_celery.dialects.estimates import tokens_of_prompt
+from batchllm_celery.models.request import NativeRequest, Request
 from tests.unit.dialects import native_rows as rows
 from tests.unit.dialects.files import b64, data_url, pdf, png
 
@@ -107,8 +108,20 @@ def test_a_body_of_many_small_values_is_lifted_whole() -> None:
     )
     lifted = lift(body)
     assert lifted.body is None
-    assert len(lifted.places) == 2
+    assert len(lifted.places) == 1
+    assert len(lifted.blobs) == 2
     assert back(lifted) == body
+
+
+def test_a_body_of_many_parts_is_lifted_whole() -> None:
+    """Its places alone would be more than a payload may have."""
+    parts = [{"image_url": {"url": data_url(png(3, 3, i), "image/png")}} for i in range(1000)]
+    body = rows.chat({"role": "user", "content": parts})
+    lifted = lift(body)
+    assert len(json.dumps([place.to_json() for place in lifted.places])) < 200
+    assert back(lifted) == body
+    native = NativeRequest(dialect="openai", body=body)
+    assert tokens_of_prompt(native, "openai", model="gpt-4o") >= 255 * 1000
 
 
 def test_a_text_can_not_be_taken_for_a_place() -> None:
@@ -155,7 +168,8 @@ JSON = st.recursive(
 def test_any_body_comes_back_equal(body: Any, long_text: int, most: int) -> None:
     lifted = lift(body, most_bytes=most, long_text=long_text)
     assert json.dumps(back(lifted)) == json.dumps(body)
-    rest = json.dumps(lifted.body, ensure_ascii=False).encode("utf-8", "surrogatepass")
-    assert len(rest) <= max(most, 4)
+    payload = [lifted.body, [place.to_json() for place in lifted.places]]
+    stored = json.dumps(payload, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    assert len(stored) <= max(most, 120)
     for sha, data in lifted.blobs.items():
         assert hashlib.sha256(data).hexdigest() == sha
