@@ -27,7 +27,6 @@ from batchllm_celery.errors import (
 from batchllm_celery.events import AttemptFailed, AttemptStarted, Events, ItemFinished, ItemStarted
 from batchllm_celery.execution.pricing import Prices
 from batchllm_celery.execution.retry import delay_before_next, refused_too_often
-from batchllm_celery.execution.turns import Turns
 from batchllm_celery.limiter import CallOutcome, Estimator, Limiter, Permit
 from batchllm_celery.models import (
     FAILURE_POLICIES,
@@ -166,7 +165,6 @@ class ItemRunner:
         json_output: bool = True,
     ) -> None:
         self.limiter = limiter
-        self.turns = Turns(limiter)
         self.estimator = estimator
         self.events = events
         self.prices = prices
@@ -321,8 +319,8 @@ class _Run:
         )
         asked = time.monotonic()
         try:
-            return await runner.turns.acquire(
-                job.quota, estimate, job.priority, again=self.had_turn
+            return await runner.limiter.acquire(
+                job.quota, estimate, priority=job.priority, retry=self.had_turn
             )
         finally:
             self.waited += time.monotonic() - asked

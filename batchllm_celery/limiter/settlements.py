@@ -1,135 +1,156 @@
-"""What a process has to tell the limiter: outcomes, summed up until the next call carries them."""
+"""What has ended in this process, summed up until the next acquire request carries it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
-from batchllm_celery.limiter.permit import CallOutcome, Estimate, Permit
+from batchllm_celery.limiter.permit import CallOutcome, Estimate, ReportedLimits, SettledCall
+from batchllm_celery.limiter.protocol import CallReport
 from batchllm_celery.models import TokenUsage
 
-#: Asked to wait for longer than this, we ask the provider again all the same.
+#: The longest wait, in seconds, that is passed on. Who asks for more is asked again after it.
 LONGEST_WAIT = 32 * 86_400
+_NOTHING_REPORTED = ReportedLimits()
 
 
 @dataclass(slots=True)
 class Unused:
-    """A ticket or permit that started nothing."""
+    """A reservation that started nothing: start (local monotonic time), epoch, tokens."""
 
     start: float
-    generation: int
+    epoch: int
     reserved: Estimate
 
 
 @dataclass(slots=True)
-class Pending:
-    """Sums of settled permits. Only sums matter to the quota, so they cost nothing to carry."""
+class Settlements:
+    """Sums of settled calls: to the quota only sums matter, however many calls there were."""
 
-    generation: int = 0
+    epoch: int = 0
+    """The newest epoch of a success so far, or that the process knew when the sums began."""
+    since: float | None = None
+    """When the first of them ended (local monotonic time); None: nothing to carry."""
     successes: int = 0
     late_successes: int = 0
     unused: list[Unused] = field(default_factory=list)
-    input_tokens: int = 0
-    output_tokens: int = 0
-    guessed_input: int = 0
-    guessed_output: int = 0
-    """What first guesses reserved too much (negative)."""
-    refused_generation: int = -1
+    debt_input: int = 0
+    debt_output: int = 0
+    overreserved_input: int = 0
+    """Tokens (negative) that first guesses reserved too much."""
+    overreserved_output: int = 0
+    refused_epoch: int = -1
     retry_after: float = -1.0
     overloads: int = 0
+    other_failures: int = 0
     day_exhausted: float = -1.0
     probe_ended: bool = False
-    since: float | None = None
+    report: CallReport | None = None
 
-    def add(
-        self,
-        permit: Permit,
-        outcome: CallOutcome,
-        now: float,
-        usage: TokenUsage | None = None,
-        retry_after: float | None = None,
-    ) -> None:
-        """Count one permit's outcome; the actual tokens replace the reserved ones."""
+    def add(self, call: SettledCall, now: float) -> None:
+        """Count one call; the tokens that it used replace the reserved ones."""
+        permit, usage = call.permit, call.usage
         if self.since is None:
             self.since = now
-        if permit.probe:
-            self.probe_ended = True
-        if outcome is CallOutcome.SUCCEEDED:
-            self._succeeded(permit)
-        elif outcome is CallOutcome.REFUSED:
-            self._refused(permit, retry_after)
-        elif outcome is CallOutcome.OVERLOADED:
-            self.overloads += 1
-        elif outcome is CallOutcome.DAY_EXHAUSTED:
-            self.day_exhausted = max(self.day_exhausted, retry_after or 0.0, 0.0)
-        if outcome is CallOutcome.UNUSED:
-            self.unused.append(Unused(permit.start, permit.generation, permit.estimate))
-        elif outcome is CallOutcome.REFUSED and not usage:
-            self.owe(-permit.estimate.input_tokens, -permit.estimate.output_tokens)
-        elif usage:
+        self.probe_ended |= permit.probe
+        match call.outcome:
+            case CallOutcome.SUCCEEDED:
+                self._count_success(permit.epoch)
+            case CallOutcome.REFUSED:
+                self._count_refusal(permit.epoch, call.retry_after)
+            case CallOutcome.OVERLOADED:
+                self.overloads += 1
+            case CallOutcome.FAILED:
+                self.other_failures += 1
+            case CallOutcome.DAY_EXHAUSTED:
+                self.day_exhausted = max(self.day_exhausted, call.retry_after or 0.0, 0.0)
+            case CallOutcome.UNUSED:
+                self.unused.append(Unused(permit.start, permit.epoch, permit.estimate))
+                return
+        if usage:
             self.replace(permit.estimate, usage)
+        elif call.outcome is CallOutcome.REFUSED:  # a refused call used nothing
+            self.debt_input -= permit.estimate.input_tokens
+            self.debt_output -= permit.estimate.output_tokens
+        if call.latency > 0 or call.limits != _NOTHING_REPORTED:
+            self._add_to_report(call)
 
     def replace(self, reserved: Estimate, by: Estimate | TokenUsage) -> None:
-        """Other tokens than the reserved ones count from now on."""
+        """Count other tokens than the reserved ones from now on."""
         more_input = by.input_tokens - reserved.input_tokens
         more_output = by.output_tokens - reserved.output_tokens
         if reserved.guessed:
-            self.guessed_input += min(more_input, 0)
-            self.guessed_output += min(more_output, 0)
+            self.overreserved_input += min(more_input, 0)
+            self.overreserved_output += min(more_output, 0)
             more_input, more_output = max(more_input, 0), max(more_output, 0)
-        self.owe(more_input, more_output)
+        self.debt_input += more_input
+        self.debt_output += more_output
 
-    def owe(self, input_tokens: int, output_tokens: int) -> None:
-        """Tokens used beyond what was reserved (negative: a refund)."""
-        self.input_tokens += input_tokens
-        self.output_tokens += output_tokens
-
-    def _succeeded(self, permit: Permit) -> None:
-        if permit.generation > self.generation:
+    def _count_success(self, epoch: int) -> None:
+        if epoch > self.epoch:
             self.late_successes += self.successes
-            self.generation, self.successes = permit.generation, 0
-        if permit.generation == self.generation:
+            self.epoch, self.successes = epoch, 0
+        if epoch == self.epoch:
             self.successes += 1
         else:
             self.late_successes += 1
 
-    def _refused(self, permit: Permit, retry_after: float | None) -> None:
-        if permit.generation > self.refused_generation:
-            self.refused_generation, self.retry_after = permit.generation, -1.0
-        if permit.generation == self.refused_generation and retry_after is not None:
+    def _count_refusal(self, epoch: int, retry_after: float | None) -> None:
+        if epoch > self.refused_epoch:
+            self.refused_epoch, self.retry_after = epoch, -1.0
+        if epoch == self.refused_epoch and retry_after is not None:
             self.retry_after = max(self.retry_after, retry_after)
 
-    def arguments(self, generation: int, now: float) -> list[int]:
-        """The numbers `known_gen` to `probe_ended` of acquire.lua, for a process that knows
-        `generation`.
+    def _add_to_report(self, call: SettledCall) -> None:
+        report = self.report = self.report or CallReport()
+        if call.latency > 0:
+            report.calls += 1
+            report.latency_us += _microseconds(call.latency)
+            report.output_tokens += call.usage.output_tokens if call.usage else 0
+        for name, reported in (
+            ("requests", call.limits.requests),
+            ("tokens", call.limits.tokens),
+            ("input", call.limits.input_tokens),
+            ("output", call.limits.output_tokens),
+        ):
+            if reported.limit > 0:  # the newest headers count
+                setattr(report, f"limit_{name}", reported.limit)
+                setattr(report, f"remaining_{name}", reported.remaining)
+                setattr(report, f"reset_{name}_us", _microseconds(reported.reset))
 
-        Of what was not used only starts that lie ahead can be given to others: made up for later,
-        those of the past would come on top of the rate. What a cooldown has voided was freed by it.
+    def request_fields(self, epoch: int, now: float) -> dict[str, Any]:
+        """The fields of an `AcquireRequest` from `known_epoch` on; the process knows `epoch`.
+
+        Only starts that lie ahead can be given to others. A start of the past that was made up for
+        later would come on top of the rate, so its tokens are forfeited. What a new epoch has
+        voided is returned by that.
         """
-        current = self.generation >= generation
-        known = max(self.generation, generation)
-        valid = [one for one in self.unused if one.generation >= known]
+        current = self.epoch >= epoch
+        known = max(self.epoch, epoch)
+        valid = [one for one in self.unused if one.epoch >= known]
         ahead = [one.reserved for one in valid if one.start > now]
         late = [one.reserved for one in valid if one.start <= now]
-        return [
-            known,
-            self.successes if current else 0,
-            self.late_successes if current else self.late_successes + self.successes,
-            len(self.unused),
-            len(ahead),
-            sum(reserved.input_tokens for reserved in ahead),
-            sum(reserved.output_tokens for reserved in ahead),
-            self.input_tokens,
-            self.output_tokens,
-            self.guessed_input - sum(reserved.input_tokens for reserved in late),
-            self.guessed_output - sum(reserved.output_tokens for reserved in late),
-            self.refused_generation,
-            _microseconds(self.retry_after),
-            self.overloads,
-            _microseconds(self.day_exhausted),
-            int(self.probe_ended),
-        ]
+        return {
+            "known_epoch": known,
+            "successes": self.successes if current else 0,
+            "late_successes": self.late_successes + (0 if current else self.successes),
+            "refused_epoch": self.refused_epoch,
+            "retry_after_us": _microseconds(self.retry_after),
+            "overloads": self.overloads,
+            "other_failures": self.other_failures,
+            "day_exhausted_us": _microseconds(self.day_exhausted),
+            "probe_ended": self.probe_ended,
+            "unused": len(self.unused),
+            "reusable": len(ahead),
+            "reusable_input": sum(reserved.input_tokens for reserved in ahead),
+            "reusable_output": sum(reserved.output_tokens for reserved in ahead),
+            "debt_input": self.debt_input,
+            "debt_output": self.debt_output,
+            "forfeited_input": self.overreserved_input - sum(one.input_tokens for one in late),
+            "forfeited_output": self.overreserved_output - sum(one.output_tokens for one in late),
+        }
 
 
 def _microseconds(seconds: float) -> int:
-    # (So written, what is not a number is none.)
+    """At most `LONGEST_WAIT`; -1 for a negative number, and for what is not a number."""
     return int(min(seconds, LONGEST_WAIT) * 1e6) if seconds >= 0 else -1

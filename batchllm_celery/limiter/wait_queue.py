@@ -1,6 +1,6 @@
-"""The waiting line of one process before one quota: who waits, which tickets it holds, when to ask.
+"""The wait queue of one process before one quota: who waits, what is reserved, when to ask.
 
-No I/O and no clock of its own: every method is told the local monotonic time.
+No I/O and no clock of its own: every method takes the local monotonic time, in seconds.
 """
 
 from __future__ import annotations
@@ -12,341 +12,416 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
 
-from batchllm_celery.limiter.pending import Pending, Unused
-from batchllm_celery.limiter.permit import CallOutcome, Estimate, Permit
-from batchllm_celery.limiter.wire import Reply, pack_question
+from batchllm_celery.limiter.permit import CallOutcome, Estimate, Permit, SettledCall
+from batchllm_celery.limiter.protocol import AcquireReply, AcquireRequest, CallReport
+from batchllm_celery.limiter.settlements import Settlements, Unused
 
-#: A ticket so many seconds late is void: a stalled host must not fire everything at once.
-LATE = 0.25
-#: Nothing starts unless the limiter has answered within so many seconds.
-PROOF = 0.25
-#: How old a proof may get before it is renewed, while tickets wait for their time.
-RENEW = 0.19
-#: A proof is renewed (and the next tickets fetched) so long before a start.
-AHEAD = 0.05
-#: Outcomes ride on the next question, or go by themselves after so many seconds ...
-FLUSH = 0.15
-#: ... or after so many where a settled call frees a slot that others wait for.
-FLUSH_SLOT = 0.005
-#: A process with calls in flight renews its lease (10 s in the script) so often.
-RENEW_LEASE = 3.0
-#: Tickets asked for at once.
-LARGEST_ASK = 256
-#: At this many starts a second questions are gathered: over time there are so many per start.
+#: How late, in seconds, a start may be used: a stalled process must not start all at once.
+LATEST_START = 0.25
+#: How long, in seconds, a reply of the limiter allows starts: a process that hears nothing could
+#: miss a cooldown.
+FRESHNESS_LEASE = 0.25
+#: How old, in seconds, the newest reply may get while reservations wait for their time.
+RENEW_FRESHNESS = 0.19
+#: How long, in seconds, before a start the freshness is renewed and more starts are asked for.
+ASK_AHEAD = 0.05
+#: How long, in seconds, settled calls wait for a request that carries them.
+FLUSH_AFTER = 0.15
+#: ... and where calls in flight are limited: others wait for the slot.
+FLUSH_SLOT_AFTER = 0.005
+#: How often, in seconds, a process with calls in flight renews its lease (10 s in the script).
+RENEW_CALLS_LEASE = 3.0
+#: The most starts that one request asks for.
+MOST_WANTED = 256
+#: The number of starts a second from which requests are spaced.
 BUSY_RATE = 25.0
-ASKS_PER_START = 0.2
-#: What was saved of them is left for calls that end (and others that start) together ...
-MOST_SAVED = 10.0
-#: ... whose questions are so far apart.
-BURST_GAP = 0.005
-_RATE_MEMORY = 0.3
+#: Requests per start, over time, of a busy process.
+REQUESTS_PER_START = 0.2
+#: The most requests that may be saved up for calls that end, and others that start, together.
+MOST_SAVED_REQUESTS = 10.0
+#: The time, in seconds, between requests that were saved up.
+SAVED_REQUEST_GAP = 0.005
+#: The longest time, in seconds, between requests of a busy process whose waiters are not held up.
+_LONGEST_GAP = 0.1
+#: The shortest time, in seconds, between requests of a process that is not busy.
+_SHORTEST_GAP = 0.001
+#: The time, in seconds, over which the rate of starts is averaged.
+_RATE_WINDOW = 0.3
+#: How many seconds' worth of starts are prefetched.
+_PREFETCH_SECONDS = 0.3
+#: How early, in seconds, a start may be used: a timer may run so much too soon.
+_TIMER_PRECISION = 1e-4
 _NEVER = math.inf
-_NO_TOKENS = Estimate()
 
 
 @dataclass(slots=True, eq=False)
 class Waiter:
     """One caller of `acquire` that has no permit yet.
 
-    Its estimate is asked for anew whenever it counts: hundreds may join before the first answer
-    has taught the estimator anything, and would reserve by the plain guess for minutes.
+    `estimate` is called whenever the tokens count: hundreds may join before the first reply has
+    taught the estimator anything, and would reserve by the plain guess for minutes.
     """
 
-    guess: Callable[[], Estimate]
-    granted: asyncio.Future[Permit]
-    has_ticket: bool = False
-
-    @property
-    def estimate(self) -> Estimate:
-        return self.guess()
+    estimate: Callable[[], Estimate]
+    permit: asyncio.Future[Permit]
+    priority: int = 0
+    is_retry: bool = False
+    has_reservation: bool = False
 
 
 @dataclass(slots=True)
-class Ticket:
-    """The right to start one call at `start`, if the generation is still the same then."""
+class Reservation:
+    """The right to start one call at `start`, if the epoch is still the same then."""
 
     start: float
-    generation: int
+    epoch: int
     reserved: Estimate
     probe: bool
     waiter: Waiter | None = None
-    """Whose tokens are reserved: a large request that took the ticket of a small one would let the
-    next call start too soon. None: no tokens are, or a caller's to come."""
+    """Whose tokens are reserved: a large call that used the reservation of a small one would let
+    the next call start too soon. None: no tokens are, or those of a caller to come."""
 
 
 @dataclass(slots=True)
-class Question:
-    """Arguments of acquire.lua, and for whom each ticket of the answer will have reserved what."""
+class SentRequest:
+    """A request, and for whom each reservation of its reply will have reserved what."""
 
-    arguments: list[bytes | str | int | float]
+    request: AcquireRequest
+    report: CallReport | None
     waiters: list[Waiter]
-    reserved: list[Estimate]
-    spare: Estimate
+    estimates: list[Estimate]
+    prefetched: Estimate
 
 
 @dataclass(slots=True)
-class Line:
-    """Waiters, oldest first, and tickets, earliest first.
+class RequestPacing:
+    """How closely requests follow one another: over time a busy process makes few per start."""
 
-    Where tokens are limited a ticket is its waiter's own; else any waiter may use any ticket.
+    rate: float = 0.0
+    """Starts a second, averaged."""
+    starts: int = 0
+    """Starts since the last request."""
+    last_request: float = -_NEVER
+    _saved: float = MOST_SAVED_REQUESTS
+
+    def requested(self, now: float) -> None:
+        """Count a request."""
+        passed = min(now - self.last_request, 10.0)
+        weight = 1 - math.exp(-passed / _RATE_WINDOW)
+        self.rate += weight * (self.starts / max(passed, 1e-3) - self.rate)
+        saved = min(self._saved + REQUESTS_PER_START * self.starts, MOST_SAVED_REQUESTS)
+        self._saved = max(saved - 1.0, -1.0)
+        self.last_request, self.starts = now, 0
+
+    def next_request(self, *, held_up: bool) -> float:
+        """When the next request may follow; those of waiters that are held up spend no savings."""
+        gap = _SHORTEST_GAP
+        if self.rate > BUSY_RATE:
+            gap = min(1.0 / REQUESTS_PER_START / self.rate, _LONGEST_GAP)
+        if not held_up and self._saved >= 1.0:
+            gap = min(gap, SAVED_REQUEST_GAP)
+        return self.last_request + gap
+
+
+@dataclass(slots=True)
+class WaitQueue:
+    """Waiters in the order of their turns, and reservations, earliest first.
+
+    Turns: the higher priority first; within one, callers that had a permit already (their call was
+    refused, or the permit went stale) before all others; then first come, first served.
+
+    Where tokens are limited a reservation belongs to the waiter whose tokens it has reserved,
+    unless one of higher priority waits. Else any waiter may use any reservation.
     """
 
     quota: str
-    again: deque[Waiter] = field(default_factory=deque)
-    """Those who had a turn already (a refused call, a stale permit): they come first."""
-    waiters: deque[Waiter] = field(default_factory=deque)
-    tickets: deque[Ticket] = field(default_factory=deque)
+    reservations: deque[Reservation] = field(default_factory=deque)
     waiting: int = 0
     in_flight: int = 0
-    generation: int = 0
-    proof: float = -_NEVER
-    pending: Pending = field(default_factory=Pending)
-    urgent: bool = False
-    asked_at: float = -_NEVER
+    epoch: int = 0
+    fresh_since: float = -_NEVER
+    """When the newest reply of the present epoch was asked for."""
+    settlements: Settlements = field(default_factory=Settlements)
+    ask_now: bool = False
     ask_after: float = -_NEVER
-    last: Reply | None = None
-    rate: float = 0.0
-    acquired: int = 0
-    permits: int = 0
+    """Waiters without a reservation need not ask before."""
+    last_reply: AcquireReply | None = None
     permitted_at: float = -_NEVER
-    saved: float = MOST_SAVED
-    """Questions that may follow closely on one another."""
-    mean_input: float = 0.0
-    mean_output: float = 0.0
+    """When the newest permit was given."""
+    pacing: RequestPacing = field(default_factory=RequestPacing)
+    _waiters: dict[tuple[int, bool], deque[Waiter]] = field(default_factory=dict)
+    """By rank, the smallest first: (-priority, not a retry)."""
+    _permits: int = 0
+    _mean_input: float = 0.0
+    _mean_output: float = 0.0
 
     # -- waiters
 
-    def join(self, waiter: Waiter, *, first: bool = False) -> None:
-        """Wait at the end of the line, or before all who had no turn yet."""
+    def join(self, waiter: Waiter) -> None:
+        """Wait behind all of the same rank."""
         self.waiting += 1
-        if first:
-            self.again.append(waiter)
+        rank = (-waiter.priority, not waiter.is_retry)
+        self._waiters.setdefault(rank, deque()).append(waiter)
+        if waiter.is_retry:
             return
-        self.acquired += 1
-        self.waiters.append(waiter)
-        if self.by_tokens:
-            self.mean_input += 0.05 * (waiter.estimate.input_tokens - self.mean_input)
-            self.mean_output += 0.05 * (waiter.estimate.output_tokens - self.mean_output)
+        self.pacing.starts += 1
+        if self.tokens_limited:
+            estimate = waiter.estimate()
+            self._mean_input += 0.05 * (estimate.input_tokens - self._mean_input)
+            self._mean_output += 0.05 * (estimate.output_tokens - self._mean_output)
 
     def leave(self, waiter: Waiter) -> None:
-        """A cancelled waiter; its place in the deque is skipped when its turn comes."""
+        """Stop waiting (cancelled). Its place is skipped later."""
         self.waiting -= 1
-        waiter.granted.cancel()
+        waiter.permit.cancel()
 
-    def _waiter_for(self, ticket: Ticket) -> Waiter | None:
-        """Its own; if that one is gone, the oldest without a ticket, or else the oldest."""
-        own = ticket.waiter
-        if own is not None and not own.granted.done():
-            return own
-        return next(self._without_ticket(), None) or next(self.alive(), None)
+    def fail(self, error: Exception) -> None:
+        """Raise `error` in all that wait."""
+        for waiter in list(self.in_turn()):
+            self.waiting -= 1
+            waiter.permit.set_exception(error)
 
-    def _without_ticket(self) -> Iterator[Waiter]:
-        return (waiter for waiter in self.alive() if not waiter.has_ticket)
+    def in_turn(self) -> Iterator[Waiter]:
+        """Those who wait, in the order of their turns."""
+        ranks = chain.from_iterable(self._waiters[rank] for rank in sorted(self._waiters))
+        return (waiter for waiter in ranks if not waiter.permit.done())
 
-    def alive(self) -> Iterator[Waiter]:
-        everybody = chain(self.again, self.waiters)
-        return (waiter for waiter in everybody if not waiter.granted.done())
+    def _without_reservation(self) -> Iterator[Waiter]:
+        return (waiter for waiter in self.in_turn() if not waiter.has_reservation)
 
-    def _forget_served(self) -> None:
-        for line in (self.again, self.waiters):
-            while line and line[0].granted.done():
-                line.popleft()
+    def _waiter_for(self, reservation: Reservation) -> Waiter | None:
+        """Who uses it: the most urgent one, if it goes before the reservation's own waiter. If that
+        one is gone, the next without a reservation, or else the next."""
+        first, own = next(self.in_turn(), None), reservation.waiter
+        if own is None or own.permit.done():
+            own = next(self._without_reservation(), None) or first
+        return first if first and own and first.priority > own.priority else own
 
-    # -- tickets
+    # -- reservations
 
-    def at_once(self, now: float, estimate: Estimate) -> Permit | None:
-        """A permit without waiting, from a ticket that was fetched for callers to come."""
-        if self.waiting or not self.tickets or now - self.proof > PROOF:
+    def take_prefetched(self, now: float, estimate: Estimate) -> Permit | None:
+        """A permit without waiting, from a reservation that was made for callers to come."""
+        if self.waiting or not self.reservations or not self.is_fresh(now):
             return None
         self.drop_late(now)
-        if not self.tickets or self.tickets[0].start > now:
+        if not self.reservations or self.reservations[0].start > now:
             return None
-        self.acquired += 1
-        return self._permit(self.tickets.popleft(), estimate, now)
+        self.pacing.starts += 1
+        return self._permit(self.reservations.popleft(), estimate, now)
 
-    def release(self, now: float) -> None:
-        """Hand out every ticket whose time has come."""
+    def grant_due(self, now: float) -> None:
+        """Give permits for all reservations whose time has come."""
         self.drop_late(now)
-        while self.waiting and self.tickets and self.tickets[0].start <= now + 1e-4:
-            if now - self.proof > PROOF:
-                return
-            waiter = self._waiter_for(self.tickets[0])
+        while (
+            self.waiting
+            and self.reservations
+            and self.reservations[0].start <= now + _TIMER_PRECISION
+            and self.is_fresh(now)
+        ):
+            waiter = self._waiter_for(self.reservations[0])
             if waiter is None:  # all of them were cancelled just now, and leave by themselves
                 return
+            reservation = self.reservations.popleft()
+            if reservation.waiter is not None:
+                reservation.waiter.has_reservation = False
             self.waiting -= 1
-            waiter.granted.set_result(self._permit(self.tickets.popleft(), waiter.estimate, now))
+            waiter.permit.set_result(self._permit(reservation, waiter.estimate(), now))
             self._forget_served()
 
-    def _permit(self, ticket: Ticket, estimate: Estimate, now: float) -> Permit:
-        reserved = ticket.reserved
-        if reserved != estimate and self.by_tokens:
-            self.pending.replace(reserved, estimate)
+    def _forget_served(self) -> None:
+        for rank, waiters in list(self._waiters.items()):
+            while waiters and waiters[0].permit.done():
+                waiters.popleft()
+            if not waiters:
+                del self._waiters[rank]
+
+    def _permit(self, reservation: Reservation, estimate: Estimate, now: float) -> Permit:
+        reserved = reservation.reserved
+        if reserved != estimate and self.tokens_limited:
+            self.settlements.replace(reserved, estimate)
         self.in_flight += 1
-        self.permits += 1
+        self._permits += 1
         self.permitted_at = now
         return Permit(
-            self.quota, ticket.generation, ticket.start, self.permits, estimate, ticket.probe
+            quota=self.quota,
+            epoch=reservation.epoch,
+            start=reservation.start,
+            id=self._permits,
+            estimate=estimate,
+            probe=reservation.probe,
         )
 
     def drop_late(self, now: float) -> None:
-        """Give back tickets whose time has passed."""
-        while self.tickets and now > self.tickets[0].start + LATE:
-            self._give_back(self.tickets.popleft(), now)
+        """Release the reservations whose time has passed."""
+        while self.reservations and now > self.reservations[0].start + LATEST_START:
+            self._release(self.reservations.popleft(), now)
 
-    def give_back_all(self, now: float) -> None:
-        while self.tickets:
-            self._give_back(self.tickets.popleft(), now)
+    def release_all(self, now: float) -> None:
+        """Release all reservations: others may have those whose start lies ahead."""
+        while self.reservations:
+            self._release(self.reservations.popleft(), now)
 
-    def _give_back(self, ticket: Ticket, now: float) -> None:
-        if ticket.waiter is not None:
-            ticket.waiter.has_ticket = False
-        pending = self.pending
-        pending.unused.append(Unused(ticket.start, ticket.generation, ticket.reserved))
-        pending.probe_ended |= ticket.probe
-        if pending.since is None:
-            pending.since = now
+    def _release(self, reservation: Reservation, now: float) -> None:
+        if reservation.waiter is not None:
+            reservation.waiter.has_reservation = False
+        settlements = self.settlements
+        settlements.unused.append(
+            Unused(reservation.start, reservation.epoch, reservation.reserved)
+        )
+        settlements.probe_ended |= reservation.probe
+        if settlements.since is None:
+            settlements.since = now
 
-    def usable(self, permit: Permit, now: float) -> bool:
+    def is_fresh(self, now: float) -> bool:
+        """Whether the limiter's newest reply still allows starts."""
+        return now - self.fresh_since <= FRESHNESS_LEASE
+
+    def may_start(self, permit: Permit, now: float) -> bool:
         """Whether a call with this permit may still start at this moment."""
         return (
-            permit.generation == self.generation
-            and now - self.proof <= PROOF
-            and now <= permit.start + LATE
+            permit.epoch == self.epoch and self.is_fresh(now) and now <= permit.start + LATEST_START
         )
 
-    def settle(
-        self,
-        permit: Permit,
-        outcome: CallOutcome,
-    ) -> None:
-        """Count the end of a call; `pending` has its tokens."""
+    def settle(self, call: SettledCall, now: float) -> None:
+        """Count the end of a call; the next request carries it, after a refusal at once."""
+        self.settlements.add(call, now)
         self.in_flight -= 1
-        if outcome in (CallOutcome.REFUSED, CallOutcome.DAY_EXHAUSTED):
-            self.urgent = True
+        if call.outcome in (CallOutcome.REFUSED, CallOutcome.DAY_EXHAUSTED):
+            self.ask_now = True
 
-    def saw_generation(self, generation: int, now: float) -> bool:
-        """The fleet cools down (or the limits changed): void what was handed out before."""
-        if generation <= self.generation:
-            return False
-        self.generation = generation
-        self.give_back_all(now)
+    def begin_epoch(self, epoch: int, now: float) -> None:
+        """The fleet cools down, or the limits have changed: older reservations are void."""
+        if epoch <= self.epoch:
+            return
+        self.epoch = epoch
+        self.release_all(now)
         if self.waiting:
-            self.urgent = True
-        return True
+            self.ask_now = True
 
-    # -- questions and answers
+    # -- requests and replies
 
     @property
-    def by_tokens(self) -> bool:
-        return self.last is None or self.last.by_tokens
+    def tokens_limited(self) -> bool:
+        """Whether requests carry estimates; the first one does."""
+        return self.last_reply is None or self.last_reply.tokens_limited
 
-    def next_ask(self) -> float:
-        """When to ask the limiter next; infinity: there is nothing to say."""
-        if self.urgent:
+    def next_request(self) -> float:
+        """When to ask the limiter next; infinity: there is nothing to ask."""
+        if self.ask_now:
             return -_NEVER
         at = _NEVER
-        if self.waiting > len(self.tickets):
+        if self.waiting > len(self.reservations):
             at = self.ask_after
-        if self.waiting and self.tickets:
-            at = min(at, max(self.proof + RENEW, self.tickets[0].start - AHEAD))
-        if self.pending.since is not None:
-            slot = self.last is not None and (self.last.by_slots or self.last.probing)
-            at = min(at, self.pending.since + (FLUSH_SLOT if slot else FLUSH))
+        if self.waiting and self.reservations:
+            renew = max(self.fresh_since + RENEW_FRESHNESS, self.reservations[0].start - ASK_AHEAD)
+            at = min(at, renew)
+        if self.settlements.since is not None:
+            reply = self.last_reply
+            frees_slot = reply is not None and (reply.slots_limited or reply.probing)
+            after = FLUSH_SLOT_AFTER if frees_slot else FLUSH_AFTER
+            at = min(at, self.settlements.since + after)
         if self.in_flight:
-            at = min(at, self.asked_at + RENEW_LEASE)
+            at = min(at, self.pacing.last_request + RENEW_CALLS_LEASE)
         return at
 
     def next_start(self) -> float:
-        """When the next ticket can be used; infinity without one or without a waiter."""
-        return self.tickets[0].start if self.tickets and self.waiting else _NEVER
+        """When the next reservation can be used; infinity without one or without a waiter."""
+        return self.reservations[0].start if self.reservations and self.waiting else _NEVER
 
-    def question(self, process: str, sequence: int, now: float) -> Question:
-        """What to ask now. What is pending travels with it."""
+    def make_request(self, sequence: int, now: float) -> SentRequest:
+        """What to ask now. All settlements travel with it."""
         self.drop_late(now)
-        self._measure(now)
-        held = len(self.tickets)
-        want = min(max(self.waiting - held, 0), LARGEST_ASK)
-        waiters = self._unprovided(want) if self.by_tokens else []
-        reserved = [waiter.estimate for waiter in waiters]
-        if self.by_tokens:
-            want = len(reserved)  # some were cancelled just now, and have not left yet
-        spare = min(self._spare(), LARGEST_ASK - want)
-        mean = Estimate(round(self.mean_input), round(self.mean_output))
-        numbers = [
-            sequence,
-            held,
-            self.in_flight + held,
-            want,
-            spare,
-            *self.pending.arguments(self.generation, now),
-            mean.input_tokens,
-            mean.output_tokens,
-        ]
-        self.pending = Pending(generation=self.generation)
-        self.urgent = False
-        self.asked_at = now
-        return Question(pack_question(process, numbers, reserved), waiters, reserved, mean)
+        self.pacing.requested(now)
+        reserved = len(self.reservations)
+        wanted = min(max(self.waiting - reserved, 0), MOST_WANTED)
+        waiters: list[Waiter] = []
+        estimates: list[Estimate] = []
+        if self.tokens_limited:
+            # Those without a reservation, but for those who will use the reservations of nobody.
+            owners = (reservation.waiter for reservation in self.reservations)
+            free = sum(owner is None or owner.permit.done() for owner in owners)
+            waiters = list(islice(self._without_reservation(), free, free + wanted))
+            estimates = [waiter.estimate() for waiter in waiters]
+            wanted = len(waiters)  # some were cancelled just now, and have not left yet
+        prefetched = Estimate(round(self._mean_input), round(self._mean_output))
+        request = AcquireRequest(
+            sequence=sequence,
+            reserved=reserved,
+            in_flight=self.in_flight,
+            wanted=wanted,
+            prefetch=min(self._prefetch(), MOST_WANTED - wanted),
+            prefetch_input=prefetched.input_tokens,
+            prefetch_output=prefetched.output_tokens,
+            **self.settlements.request_fields(self.epoch, now),
+        )
+        report = self.settlements.report
+        self.settlements = Settlements(epoch=self.epoch)
+        self.ask_now = False
+        return SentRequest(request, report, waiters, estimates, prefetched)
 
-    def _unprovided(self, want: int) -> list[Waiter]:
-        """The oldest that have no ticket, but for those who will use the tickets of nobody."""
-        owners = (ticket.waiter for ticket in self.tickets)
-        free = sum(owner is None or owner.granted.done() for owner in owners)
-        return list(islice(self._without_ticket(), free, free + want))
-
-    def _measure(self, now: float) -> None:
-        gone = min(now - self.asked_at, 10.0)
-        weight = 1 - math.exp(-gone / _RATE_MEMORY)
-        self.rate += weight * (self.acquired / max(gone, 1e-3) - self.rate)
-        earned = min(self.saved + ASKS_PER_START * self.acquired, MOST_SAVED)
-        self.saved = max(earned - 1.0, -1.0)
-        self.acquired = 0
-
-    def _spare(self) -> int:
-        """Tickets for callers to come: spares them a round trip while no limit holds them up."""
-        if self.last is None or not self.last.plain or self.last.limited or self.rate < BUSY_RATE:
+    def _prefetch(self) -> int:
+        """Starts for callers to come spare them a round trip, while no limit holds anybody up."""
+        reply, rate = self.last_reply, self.pacing.rate
+        if reply is None or not reply.may_prefetch or reply.held_up or rate < BUSY_RATE:
             return 0
-        return max(math.ceil(self.rate * 0.3) - max(len(self.tickets) - self.waiting, 0), 0)
+        left = max(len(self.reservations) - self.waiting, 0)
+        return max(math.ceil(rate * _PREFETCH_SECONDS) - left, 0)
 
-    def take(self, question: Question, reply: Reply, sent: float, at: float, now: float) -> None:
-        """The answer: `at` is the local time of the server's `now`, `sent` that of the question."""
-        self.saw_generation(reply.generation, now)
-        tickets = list(self._tickets(question, reply, at))
-        if reply.generation == self.generation:
-            self.proof = sent
-            self._add_tickets(tickets)
-        else:  # a newer generation was announced while this answer travelled
-            self._refuse_tickets(tickets, now)
-        self.last = reply
-        self.ask_after = self._ask_after(reply, at, now)
+    def accept(
+        self,
+        sent: SentRequest,
+        reply: AcquireReply,
+        *,
+        sent_at: float,
+        replied_at: float,
+        now: float,
+    ) -> None:
+        """Take the reply to `sent`.
 
-    def _tickets(self, question: Question, reply: Reply, at: float) -> Iterator[Ticket]:
-        known = len(question.waiters)
-        for i, delay in enumerate(reply.starts_in):
-            waiter = question.waiters[i] if i < known else None
-            reserved = question.reserved[i] if i < known else question.spare
-            yield Ticket(at + delay, reply.generation, reserved, reply.probing, waiter)
+        Args:
+            sent: the request.
+            reply: its reply.
+            sent_at: when the request was sent.
+            replied_at: the local time of the reply's `now_us`.
+            now: the present moment.
+        """
+        self.begin_epoch(reply.epoch, now)
+        reservations = []
+        for i, start_us in enumerate(reply.starts_us):
+            known = i < len(sent.waiters)
+            waiter = sent.waiters[i] if known else None
+            reserved = sent.estimates[i] if known else sent.prefetched
+            start = replied_at + start_us * 1e-6
+            reservations.append(Reservation(start, reply.epoch, reserved, reply.probing, waiter))
+        if reply.epoch == self.epoch:
+            self.fresh_since = sent_at
+            self._add(reservations)
+        else:  # a newer epoch was announced while this reply travelled
+            for reservation in reservations:
+                self._release(reservation, now)
+            self.ask_now = True
+        self.last_reply = reply
+        self.ask_after = self._ask_after(reply, replied_at, now)
 
-    def _add_tickets(self, tickets: list[Ticket]) -> None:
-        # Refunds may let a later answer start earlier than tickets that are held already.
-        unsorted = bool(self.tickets and tickets and tickets[0].start < self.tickets[-1].start)
-        self.tickets.extend(tickets)
-        for ticket in tickets:
-            if ticket.waiter is not None:
-                ticket.waiter.has_ticket = True
+    def _add(self, new: list[Reservation]) -> None:
+        # Refunds may let a later reply start earlier than reservations that are held already.
+        held = self.reservations
+        unsorted = bool(held and new and new[0].start < held[-1].start)
+        held.extend(new)
+        for reservation in new:
+            if reservation.waiter is not None:
+                reservation.waiter.has_reservation = True
         if unsorted:
-            self.tickets = deque(sorted(self.tickets, key=lambda ticket: ticket.start))
+            self.reservations = deque(sorted(held, key=lambda reservation: reservation.start))
 
-    def _refuse_tickets(self, tickets: list[Ticket], now: float) -> None:
-        for ticket in tickets:
-            self._give_back(ticket, now)
-        self.urgent = True
-
-    def _ask_after(self, reply: Reply, at: float, now: float) -> float:
-        gap = min(1.0 / ASKS_PER_START / self.rate, 0.1) if self.rate > BUSY_RATE else 0.001
-        if not reply.limited:
-            return self.asked_at + (min(gap, BURST_GAP) if self.saved >= 1.0 else gap)
-        soonest = self.asked_at + gap
-        if self.tickets:
-            enough = min(self.asked_at + RENEW, self.tickets[-1].start - AHEAD)
-            return max(soonest, enough, min(at + reply.again_in, now + RENEW))
-        return max(soonest, at + reply.again_in)
+    def _ask_after(self, reply: AcquireReply, replied_at: float, now: float) -> float:
+        soonest = self.pacing.next_request(held_up=reply.held_up)
+        if not reply.held_up:
+            return soonest
+        again = replied_at + reply.ask_again_us * 1e-6
+        if not self.reservations:
+            return max(soonest, again)
+        enough = min(
+            self.pacing.last_request + RENEW_FRESHNESS, self.reservations[-1].start - ASK_AHEAD
+        )
+        return max(soonest, enough, min(again, now + RENEW_FRESHNESS))
