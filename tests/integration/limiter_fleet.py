@@ -71,9 +71,25 @@ class Process:
 
 
 class Fleet:
-    """Three processes that share one quota."""
+    """Three processes that share one quota.
 
-    def __init__(self, server: VirtualRedis, quota: Quota) -> None:
+    Args:
+        server: runs the scripts in virtual time.
+        quota: what they share.
+        demand: so many waiters stand in each process at least, all the time.
+        latency: a call ends by itself after so many seconds, as `provider` says; None: never.
+    """
+
+    def __init__(
+        self,
+        server: VirtualRedis,
+        quota: Quota,
+        *,
+        demand: int = 0,
+        latency: float | None = None,
+    ) -> None:
+        self.demand, self.latency = demand, latency
+        self.provider = CallOutcome.SUCCEEDED
         self.server, self.quota, self.begun = server, quota, server.now
         keys = Keys(f"t{uuid.uuid4().hex[:8]}").quota(quota.name)
         self.keys = [keys.state, keys.procs, keys.waiting, keys.channel]
@@ -87,9 +103,6 @@ class Fleet:
         self.bounds: dict[str, Bound] = {}
         for process in self.processes.values():
             self.ask(process)
-
-    def close(self) -> None:
-        self.loop.close()
 
     @property
     def limits(self) -> QuotaLimits:
@@ -107,7 +120,12 @@ class Fleet:
         return waiter
 
     def act(self, process: Process) -> None:
-        """What a timer would do now: start what is due, ask what is to be asked."""
+        """What a timer would do now: end and start what is due, ask what is to be asked."""
+        while len(process.waiters) < self.demand:
+            self.join(process, Estimate(40 + len(process.waiters), 20))
+        if self.latency is not None:
+            while process.calls and process.calls[0].start <= self.server.now - self.latency:
+                self.end(process, self.provider)
         self.start_due(process)
         if process.queue.next_request() <= self.server.now:
             self.ask(process)
