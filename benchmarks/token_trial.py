@@ -39,7 +39,7 @@ PROCESSES = 4
 SKIP = 5.0
 #: Redis there and back; how late a channel's message comes.
 ROUND_TRIP, CHANNEL = 0.001, 0.003
-#: Until a refused call stands in line again.
+#: Until a refused call waits again.
 HANDLED = 0.003
 
 

@@ -75,7 +75,7 @@ class AcquireRequest:
 
 @dataclass(slots=True)
 class CallReport:
-    """What calls of `known_epoch` told beside their outcome. acquire.lua does not read it yet.
+    """What ended calls of any epoch report beside their outcome. acquire.lua does not read it yet.
 
     `limit_` to `reset_` are from the newest headers; zero: they said nothing.
     """

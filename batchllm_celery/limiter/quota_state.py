@@ -120,7 +120,7 @@ class LiveState:
     in_flight: int = 0
     """Calls in flight and reservations of all processes."""
     lease_clock_us: int = 0
-    """A clock that stands still while nobody is heard of: leases end on it."""
+    """A clock that stands still while everybody is silent: leases end on it."""
     leases_checked_us: int = 0
     """When leases were checked, on that clock."""
 

@@ -135,12 +135,12 @@ async def test_waiters_cancelled_while_a_request_is_written_harm_nobody(fleet: F
     assert all(isinstance(one, Permit) for one in done[5:])
 
 
-async def test_a_lost_channel_is_subscribed_to_again(fleet: Fleet) -> None:
+async def test_a_lost_channel_is_subscribed_to_again(fleet: Fleet, connection: Connection) -> None:
     """After its connection was cut, without a new quota to make it look."""
     limiter = await fleet.join("p")
     await limiter.configure(per_second(100))
     await fleet.call("p", "q")
-    client: Any = limiter._connection.client
+    client: Any = connection.client
     channel = fleet.keys.quota("q").channel
 
     async def heard() -> bool:

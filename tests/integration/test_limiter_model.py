@@ -91,8 +91,8 @@ def server(valkey: ValkeyServer) -> Iterator[VirtualRedis]:
     virtual.client.close()
 
 
-def test_the_same_question_twice_gets_the_same_answer(server: VirtualRedis) -> None:
-    """A retried question spends nothing."""
+def test_the_same_request_twice_gets_the_same_reply(server: VirtualRedis) -> None:
+    """A repeated request spends nothing."""
     limits = QuotaLimits(requests_per_minute=600, requests_per_day=10)
     scripts = Scripts(server, Quota(name="q", limits=limits))
     first = scripts.ask("a", [1, 1, 1], sequence=7)
@@ -300,7 +300,7 @@ def test_a_process_far_from_redis_gets_its_share(
 
 
 def test_who_is_not_next_does_not_ask_at_the_moment_there_is_room(server: VirtualRedis) -> None:
-    """Everybody would; the first in line is served without waiting."""
+    """Everybody would; the first in the queue is served without waiting."""
     scripts = Scripts(server, Quota(name="q", limits=QuotaLimits(tokens_per_minute=60_000)))
     assert len(scripts.ask("first", [260] * 4).starts_us) == 2
     server.now += 0.26
@@ -343,7 +343,7 @@ def test_a_changed_quota_is_tried_again_on_the_day_that_was_over(server: Virtual
 
 
 def test_what_one_has_no_use_for_goes_to_the_next_at_once(server: VirtualRedis) -> None:
-    """The first in line hears of a free slot, has its share already, and tells the one behind."""
+    """The first in the queue hears of a free slot, has its share, and passes it on."""
     scripts = Scripts(server, Quota(name="q", limits=QuotaLimits(max_concurrency=2)))
     assert scripts.ask("ends", [1]).starts_us
     assert scripts.ask("first", [1]).starts_us
@@ -362,10 +362,10 @@ def test_what_one_has_no_use_for_goes_to_the_next_at_once(server: VirtualRedis) 
         assert scripts.ask("second", [1]).starts_us
 
 
-def test_a_question_repeated_after_its_process_was_given_up_counts_once(
+def test_a_request_repeated_after_its_process_was_given_up_counts_once(
     server: VirtualRedis,
 ) -> None:
-    """Redis answered, the answer was lost, and the link was away for longer than the lease."""
+    """Redis replied, the reply was lost, and the link was away for longer than the lease."""
     scripts = Scripts(server, Quota(name="q", limits=QuotaLimits(tokens_per_minute=60_000)))
     scripts.ask("a", [10])
     first = scripts.ask("a", [], debt_input=30_000, in_flight=1, sequence=7)
@@ -578,7 +578,7 @@ def test_a_spent_window_tells_the_quota(server: VirtualRedis) -> None:
 def test_what_a_cooldown_has_voided_is_not_given_back_again(
     server: VirtualRedis, limits: QuotaLimits
 ) -> None:
-    """Tickets returned by a process that has not heard of the cooldown: no burst follows it."""
+    """Starts returned by a process that has not heard of the cooldown: no burst follows it."""
     scripts = Scripts(server, Quota(name="q", limits=limits))
     scripts.ask("a", [1] * 40)
     old = scripts.epoch

@@ -1,8 +1,8 @@
 -- acquire.lua: settle what one process has finished, then reserve start times for its waiters.
 --
 -- One run serves one request of one process to one quota. All times come from Redis' clock, in
--- microseconds (`_us`) since 1970; durations end in `_us` or `_s` too. Tokens are counted, rates are
--- per second. The steps, in their order:
+-- microseconds (`_us`) since 1970. Durations end in `_us` or `_s`. Rates are per second.
+-- The steps, in their order:
 --
 --   1 clock      what time is it, and has Redis forgotten something?
 --   2 settle     count the calls that have ended since the process' last request
@@ -12,41 +12,46 @@
 --   6 grant      choose the start times
 --
 -- The rate is limited by GCRA, the generic cell rate algorithm (ITU-T I.371), in each dimension by
--- itself. Its state is one moment, the theoretical arrival time (`tat_us`): when everything that was
--- started is paid for. The adaptive rate after a refusal is CUBIC's (RFC 9438): `w_max` is the rate
+-- itself. Its state is one moment, the theoretical arrival time (`tat_us`): when everything that
+-- was started is paid for. After a refusal the rate follows CUBIC (RFC 9438): `w_max` is the rate
 -- at which the provider refused, `BETA` what is left after a cut, `C` how fast the rate comes back.
 --
--- When may a call start?  At the latest of: now, the end of the cooldown, the previous start of a slow
---   start plus its spacing, the breaker's next probe, and `tat_us` of every limited dimension. It starts
---   first and pays then (`tat_us` moves on by its cost), so a call of any size can start. Starts are
---   reserved LOOKAHEAD_US ahead at most, and only while the day and the slots leave room.
--- What does a refund do?  It moves `tat_us` back, so that the next start comes sooner, but never to more
---   than a burst before now. A debt (a call used more than was reserved) moves it on. Tokens that were
---   forfeited (reserved while nobody could use them) come back only far beyond now: step 4.
--- Why is a reservation void?  Its epoch is over: a cooldown, changed limits, or a Redis that lost data
---   began a new one. Or its process was late, and gives it back itself.
--- What does a second process see?  The same `live` state, so its starts come after those of the first.
---   The processes with waiters stand in WAITING, in the order of their turns: each gets its share of the
---   lookahead and of the slots, and goes to the end once it was served.
+-- When may a call start?
+--   At the latest of: now, the end of the cooldown, the previous start of a slow start plus its
+--   spacing, the breaker's next probe, and `tat_us` of every limited dimension. It starts first and
+--   pays then (`tat_us` moves on by its cost), so a call of any size can start. Starts are reserved
+--   LOOKAHEAD_US ahead at most, and only while the day and the slots leave room.
+-- What does a refund do?
+--   It moves `tat_us` back, so that the next start comes sooner, but never to more than a burst
+--   before now. A debt (a call used more than was reserved) moves it on. Tokens that were forfeited
+--   (reserved while nobody could use them) come back only far beyond now: step 4.
+-- Why is a reservation void?
+--   Its epoch is over: a cooldown, changed limits, or a Redis that lost data began a new one.
+--   Or its process used it too late, and releases it.
+-- What does a second process see?
+--   The same `live` state, so its starts come after those of the first. Processes with waiters
+--   stand in WAITING, in the order of their turns. Each gets its share of the lookahead and of the
+--   slots, and goes to the end once it was served.
 --
--- KEYS     1 QUOTA      hash     `setup`, `live` (records), `config`, `cooldowns`, `ramp`, `history`
---          2 PROCESSES  hash     process -> PROCESS, then its last reply
---          3 WAITING    zset     process with waiters -> since when (microseconds)
---          4 CHANNEL    channel  "epoch:N": a new epoch; "slot:PROCESS": that process should ask now
+-- KEYS     1 QUOTA      hash: `setup` and `live` (records), `config`, `cooldowns`, `ramp`, `history`
+--          2 PROCESSES  hash: process -> PROCESS (below), then its last reply
+--          3 WAITING    zset: process with waiters -> since when (microseconds)
+--          4 CHANNEL    channel: "epoch:N", a new epoch; "slot:PROCESS", that process should ask
 -- ARGV     1 the protocol's number    2 process    3 request (a record)
---          4 input and output tokens of each waiter, in the order of their turns, as uint32; empty while
---            the process has not heard that tokens are limited
+--          4 input and output tokens of each waiter, in the order of their turns, as uint32;
+--            empty while the process does not know that tokens are limited
 --          5 report (a record: latencies, tokens, the provider's headers), or empty; not read yet
 -- returns  reply (a record), then each start in microseconds after `reply.now_us`, as uint32
 --
--- Records are tables of numbers. Their fields stand once, with units: `request`, `report` and `reply`
--- in limiter/protocol.py, `setup` and `live` in limiter/quota_state.py. limiter/scripts.py puts their
--- `read_NAME` and `pack_NAME` before this text, with PROTOCOL and BREAKER_FAILURES.
+-- Records are tables of numbers. Their fields stand once, with units: `request`, `report` and
+-- `reply` in limiter/protocol.py, `setup` and `live` in limiter/quota_state.py. limiter/scripts.py
+-- puts their `read_NAME` and `pack_NAME` before this text, with PROTOCOL and BREAKER_FAILURES.
 --
--- A request that is repeated (same process and sequence) gets the same reply, and nothing is done twice.
+-- A request that is repeated (same process and sequence) gets the same reply: nothing is done twice.
 --
--- The steps are included as text, and share their locals: making a function in Lua for each would cost a
--- microsecond or two in every run, which takes some forty. A step names what it leaves for later ones.
+-- The steps are included as text, and share their locals. (Making a Lua function for each would
+-- cost a microsecond or two in every run, which takes some forty.) A step names what it leaves for
+-- later ones.
 
 if tonumber(ARGV[1]) ~= PROTOCOL then
   return {err = 'ERR the limiter speaks protocol ' .. PROTOCOL .. ', not ' .. ARGV[1]}
@@ -57,7 +62,7 @@ local process, estimates = ARGV[2], ARGV[4]
 local request = read_request(ARGV[3])
 local max, min, ceil = math.max, math.min, math.ceil
 
-local PROCESS = '<ddI4'           -- sequence of its last request, lease clock then, permits it holds
+local PROCESS = '<ddI4'           -- sequence of its last request, lease clock then, permits held
 local DAY_US = 86400000000        -- the length of a day
 
 local known_process = redis.call('HGET', PROCESSES, process)

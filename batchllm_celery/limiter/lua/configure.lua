@@ -6,8 +6,9 @@
 --          4 cooldowns    5 ramp (both in seconds, with commas)
 -- returns  the configuration in force: not ARGV[1] when another one stood in the way
 --
--- A change begins a new epoch: reservations were made at the old rate, and are void. What a cut has taught
--- is forgotten, and so is that the day was over: the provider will say so again if it still is.
+-- A change begins a new epoch: reservations were made at the old rate, and are void. What a cut has
+-- taught is forgotten, and so is that the day was over: the provider will say so again if it still
+-- is.
 
 --#include constants.lua
 local QUOTA, CHANNEL = KEYS[1], KEYS[2]

@@ -1,10 +1,10 @@
 -- 1 clock: the time, which never goes back, and whether Redis has forgotten something.
 --
--- Leaves: now_us; a new epoch and a wait (the horizon and a second) if Redis has forgotten something.
+-- Leaves: now_us. If Redis has forgotten something: a new epoch, and a cooldown.
 
-local SET_BACK_US = 5000000       -- a clock that is further behind than this was set back by somebody
-local LONGEST_SILENCE_US = 3000000  -- what a silence of everybody adds to the lease clock at most
-local SHORTEST_RESTART_US = 20000   -- Redis does not restart faster than this
+local SET_BACK_US = 5000000         -- how far the clock must be behind to count as set back
+local LONGEST_SILENCE_US = 3000000  -- the most that one silence adds to the lease clock
+local SHORTEST_RESTART_US = 20000   -- the shortest time in which Redis restarts
 
 local time = redis.call('TIME')
 local now_us = time[1] * 1000000 + time[2]
@@ -30,17 +30,17 @@ do
   end
   now_us = max(now_us, previous_us)   -- a clock that is a little behind stands still
 
-  -- Leases end on a clock of their own. It stands still while nobody is heard of: then Redis was
-  -- away, and those who had calls in flight have them still.
+  -- Leases end on a clock of their own. It stands still while everybody is silent: then Redis
+  -- was away, and those who had calls in flight have them still.
   if previous_us > 0 then
     live.lease_clock_us = live.lease_clock_us + min(now_us - previous_us, LONGEST_SILENCE_US)
   end
 
-  if request.known_epoch > live.epoch then forgotten = true end   -- the process knows more than Redis
+  if request.known_epoch > live.epoch then forgotten = true end   -- it knows more than Redis
   if live.epoch == 0 then live.epoch = now_us end
 
-  -- A restart shows in the server's run id. INFO is dear, so LASTSAVE is asked first: it begins anew
-  -- with the server too, but only in whole seconds.
+  -- A restart shows in the server's run id. INFO is dear, so LASTSAVE is asked first: it begins
+  -- anew with the server too, but only in whole seconds.
   if now_us - previous_us > SHORTEST_RESTART_US then
     local last_save_s = redis.pcall('LASTSAVE')
     if last_save_s ~= live.last_save_s or now_us / 1000000 - last_save_s < 5 then
@@ -51,8 +51,8 @@ do
     end
   end
 
-  -- Reservations that Redis does not know of may still be used: all are void, and nothing starts until
-  -- the last of them is over.
+  -- Reservations that Redis does not know of may still be used: all are void, and nothing starts
+  -- until the last of them is over.
   if forgotten then
     live.epoch, new_epoch = max(live.epoch + 1, request.known_epoch + 1, now_us), true
     live.cooldown_until_us = max(live.cooldown_until_us, now_us + setup.horizon_us + 1000000)

@@ -1,11 +1,12 @@
--- 3 cooldown: the provider refused a call (429), was overloaded (503), or said that the day is over.
+-- 3 cooldown: the provider refused a call (429), had no room (503), or said that the day is over.
 --
--- A refusal opens a new epoch: everybody stops until the cooldown's end, and all reservations are void.
--- An overload opens none, it only counts towards the breaker.
+-- A refusal opens a new epoch: everybody stops until the cooldown's end, and all reservations are
+-- void. An overload opens none, it only counts towards the breaker.
 -- Leaves: allowed_pace(), K_S (CUBIC's K).
 
--- CUBIC, RFC 9438, 4.1-4.2: t seconds after a cut the rate is w_max * (1 + C * (t - K)^3), so that it is
--- BETA * w_max at the cut and w_max again after K seconds. (C is relative to w_max, not absolute.)
+-- CUBIC, RFC 9438, 4.1-4.2: t seconds after a cut the rate is w_max * (1 + C * (t - K)^3), so that
+-- it is BETA * w_max at the cut and w_max again after K seconds. (C is relative to w_max, not
+-- absolute.)
 local BETA = 0.75
 local C = 1e-5                    -- per cubic second
 local K_S = ((1 - BETA) / C) ^ (1 / 3)
@@ -21,17 +22,17 @@ end
 
 -- Only a call that began in the present epoch opens a cooldown: a burst of refusals is one event.
 if request.refused_epoch >= live.epoch and not new_epoch then
-  local WINDOW_US = 60000000      -- the window over which providers count, but for the day's
-  local LONG_WAIT_US = 2000000    -- a longer Retry-After says that a window is used up
-  local FEW_CALLS = 5             -- fewer successes say nothing: others may have used the quota
-  local FIRST_CUT = 0.6           -- of a rate that was searched for, what the provider seems to allow
-  local DEFAULT_COOLDOWNS_S = '1,2,4,8,16,32,60'
+  local WINDOW_US = 60000000      -- the window in which providers count, but for the day's
+  local LONG_WAIT_US = 2000000    -- the shortest wait that says that a window is used up
+  local FEW_CALLS = 5             -- the fewest successes by which a window is judged
+  local FIRST_CUT = 0.6           -- the share of a searched rate that the provider seems to allow
+  local DEFAULT_COOLDOWNS_S = '1,2,4,8,16,32,60'   -- of a quota that nobody configured
 
   live.consecutive_cooldowns = live.consecutive_cooldowns + 1
   live.failures_in_a_row = live.failures_in_a_row + 1
 
-  -- How long: what the provider asks for. The quota's own list counts where it asks for nothing, where
-  -- the policy says so, or, two places behind, once it has asked for too little twice.
+  -- How long: what the provider asks for. The quota's own list counts where it asks for nothing,
+  -- where the policy says so, or, two places behind, once it has asked for too little twice.
   local cooldown_us, place = max(request.retry_after_us, 0), 0
   if setup.adaptive == 0 or request.retry_after_us < 0 then
     place = live.consecutive_cooldowns
@@ -86,8 +87,9 @@ if request.refused_epoch >= live.epoch and not new_epoch then
     end
   end
 
-  -- A new epoch voids all reservations. What they had paid is returned; no burst follows, and the first
-  -- start comes one spacing after the end: the provider counts up to the request that it refused.
+  -- A new epoch voids all reservations. What they had paid is returned; no burst follows, and the
+  -- first start comes one spacing after the end: the provider counts up to the request that it
+  -- refused.
   live.epoch, new_epoch = max(live.epoch + 1, now_us), true
   live.cooldown_until_us = max(live.cooldown_until_us, now_us + cooldown_us)
   local first_us = live.cooldown_until_us
@@ -102,7 +104,8 @@ if request.refused_epoch >= live.epoch and not new_epoch then
   live.rate_limited_until_us = live.cooldown_until_us
 end
 
--- Overloads without a success open the breaker: one probe at a time, first after 1 s, then 2, 4 ... 30 s.
+-- Overloads without a success open the breaker: one probe at a time, first after 1 s, then 2, 4 ...
+-- 30 s.
 if successes == 0 and request.overloads > 0 then
   live.failures_in_a_row = live.failures_in_a_row + request.overloads
   if live.failures_in_a_row >= BREAKER_FAILURES then
@@ -111,7 +114,8 @@ if successes == 0 and request.overloads > 0 then
   end
 end
 
--- The day is over. A short wait (or none) is no day's end: try again at midnight UTC, or in an hour.
+-- The day is over. A short wait (or none) is no day's end: try again at midnight UTC, or in an
+-- hour.
 if request.day_exhausted_us >= 0 then
   local wait_us = request.day_exhausted_us
   if wait_us < 600000000 then wait_us = min(DAY_US - now_us % DAY_US, 3600000000) end

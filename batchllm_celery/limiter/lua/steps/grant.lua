@@ -1,19 +1,19 @@
 -- 6 grant: choose start times, first for the waiters, then for callers to come (prefetched).
 --
--- Leaves: starts (microseconds after now), granted (their number), served (waiters that got one), permits
--- (of this process, with the new ones), ask_again_us, exhausted_until_us, oversize, breaker_open,
--- spacings_us, has_its_share, joins_waiting.
+-- Leaves: starts (microseconds after now), granted (their number), served (waiters that got one),
+-- permits (of this process, with the new ones), ask_again_us, exhausted_until_us, oversize,
+-- breaker_open, spacings_us, has_its_share, joins_waiting.
 
-local PREFETCH_US = 50000         -- starts for callers to come are reserved so far ahead at most
-local FAIRNESS_WINDOW_US = 150000 -- the next process in turn is waited for so long at most
-local OUT_OF_TURN_US = 50000      -- between two requests of a process whose turn it is not
-local LONGEST_WAIT_US = 900000    -- a process with waiters asks again by then at the latest
-local SHORT_WINDOW_US = 800000    -- providers look at seconds too: burst and one request fit into this
-local OVERSIZE_US = 60000000      -- a request that costs more than a minute's worth is reported
-local LULL_US = 60000000          -- after so long without load CUBIC approaches w_max from below again
+local PREFETCH_US = 50000         -- how far ahead starts for callers to come are reserved at most
+local FAIRNESS_WINDOW_US = 150000 -- how long the next process in turn is waited for at most
+local OUT_OF_TURN_US = 50000      -- the shortest time between two requests of a process out of turn
+local LONGEST_WAIT_US = 900000    -- the longest time after which a process with waiters asks again
+local SHORT_WINDOW_US = 800000    -- providers' shortest window: burst and a request must fit in
+local OVERSIZE_US = 60000000      -- the cost from which on a request is reported: a minute's worth
+local LULL_US = 60000000          -- how long without load until CUBIC begins at its lowest again
 
--- A moment without debts: the fleet asks for less than the rate. What CUBIC has found beyond `w_max` does
--- not hold after it.
+-- A moment without debts: the fleet asks for less than the rate. What CUBIC has found beyond
+-- `w_max` does not hold after it.
 do
   local without_debt = true
   for i = 1, #limited do
@@ -40,7 +40,7 @@ if live.exhausted_until_us > now_us then
 end
 if #estimates == 0 and tokens_limited
     and (request.wanted > 0 or request.known_epoch ~= live.epoch) then
-  room, held_up_by, ask_again_us = 0, 'cooldown', 0   -- it has not heard that tokens are limited
+  room, held_up_by, ask_again_us = 0, 'cooldown', 0   -- it does not know that tokens are limited
 end
 
 local permits = request.in_flight + request.reserved
@@ -76,15 +76,16 @@ if live.ramp_position >= 0 and setup.adaptive == 0 and setup.ramp_length > 0
   end
 end
 
--- Start, then pay: a start is when all that was started before is paid for, whatever it costs itself.
--- (The one hot loop: comparisons take the place of calls of min and max.)
+-- Start, then pay: a start is when all that was started before is paid for, whatever it costs
+-- itself. (The one hot loop: comparisons take the place of calls of min and max.)
 local starts, granted, last_us, spent_us, oversize = {}, 0, now_us, 0, false
 do
   local burst_us, dimensions = setup.burst_us, #limited
   local longest_burst_us, costs_us = max(burst_us, SHORT_WINDOW_US), {}
   local wanted, reserved = request.wanted, request.reserved
-  -- Processes take turns with the last share of the lookahead. Without it, the process nearest to Redis
-  -- would be the first whenever there is room. So much is kept that the next one may be some way off.
+  -- Processes take turns with the last share of the lookahead. Without it, the process nearest to
+  -- Redis would be the first whenever there is room. So much is kept that the next one may be some
+  -- way off.
   local share_us, horizon_us = lookahead_us / waiting, now_us + lookahead_us
   local frontier_us = horizon_us
   if waiting > 1 and dimensions > 0
@@ -141,8 +142,8 @@ do
       break
     end
 
-    -- Pay. `tat_us` may lie so far before the start as the burst allows; of a costly request less, for
-    -- burst and request together must fit into a provider's bucket of a second.
+    -- Pay. `tat_us` may lie so far before the start as the burst allows; of a costly request less,
+    -- for burst and request together must fit into a provider's bucket of a second.
     if is_oversize then oversize = true end
     spent_us = spent_us + cost_us
     for i = 1, dimensions do
@@ -175,8 +176,9 @@ elseif joins_waiting or has_its_share or served > 0 then
   redis.call('ZADD', WAITING, now_us, process)
 end
 
--- The rate holds the fleet up if starts have lain ahead without a gap for a while: two requests that came
--- together are no sign of it. Until then CUBIC's time passes (step 1), and a search goes on (step 2).
+-- The rate holds the fleet up if starts have lain ahead without a gap for a while: two requests
+-- that came together are no sign of it. Until then CUBIC's time passes (step 1), and a search goes
+-- on (step 2).
 if served > 0 and last_us <= now_us + 1000 and held_up_by ~= 'rate' then
   live.busy_since_us = now_us
 end

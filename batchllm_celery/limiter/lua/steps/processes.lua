@@ -1,12 +1,12 @@
--- 5 processes: end the leases of those that are not heard of, and see who else waits.
+-- 5 processes: end the leases of those that are silent, and see who else waits.
 --
--- Times are compared on the lease clock (step 1), which stands still while nobody is heard of.
--- Leaves: leases_checked, waiting (processes with waiters, this one included), is_queued (this one stood in
--- WAITING before).
+-- Times are compared on the lease clock (step 1), which stands still while everybody is silent.
+-- Leaves: leases_checked, waiting (processes with waiters, this one included), is_queued (this one
+-- stood in WAITING before).
 
-local CALLS_LEASE_US = 10000000   -- a process not heard of for so long has lost its calls in flight
-local WAITING_LEASE_US = 3000000  -- ... and for so long does not count as waiting
-local REPLY_KEPT_US = 600000000   -- ... and for so long may still ask for its last reply again
+local CALLS_LEASE_US = 10000000   -- how long the calls in flight of a silent process count
+local WAITING_LEASE_US = 3000000  -- how long a silent process counts as waiting
+local REPLY_KEPT_US = 600000000   -- how long a silent process may ask for its last reply again
 
 local leases_checked = live.lease_clock_us - live.leases_checked_us >= 1000000   -- once a second
 live.in_flight = live.in_flight - permits_before
@@ -41,5 +41,5 @@ if request.wanted > 0 then
   is_queued = waiting > 0 and redis.call('ZSCORE', WAITING, process) and true
   if not is_queued then waiting = waiting + 1 end
 else
-  is_queued = known_process                   -- it may be: whoever wants nothing is taken out in step 6
+  is_queued = known_process                   -- perhaps; who wants nothing is taken out in step 6
 end

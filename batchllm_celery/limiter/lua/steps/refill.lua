@@ -1,7 +1,7 @@
 -- 4 refill: what one request and one token cost in time, and what ended calls owe or return.
 --
--- A refund moves `tat_us` back (the next start comes sooner), a debt moves it on. `tat_us` never lies more
--- than a burst before now: what nobody used for longer than that is gone.
+-- A refund moves `tat_us` back (the next start comes sooner), a debt moves it on. `tat_us` never
+-- lies more than a burst before now: what nobody used for longer than that is gone.
 -- Leaves: limited (the limited dimensions), unit_us (cost of one request or token in a dimension).
 
 -- Of a known rate so much is used: what is left lets the provider's own bucket fill up again.
@@ -21,9 +21,10 @@ do
   local debt_input, debt_output = request.debt_input - input, request.debt_output - output
   local debts = {-starts, debt_input + debt_output, debt_input, debt_output}
 
-  -- Forfeited tokens (negative) were reserved by first guesses, or for starts that came too late. While
-  -- they held the fleet up the provider's bucket of a second was full and took in no more: returned at
-  -- once, they would be refused. So they come back only beyond the reserved starts and a second.
+  -- Forfeited tokens (negative) were reserved by first guesses, or for starts that came too late.
+  -- While they held the fleet up the provider's bucket of a second was full and took in no more:
+  -- returned at once, they would be refused. So they come back only beyond the reserved starts and
+  -- a second.
   local forfeited = {
     0, request.forfeited_input + request.forfeited_output,
     request.forfeited_input, request.forfeited_output,

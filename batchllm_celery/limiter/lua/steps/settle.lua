@@ -3,19 +3,20 @@
 -- Their tokens are settled in step 4, refusals in step 3.
 -- Leaves: successes (begun in the present epoch).
 
-local SLICE = '<dI4'              -- in `history`: since when (microseconds), how many calls succeeded
+local SLICE = '<dI4'              -- in `history`: since when (microseconds), successes
 local SLICE_BYTES = 12
 local SLICES_KEPT = 12
-local SLICE_US = 5000000          -- how long a slice is at least
-local SEARCH_GAIN = 0.25          -- starts per second that each success adds: doubles in three seconds
-local SEARCH_PAUSE_US = 1000000   -- ... if the rate has held somebody up within this time
+local SLICE_US = 5000000          -- the shortest length of a slice
+local SEARCH_GAIN = 0.25          -- starts per second that a success adds to the search
+local SEARCH_PAUSE_US = 1000000   -- how long the search goes on after the rate held somebody up
 
 local successes, late_successes = request.successes, request.late_successes
 if request.known_epoch ~= live.epoch then   -- all of them began before the present epoch
   successes, late_successes = 0, successes + late_successes
 end
 
--- The breaker's probe is leased to one process: it ends with its call, or with the process' last permit.
+-- The breaker's probe is leased to one process: it ends with its call, or with the process' last
+-- permit.
 if live.probing_process == process
     and (request.probe_ended == 1 or request.in_flight + request.reserved == 0) then
   live.probing_process = ''
