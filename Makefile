@@ -17,11 +17,12 @@ ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
 .PHONY: $(STAMP)
 endif
 
-.PHONY: help setup demo test check format bench chaos wheel lock clean
+.PHONY: help setup demo test test-server check format bench chaos wheel dist check-wheel lock clean
 
 help:
 	@echo "make demo    the main job on real text, with the simulated provider: demo/results.jsonl"
 	@echo "make test    all tests (a real Valkey, real workers)"
+	@echo "make test-server SERVER=/path/to/redis-server  ledger, limiter and main job on it"
 	@echo "make check   format, lint, types, import rules"
 	@echo "make bench   prints the figures"
 	@echo "make chaos   kills, freezes and starves for minutes"
@@ -49,6 +50,15 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n 3 --dist loadfile
 
+# The ledger, the limiter and the main job on another server: make test-server SERVER=/path/to/it
+test-server: $(STAMP)
+	BATCHLLM_TEST_SERVER="$(SERVER)" $(BIN)/python -m pytest -q -n 3 --dist loadfile \
+		tests/integration/test_connection.py tests/integration/test_ledger.py \
+		tests/integration/test_ledger_model.py tests/integration/test_limiter_fleet.py \
+		tests/integration/test_limiter_model.py tests/integration/test_worker_runtime.py \
+		tests/integration/test_gemini_cache.py \
+		tests/acceptance/test_main_job.py tests/acceptance/test_ledger_promises.py
+
 check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -68,9 +78,24 @@ chaos: $(STAMP)
 wheel: $(STAMP)
 	$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w dist .
 
+dist: $(STAMP)
+	rm -rf dist
+	$(BIN)/hatchling build -d dist
+
+# The wheel of dist/ alone, in a bare environment: the command is there and answers rows.
+check-wheel:
+	rm -rf build/bare && mkdir -p build
+	$(PYTHON) -m venv build/bare
+	build/bare/bin/python -m pip install -q --disable-pip-version-check dist/*.whl
+	build/bare/bin/python -m pip check
+	build/bare/bin/batchllm --version
+	cd build/bare && BATCHLLM_STATE_DIR=state bin/batchllm run ../../examples/data/docstrings.jsonl \
+		--prompt "Say in one sentence what this does: {text}" --model simulated --rpm 30000 \
+		--overwrite -o results.jsonl
+
 lock:
 	$(UV) pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
-		--no-emit-find-links --all-extras --no-header pyproject.toml -o requirements.lock
+		--no-emit-find-links --all-extras --no-strip-extras --no-header pyproject.toml -o requirements.lock
 
 clean:
 	rm -rf demo dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

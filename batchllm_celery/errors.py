@@ -9,6 +9,7 @@ BatchLLMError
 │   └── QuotaConflictError             the same quota, other limits
 ├── QuotaUnavailableError              the day's quota is used up
 ├── RedisUnavailableError (ConnectionError)
+│   └── RedisDeniedError               a right that is missing, or the password
 ├── EmbeddedServerError
 ├── ProviderError                      a provider call failed; strategies raise it
 └── TokenTrackingError                 carries the tokens of an exception that can't
@@ -17,8 +18,11 @@ FrameworkTimeoutError (TimeoutError)   our own time limit for an attempt or an i
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Mapping
 from enum import StrEnum
+
+from batchllm_celery.redaction import printable, without_secrets
 
 #: How much of an exception's text an error message keeps, everywhere.
 ERROR_MESSAGE_MAX_LENGTH = 200
@@ -45,14 +49,53 @@ class FailureKind(StrEnum):
     BUDGET = "budget"
     ABORTED = "aborted"
     WORKER_LOST = "worker_lost"
+    CUT_OFF = "cut_off"
+    EXHAUSTED = "exhausted"
     INVALID_INPUT = "invalid_input"
     SKIPPED = "skipped"
     UNKNOWN = "unknown"
 
+    @classmethod
+    def read(cls, name: str) -> FailureKind:
+        """The kind that a result names; one of a newer version of this package is `unknown`."""
+        try:
+            return cls(name)
+        except ValueError:
+            return cls.UNKNOWN
+
+
+def text_of(error: BaseException) -> str:
+    """`str(error)`, also of an exception whose own `__str__` fails."""
+    try:
+        return str(error)
+    except BaseException as raised:
+        return f"its text can't be read ({type(raised).__name__})"
+
 
 def describe(error: BaseException) -> str:
-    """`Type: message`, with the message cut to `ERROR_MESSAGE_MAX_LENGTH` characters."""
-    return f"{type(error).__name__}: {str(error)[:ERROR_MESSAGE_MAX_LENGTH]}"
+    """`Type: message`, with secrets blanked and the message cut to `ERROR_MESSAGE_MAX_LENGTH`."""
+    return f"{type(error).__name__}: {shown_message(text_of(error))}"
+
+
+def shown_message(message: str) -> str:
+    """A foreign message as a result, a log or a terminal may hold it: without secrets and control
+    characters, cut to `ERROR_MESSAGE_MAX_LENGTH`."""
+    # Blanked before the cut, which could leave half a key; a megabyte of it needs no look.
+    return printable(without_secrets(message[:10_000]))[:ERROR_MESSAGE_MAX_LENGTH]
+
+
+def stack_of(error: BaseException, frames: int = 20) -> str:
+    """Where `error` and its causes were raised, for a log: types, files and source lines, but no
+    message, because that may quote a prompt or an answer."""
+    lines: list[str] = []
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen and len(seen) < 5:
+        seen.add(id(current))
+        lines.append(f"{type(current).__name__}, raised at:\n")
+        lines += traceback.format_tb(current.__traceback__, limit=-frames)
+        current = current.__cause__ or current.__context__
+    return "".join(lines).rstrip()
 
 
 class BatchLLMError(Exception):
@@ -73,6 +116,10 @@ class StrategyNotFoundError(UsageError):
 
 class BatchNotFoundError(UsageError):
     """Redis holds no batch of this id (or its keys have expired)."""
+
+
+class BatchUnreadableError(UsageError):
+    """What Redis holds of the batch can't be read here: corrupted, or of a newer version."""
 
 
 class BatchConflictError(UsageError):
@@ -106,6 +153,10 @@ class RedisUnavailableError(BatchLLMError, ConnectionError):
     """Redis can't be reached."""
 
 
+class RedisDeniedError(RedisUnavailableError):
+    """Redis denies a right that is needed, or does not accept user and password."""
+
+
 class EmbeddedServerError(BatchLLMError):
     """The embedded Valkey did not start."""
 
@@ -115,7 +166,7 @@ class ProviderError(BatchLLMError):
 
     Args:
         message: what the provider said; never the prompt, the answer or a key.
-        kind: the failure kind; decides what happens next.
+        kind: the failure kind, or its name; decides what happens next.
         status: HTTP status, where there was one.
         retry_after: seconds the provider asked us to wait, where it did.
         usage: tokens this call consumed all the same (`TokenUsage` names).
@@ -126,7 +177,7 @@ class ProviderError(BatchLLMError):
         self,
         message: str,
         *,
-        kind: FailureKind = FailureKind.UNKNOWN,
+        kind: FailureKind | str = FailureKind.UNKNOWN,
         status: int | None = None,
         retry_after: float | None = None,
         usage: Mapping[str, int] | None = None,

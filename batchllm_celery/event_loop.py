@@ -12,10 +12,16 @@ import asyncio
 import atexit
 import concurrent.futures
 import contextlib
+import logging
 import os
+import sys
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
+
+from batchllm_celery.errors import stack_of
+
+logger = logging.getLogger("batchllm_celery")
 
 T = TypeVar("T")
 
@@ -52,20 +58,45 @@ class _LoopThread:
         asyncio.set_event_loop(self.loop)
         self.loop.call_soon(self._running.set)
         try:
-            self.loop.run_forever()
+            self._run()
             self.loop.run_until_complete(_cancel_everything())
             self.loop.run_until_complete(self.loop.shutdown_asyncgens())
         finally:
             self.loop.close()
 
+    def _run(self) -> None:
+        """Run until `stop`: a task that calls `sys.exit` ends itself, and not everybody's loop."""
+        while True:
+            try:
+                return self.loop.run_forever()
+            except (SystemExit, KeyboardInterrupt) as error:
+                logger.error(
+                    "event_loop.exit_ignored error=%s: a task of a strategy raised it\n%s",
+                    type(error).__name__,
+                    stack_of(error),
+                )
+
 
 def _new_loop() -> asyncio.AbstractEventLoop:
-    """A uvloop where it is installed: about a tenth less CPU per item."""
+    """A uvloop where it is installed: about a tenth less CPU per item.
+
+    Under gevent or eventlet a "thread" is a greenlet: uvloop waits in C, and would stop them all.
+    """
+    if _threads_are_greenlets():
+        return asyncio.new_event_loop()
     try:
         import uvloop
     except ImportError:
         return asyncio.new_event_loop()
     return uvloop.new_event_loop()
+
+
+def _threads_are_greenlets() -> bool:
+    gevent, eventlet = sys.modules.get("gevent.monkey"), sys.modules.get("eventlet.patcher")
+    return bool(
+        (gevent is not None and gevent.is_module_patched("threading"))
+        or (eventlet is not None and eventlet.is_monkey_patched("thread"))
+    )
 
 
 async def _cancel_everything() -> None:

@@ -16,11 +16,11 @@ NS:queue:{Q}          zset    active batches of a queue
 NS:{quota:NAME}       hash    configuration, live state (clock, cooldown, rates), history
 NS:{quota:NAME}:procs hash    process -> sequence | lease clock | permits | last reply
 NS:{quota:NAME}:wait  zset    process -> waiting since
-NS:{quota:NAME}:ch    channel new epochs and free slots
+NS:{quota:NAME}:ch:DB channel new epochs and free slots; channels know no database, so they name it
 NS:quotas             zset    quota names -> last use
 NS:worker:ID          hash    one worker process: host, pid, slots, running, last seen
 NS:workers            zset    worker id -> last seen
-NS:control            channel batch ids whose state was changed by a person
+NS:control:DB         channel batch ids whose state was changed by a person
 NS:cache:{NAME}       hash    a provider-side context cache shared by the fleet
 NS:cache:{NAME}:lock  string  who creates or renews it at the moment
 NS:app / celery keys          Celery's own, prefixed with NS through `global_keyprefix`
@@ -46,6 +46,7 @@ class BatchKeys:
     failed: str
     out: str
     stopped: str
+    calls: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,18 +61,19 @@ class QuotaKeys:
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """Names all keys of one namespace (one fleet)."""
+    """Names all keys of one namespace (one fleet), and its channels in one database."""
 
     namespace: str = "batchllm"
+    database: int = 0
 
     def batch(self, batch_id: str) -> BatchKeys:
         tag = f"{self.namespace}:{{batch:{batch_id}}}"
         names = ("meta", "item", "fp", "ready", "held", "procs", "try", "done", "failed", "out")
-        return BatchKeys(*(f"{tag}:{name}" for name in (*names, "stopped")))
+        return BatchKeys(*(f"{tag}:{name}" for name in (*names, "stopped", "calls")))
 
     def quota(self, name: str) -> QuotaKeys:
         tag = f"{self.namespace}:{{quota:{name}}}"
-        return QuotaKeys(tag, f"{tag}:procs", f"{tag}:wait", f"{tag}:ch")
+        return QuotaKeys(tag, f"{tag}:procs", f"{tag}:wait", f"{tag}:ch:{self.database}")
 
     def queue(self, name: str) -> str:
         return f"{self.namespace}:queue:{{{name}}}"
@@ -99,4 +101,4 @@ class Keys:
 
     @property
     def control(self) -> str:
-        return f"{self.namespace}:control"
+        return f"{self.namespace}:control:{self.database}"

@@ -124,11 +124,13 @@ class _Engine:
 class _Gate(OpenGate):
     """Closed for a strategy whose key or account the provider refuses: every call would fail."""
 
-    strategy: int
-    refused: set[int]
+    strategy: int = 0
+    refused: set[int] = field(default_factory=set)
 
     async def begin(self) -> FailureKind | BatchState | None:
-        return FailureKind.ABORTED if self.strategy in self.refused else None
+        if self.strategy in self.refused:
+            return FailureKind.ABORTED
+        return await OpenGate.begin(self)
 
 
 class ParallelBatchProcessor(Generic[TInput, TOutput, TContext]):
@@ -400,6 +402,8 @@ class ParallelBatchProcessor(Generic[TInput, TOutput, TContext]):
         async def prepare() -> None:
             await engine.registry.prepare(strategy)
 
+        if self._private and strategy.full_speed:
+            engine.runner.limiter.begin_at_full_speed(self._quota.name)
         return ItemJob(
             batch_id=self._batch_id,
             item_id=item.item_id,
@@ -410,7 +414,11 @@ class ParallelBatchProcessor(Generic[TInput, TOutput, TContext]):
             prepare=prepare,
             quota=self._quota.name,
             config=self.config,
-            gate=_Gate(id(strategy), self._refused),
+            gate=_Gate(
+                most_calls=self.config.most_calls + 1,
+                strategy=id(strategy),
+                refused=self._refused,
+            ),
             queued_seconds=time.monotonic() - since,
             parks=False,
         )
@@ -455,7 +463,7 @@ class ParallelBatchProcessor(Generic[TInput, TOutput, TContext]):
         await stack.enter_async_context(self._feed)
         connection = await stack.enter_async_context(Connection(url, events=self._events))
         await connection.ping()
-        keys = Keys(settings.namespace)
+        keys = Keys(settings.namespace, connection.database)
         process_id = f"local-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         if self._private:
             stack.push_async_callback(_forget_quota, connection, keys, self._quota.name)

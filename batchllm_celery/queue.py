@@ -8,14 +8,20 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from typing import Any, Final, TypeAlias
+from urllib.parse import parse_qs, urlsplit
 
 from celery import Celery
 from kombu import Queue
 from kombu.exceptions import OperationalError
 from kombu.utils.uuid import uuid
+from redis.exceptions import RedisError
 
-from batchllm_celery.connection import broker_url
+from batchllm_celery.connection import Reminder, broker_tls, broker_url, safe_url
+from batchllm_celery.connection.redis_connection import denied_words, is_denial
+from batchllm_celery.embedded import resolve_url
+from batchllm_celery.errors import RedisDeniedError, UsageError, describe
 from batchllm_celery.settings import Settings
 
 logger = logging.getLogger("batchllm_celery")
@@ -37,13 +43,64 @@ POOL: Final = "batchllm_celery.worker.pool:AsyncioPool"
 VISIBILITY_TIMEOUT_SECONDS: Final = 120
 
 
-def make_app(settings: Settings, url: str) -> Celery:
-    """The Celery app of a fleet on the Redis at `url`; a worker installs the tasks."""
-    app = Celery("batchllm", set_as_current=False, amqp=AMQP)
+class _FleetApp(Celery):
+    """Its messages go to the Redis of its ledger. Plain Celery lets CELERY_BROKER_URL (also set by
+    `celery -b`) win, and the messages would travel where nobody looks for them."""
+
+    find_redis: Callable[[], str]
+
+    @cached_property
+    def fleet_broker(self) -> str:
+        """The one broker URL; found (and the embedded Valkey started) when somebody connects."""
+        return broker_url(self.find_redis())
+
+    def connection(self, hostname: Any = None, *args: Any, **options: Any) -> Any:
+        return super().connection(hostname or self.fleet_broker, *args, **options)
+
+    def connection_for_read(self, url: Any = None, **options: Any) -> Any:
+        return super().connection_for_read(url or self.fleet_broker, **options)
+
+    def connection_for_write(self, url: Any = None, **options: Any) -> Any:
+        return super().connection_for_write(url or self.fleet_broker, **options)
+
+
+class _EmbeddedBroker:
+    """Celery settings whose broker is found, and started, when somebody reads its URL."""
+
+    def __init__(self, app: _FleetApp) -> None:
+        self._app = app
+
+    @property
+    def broker_url(self) -> str:
+        return self._app.fleet_broker
+
+
+def is_fleet(app: Celery) -> bool:
+    """Whether the app is `make_app`'s own, and no host's."""
+    return isinstance(app, _FleetApp)
+
+
+def make_app(settings: Settings, url: str | None) -> Celery:
+    """The Celery app of a fleet; a worker installs the tasks.
+
+    Args:
+        settings: namespace, lanes, slots.
+        url: Redis; None: the embedded Valkey, started when the app first connects to its broker.
+
+    Raises:
+        UsageError: for a URL that redis-py and kombu would not read alike.
+    """
+    app = _FleetApp("batchllm", set_as_current=False, amqp=AMQP)
+    if url is None:
+        app.find_redis = partial(resolve_url, settings)
+        app.config_from_object(_EmbeddedBroker(app))
+    else:
+        app.fleet_broker = broker_url(url)
+        app.conf.update(broker_url=app.fleet_broker, broker_use_ssl=broker_tls(url))
     app.conf.update(
-        broker_url=broker_url(url),
         broker_transport_options=_transport_options(settings),
         broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,  # a worker outlives every outage of its Redis
         task_default_queue=DEFAULT_QUEUE,
         task_queues=[Queue(name) for name in settings.queues],
         task_create_missing_queues=True,
@@ -81,6 +138,27 @@ def _transport_options(settings: Settings) -> dict[str, Any]:
     }
 
 
+def redis_of(app: Celery, settings: Settings, redis_url: str | None = None) -> str:
+    """The Redis of whoever hands in a Celery app of their own: what is said, else the app's broker.
+
+    Raises:
+        UsageError: the broker is no single Redis, so nobody can tell where the ledger is to be.
+    """
+    if said := redis_url or settings.redis_url:
+        return said
+    broker = app.conf.broker_url or "amqp://"  # Celery's own default
+    url = broker if isinstance(broker, str) else ";".join(broker)
+    if url.startswith(("redis://", "rediss://")) and not set(url) & {";", ","}:
+        return url
+    if url.startswith("redis+socket://") and not set(url) & {";", ","}:
+        database = parse_qs(urlsplit(url).query).get("virtual_host", ["0"])[0].strip("/") or "0"
+        return f"unix{url.removeprefix('redis+socket').partition('?')[0]}?db={database}"
+    raise UsageError(
+        f"the app's broker {safe_url(url)!r} is no single Redis: give redis_url (or "
+        f"BATCHLLM_REDIS_URL), where batches are to be kept"
+    )
+
+
 def publish(
     app: Celery,
     batch_id: str,
@@ -97,8 +175,11 @@ def publish(
 
     Returns:
         False where it gave up.
+
+    Raises:
+        RedisDeniedError: the broker is a Redis that denies a right, or the password.
     """
-    backoff = 0.05
+    backoff, reminder = 0.05, Reminder()
     while True:
         try:
             app.send_task(
@@ -115,10 +196,16 @@ def publish(
                 ignore_result=True,
             )
             return True
-        except (OperationalError, OSError) as error:
+        except (OperationalError, OSError, RedisError) as error:
+            cause = error.__cause__ or error
+            url = str(app.conf.broker_url)
+            if is_denial(cause):
+                raise RedisDeniedError(denied_words(cause, url)) from error
+            if reminder.due():
+                where, why = safe_url(url), describe(error)
+                logger.warning("broker.away seconds=%.0f url=%s %s", reminder.seconds, where, why)
             if give_up():
                 return False
-            logger.debug("queue.publish_failed error=%s", type(error).__name__)
             time.sleep(backoff)
             backoff = min(backoff * 2, 2.0)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from batchllm_celery.models.names import check_lane, check_namespace
+from batchllm_celery.redaction import keep_secrets_in
 
 
 def _default_state_dir() -> Path:
@@ -33,13 +35,24 @@ class Settings(BaseSettings):
         max_payload_bytes: bytes of payloads and unread results in Redis at most, per batch.
         result_ttl_seconds: how long a finished batch stays readable.
         drain_seconds: how long a worker waits for its calls in flight when it is told to stop.
-        heartbeat_file: touched while the process is healthy (for probes); None for none.
+        heartbeat_file: touched while the event loop turns (for probes), and beside it FILE.ready
+            while Redis answers too; None for none.
         openai_base_url: an OpenAI-compatible server; only ever from this process' own settings.
         simulated_url: the simulated provider that `simulated` strategies call.
         prices_file: JSON of user prices that override genai-prices.
+        prometheus_port: each worker process serves /metrics at the first free port from here on;
+            None: no metrics. Needs the extra `prometheus`.
+        otel: send spans and metrics to an OpenTelemetry collector, as `OTEL_...` variables say.
+            Needs the extra `otel`.
     """
 
-    model_config = SettingsConfigDict(env_prefix="BATCHLLM_", extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix="BATCHLLM_",
+        env_ignore_empty=True,
+        extra="ignore",
+        frozen=True,
+        hide_input_in_errors=True,  # a URL holds a password
+    )
 
     redis_url: str | None = None
     state_dir: Path = Field(default_factory=_default_state_dir)
@@ -59,21 +72,32 @@ class Settings(BaseSettings):
     openai_base_url: str | None = None
     simulated_url: str | None = None
     prices_file: Path | None = None
+    prometheus_port: int | None = Field(default=None, ge=1, le=65_535)
+    otel: bool = False
 
     @field_validator("namespace")
     @classmethod
     def _check_namespace(cls, namespace: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", namespace):
-            raise ValueError(
-                f"namespace {namespace!r} must be 1 to 100 letters, digits, dots, "
-                f"underscores or dashes"
-            )
-        return namespace
+        return check_namespace(namespace)
+
+    @field_validator("queue")
+    @classmethod
+    def _check_queue(cls, queue: str) -> str:
+        for name in queue.split(","):
+            if name.strip():
+                check_lane(name.strip())
+        return queue
 
     @field_validator("redis_url", "app", "openai_base_url", "simulated_url", mode="before")
     @classmethod
     def _empty_is_absent(cls, value: str | None) -> str | None:
         return value or None
+
+    @field_validator("redis_url", "openai_base_url", "simulated_url")
+    @classmethod
+    def _keep_secrets(cls, url: str | None) -> str | None:
+        keep_secrets_in(url)
+        return url
 
     @property
     def queues(self) -> list[str]:

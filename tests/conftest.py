@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import uuid
 from collections.abc import AsyncIterator, Iterator
 
+import hypothesis
 import pytest
 
 from batchllm_celery.connection import Connection
@@ -13,6 +15,21 @@ from tests.support import ValkeyServer, keys_without_ttl
 
 # A shell that starts us in the background has Ctrl-C ignored, here and in all that we start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# What the caller's terminal and language are decides nothing, here and in all that we start.
+for name in (
+    *("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "CLICOLOR", "CLICOLOR_FORCE", "COLORTERM"),
+    *("TTY_COMPATIBLE", "TTY_INTERACTIVE", "CI", "LANG", "LANGUAGE", "TZ"),
+    *(name for name in os.environ if name.startswith("LC_")),
+):
+    os.environ.pop(name, None)
+os.environ |= {"TERM": "xterm", "LC_ALL": "C.UTF-8"}
+
+# A slow machine is no failure: pytest's own timeout ends what hangs.
+hypothesis.settings.register_profile(
+    "suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("suite")
 
 
 @pytest.fixture(scope="session")

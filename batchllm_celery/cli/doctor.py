@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from importlib import metadata, util
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,9 +17,11 @@ from rich.text import Text
 from batchllm_celery.cli import exit_codes, job, options
 from batchllm_celery.cli.console import print_json, to_stdout
 from batchllm_celery.errors import BatchLLMError
+from batchllm_celery.keys import Keys
 from batchllm_celery.settings import Settings
 
 if TYPE_CHECKING:
+    from batchllm_celery.connection import BrokenEntry
     from batchllm_celery.producer import Producer
 
 Verdict = Literal["ok", "note", "bad"]
@@ -116,6 +119,7 @@ def _redis(settings: Settings) -> Iterator[Finding]:
             producer.check()
             yield from _server(producer, settings)
             yield _workers(producer)
+            yield from _broken(producer)
     except BatchLLMError as error:
         yield Finding("redis", "bad", str(error))
 
@@ -123,13 +127,24 @@ def _redis(settings: Settings) -> Iterator[Finding]:
 def _server(producer: Producer, settings: Settings) -> Iterator[Finding]:
     import redis
 
-    from batchllm_celery.connection import safe_url
+    from batchllm_celery.connection import client_url, safe_url
 
-    with redis.Redis.from_url(producer.url, decode_responses=True, socket_timeout=3.0) as client:
-        info: dict[str, Any] = client.info()
+    place = safe_url(producer.url) if settings.redis_url else f"embedded in {settings.state_dir}"
+    with redis.Redis.from_url(
+        client_url(producer.url), decode_responses=True, socket_timeout=3.0
+    ) as client:
+        try:
+            info: dict[str, Any] = client.info()
+        except redis.exceptions.NoPermissionError:
+            yield Finding("redis", "ok", place)
+            yield Finding(
+                "server", "note",
+                "it denies INFO: its version, memory, persistence and eviction can't be looked at, "
+                "and a restart is noticed late (give the user the right +info)",
+            )  # fmt: skip
+            return
     kind = "Valkey" if info.get("server_name") == "valkey" else "Redis"
     version = info.get("valkey_version") or info.get("redis_version")
-    place = safe_url(producer.url) if settings.redis_url else f"embedded in {settings.state_dir}"
     yield Finding("redis", "ok", f"{kind} {version}, {place}")
     yield from check_server(info)
 
@@ -174,3 +189,42 @@ def _workers(producer: Producer) -> Finding:
         )
     slots = sum(worker.slots for worker in workers)
     return Finding("workers", "ok", f"{len(workers)} with {slots:,} slots in all")
+
+
+def _broken(producer: Producer) -> Iterator[Finding]:
+    """What nobody can read, and the command that removes it."""
+    producer.batches()
+    producer.quotas()
+    for entry in producer.broken():
+        name = f"{entry.kind} {entry.name}"
+        how = " && ".join(
+            " ".join(map(_quoted, ["redis-cli", *_server_options(producer.url), *command]))
+            for command in _removal(entry, Keys(producer.settings.namespace))
+        )
+        yield Finding("broken entry", "bad", f"{name}: {entry.reason}; to remove it: {how}")
+
+
+def _server_options(url: str) -> list[str]:
+    from batchllm_celery.connection import safe_url
+
+    scheme, _, rest = url.partition("://")
+    return ["-s", rest.partition("?")[0]] if scheme == "unix" else ["-u", safe_url(url)]
+
+
+def _quoted(word: str) -> str:
+    """For a shell; a name that is no UTF-8 as the escapes that bash and zsh read."""
+    return f"$'{word}'" if "\\x" in word else shlex.quote(word)
+
+
+def _removal(entry: BrokenEntry, keys: Keys) -> list[list[str]]:
+    """The Redis commands that remove an entry, and what names it."""
+    if entry.kind == "batch":
+        return [
+            ["UNLINK", *astuple(keys.batch(entry.name))],
+            ["ZREM", keys.batches, entry.name],
+        ]
+    if entry.kind == "quota":
+        return [["UNLINK", *astuple(keys.quota(entry.name))], ["ZREM", keys.quotas, entry.name]]
+    if entry.kind == "worker":
+        return [["UNLINK", keys.worker(entry.name)], ["ZREM", keys.workers, entry.name]]
+    return [["UNLINK", entry.name]]

@@ -121,13 +121,14 @@ def duration_of(
         "output_tokens_per_minute": size.output_tokens,
     }
     bounds = {"the time of one call": seconds_per_call if size.items else 0.0}
-    for name, limit in limits.given().items():
+    finite = limits.finite()
+    for name, limit in finite.items():
         if name in demand:
             bounds[name.replace("_", " ")] = demand[name] / limit * 60 + seconds_per_call
-    at_once = min(in_flight, limits.max_concurrency or in_flight)
+    at_once = min(in_flight, int(finite.get("max_concurrency", in_flight)))
     bounds[f"{count(at_once)} calls in flight"] = math.ceil(size.items / at_once) * seconds_per_call
-    if limits.requests_per_day:
-        days = (max(size.items, 1) - 1) // limits.requests_per_day
+    if per_day := finite.get("requests_per_day"):
+        days = (max(size.items, 1) - 1) // per_day
         bounds["requests per day"] = days * 86_400.0
     bound_by = max(bounds, key=lambda name: bounds[name])
     return bounds[bound_by], bound_by

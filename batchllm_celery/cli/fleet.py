@@ -83,6 +83,10 @@ def worker_arguments(name: str, *, loglevel: str = "INFO") -> list[str]:
     ]
 
 
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o600)
+
+
 @dataclass(slots=True)
 class _Worker:
     number: int
@@ -91,6 +95,8 @@ class _Worker:
     restart_at: float = 0.0
     quick_deaths: int = 0
     log_start: int = 0
+    has_lived: bool = False
+    """Whether a process of it lived long enough: its module could be imported then."""
 
 
 class Fleet:
@@ -158,8 +164,8 @@ class Fleet:
         if self.log_dir is None:
             yield None
             return
-        self.log_dir.mkdir(parents=True, exist_ok=True)
-        with self._log_file(worker).open("ab") as log:
+        self.log_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with open(self._log_file(worker), "ab", opener=_open_private) as log:
             worker.log_start = log.tell()
             yield log
 
@@ -194,7 +200,11 @@ class Fleet:
                 self._start(worker)
 
     def _bury(self, worker: _Worker) -> None:
+        assert worker.process is not None
         quick = self._clock() - worker.started < QUICK_DEATH_SECONDS
+        if worker.process.returncode == os.EX_CONFIG and not worker.has_lived:
+            raise FleetError(f"a worker can't import its --app{self._last_words(worker)}")
+        worker.has_lived |= not quick
         worker.quick_deaths = worker.quick_deaths + 1 if quick else 0
         self._quick_deaths += quick
         self._unready_deaths += self.log_dir is not None and _READY not in self._words(worker)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import sys
 from typing import Any
@@ -35,8 +36,8 @@ def flower(port: int, address: str, basic_auth: str | None, **chosen: Any) -> in
     """
     if address not in _LOOPBACK and basic_auth is None:
         raise UsageError(f"--address {address} is not loopback: choose --basic-auth USER:PASSWORD")
-    if basic_auth is not None and ":" not in basic_auth.strip(":"):
-        raise UsageError("--basic-auth must be USER:PASSWORD")
+    if basic_auth is not None:
+        _check_basic_auth(basic_auth)
     settings = job.settings_of(chosen)
     from batchllm_celery.producer import Producer
 
@@ -53,3 +54,12 @@ def flower(port: int, address: str, basic_auth: str | None, **chosen: Any) -> in
     arguments = ["-A", "batchllm_celery", "flower", f"--address={address}", f"--port={port}"]
     sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, "-m", "celery", *arguments], environment)
+
+
+def _check_basic_auth(basic_auth: str) -> None:
+    """Flower takes a comma for the end of a user's credentials, and fails at what is not ASCII."""
+    if not re.fullmatch(r"[!-~]+:[!-~]+", basic_auth) or "," in basic_auth:
+        raise UsageError(
+            "--basic-auth must be USER:PASSWORD of printable ASCII characters without a comma "
+            "or a space"
+        )

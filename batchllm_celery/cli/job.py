@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import re
 import secrets
@@ -26,6 +27,7 @@ from batchllm_celery.models import (
     RetryConfig,
     StrategySpec,
 )
+from batchllm_celery.models.names import as_label, check_batch_id, check_label
 from batchllm_celery.settings import Settings
 
 Options = Mapping[str, Any]
@@ -40,6 +42,8 @@ _KEY_PAGES = {
     "gemini": "https://aistudio.google.com/apikey",
     "openai": "https://platform.openai.com/api-keys",
 }
+#: A dry run's id begins so: it never meets a real batch.
+REHEARSAL = "dry-"
 _MODEL_PARAMS = ("system", "temperature", "max_output_tokens")
 SIMULATED_MODEL = "simulated-1"
 
@@ -68,6 +72,7 @@ def strategy_of(options: Options) -> StrategySpec:
     if model and name:
         raise UsageError("--model and --strategy exclude each other; give one of them")
     if name:
+        check_label(name, "--strategy")
         return StrategySpec(name=name, params=_params(options) | _strategy_extras(options))
     if not model:
         raise UsageError("say what answers: --model PROVIDER:NAME, or --strategy NAME --app MODULE")
@@ -108,7 +113,7 @@ def read_schema(file: str | None) -> dict[str, Any] | None:
     """The JSON Schema in a file.
 
     Raises:
-        UsageError: if it can't be read or is no object.
+        UsageError: if it can't be read, is no object, or no schema that can be checked against.
     """
     if file is None:
         return None
@@ -118,8 +123,16 @@ def read_schema(file: str | None) -> dict[str, Any] | None:
         raise UsageError(f"--schema {file}: {error.strerror}") from None
     except ValueError as error:
         raise UsageError(f"--schema {file} is not JSON: {error}") from None
+    except RecursionError:
+        raise UsageError(f"--schema {file} is nested too deep") from None
     if not isinstance(schema, dict):
         raise UsageError(f"--schema {file} must hold a JSON Schema object")
+    from batchllm_celery.strategies.structured import OutputSchema
+
+    try:
+        OutputSchema(schema)
+    except UsageError as error:
+        raise UsageError(f"--schema {file}: {error}") from None
     return schema
 
 
@@ -208,12 +221,20 @@ def policy_of(after_429: str | None) -> CooldownPolicy:
 
 
 def quota_of(options: Options, default_name: str) -> Quota | None:
-    """The quota to configure; None where nothing is said about it: what is there, stays."""
+    """The quota to configure; None where nothing is said about it: what is there, stays. A dry run
+    touches none."""
     limits = limits_of(options)
+    if options.get("dry_run"):
+        return None
     if not limits.given() and not options.get("after_429"):
         return None
-    name = options.get("quota") or default_name
+    name = _quota_name(options, default_name)
     return Quota(name=name, limits=limits, policy=policy_of(options.get("after_429")))
+
+
+def _quota_name(options: Options, default: str) -> str:
+    name = options.get("quota")
+    return default if name is None else check_label(name, "--quota")
 
 
 def default_quota_name(spec: StrategySpec) -> str:
@@ -221,7 +242,7 @@ def default_quota_name(spec: StrategySpec) -> str:
     from batchllm_celery.strategies import catalog
 
     known = catalog.lookup(spec.name).quota_for(spec) if spec.name in catalog else None
-    return known or spec.name
+    return as_label(known or spec.name)
 
 
 def model_name(spec: StrategySpec) -> str | None:
@@ -260,6 +281,50 @@ def fail_fast_of(text: str | None) -> tuple[FailureKind, ...]:
     return tuple(kinds)
 
 
+def prices_of(options: Options, strategy: StrategySpec) -> dict[str, tuple[float, float]]:
+    """Those of `--price`: of a model, or under "" of all that are not named.
+
+    Raises:
+        UsageError: for something that is no price.
+    """
+    prices = {}
+    for text in options.get("price") or ():
+        name, _, numbers = text.rpartition("=")
+        if name and ":" not in name and strategy.name in PROVIDER_KEYS:
+            name = f"{strategy.name}:{name}"
+        try:
+            read, written = (float(number) for number in numbers.split(","))
+        except ValueError:
+            read = written = -1.0
+        if not (0 <= read < math.inf and 0 <= written < math.inf):
+            raise UsageError(
+                f"--price {text!r}: write IN,OUT or MODEL=IN,OUT, as 0.3,2.5 "
+                "(US dollars per million tokens)"
+            )
+        prices[name] = (read, written)
+    return prices
+
+
+def check_price(spec: BatchSpec, instance: Any, settings: Settings) -> None:
+    """Whether `--max-cost` can bind: each model that the strategy may ask needs a price.
+
+    Raises:
+        UsageError: naming the one whose price nobody knows.
+    """
+    if spec.max_cost is None or "" in spec.prices:
+        return
+    from batchllm_celery.execution import Prices
+
+    prices = Prices(settings.prices_file)
+    models = instance.models() or (f"strategy {spec.strategy.name!r}",)
+    for model in models:
+        if model not in spec.prices and prices.of(model) is None:
+            raise UsageError(
+                f"--max-cost would never bind: no price is known for {model}; give it with "
+                "--price IN,OUT (US dollars per million tokens), or use --token-budget"
+            )
+
+
 def batch_id_for(source: str) -> str:
     """A readable id of its own: `reviews-1122-2104-3f2a`."""
     stem = "batch" if source == STDIN else Path(source).stem
@@ -275,15 +340,19 @@ def spec_of(
     Raises:
         UsageError: (or pydantic's) for an id or a bound that can't be.
     """
-    batch_id = options.get("batch_id") or batch_id_for(source)
-    if not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", batch_id):
+    batch_id = options.get("batch_id")
+    given = batch_id is not None
+    batch_id = check_batch_id(batch_id, "--batch-id") if given else batch_id_for(source)
+    if options.get("dry_run"):
+        batch_id = REHEARSAL + batch_id.removeprefix(REHEARSAL)
+    elif given and batch_id.startswith(REHEARSAL):
         raise UsageError(
-            f"--batch-id {batch_id!r} must be 1 to 100 letters, digits, dots, underscores or dashes"
+            f"--batch-id {batch_id!r}: ids that begin with {REHEARSAL!r} are dry runs'"
         )
     return BatchSpec(
         batch_id=batch_id,
         strategy=strategy,
-        quota=options.get("quota") or default_quota_name(strategy),
+        quota=_quota_name(options, default_quota_name(strategy)),
         config=config_of(options),
         queue=options.get("queue") or queue or f"run.{batch_id}",
         priority=options.get("priority") or 0,
@@ -293,6 +362,7 @@ def spec_of(
         token_budget=options.get("token_budget"),
         fail_fast=fail_fast_of(options.get("fail_fast")),
         keep_results=keep_results,
+        prices=prices_of(options, strategy),
         model=model_name(strategy),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -31,6 +32,21 @@ def group(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
+class _OrUnlimited(click.ParamType[Any]):
+    """A number, or the word `unlimited`, which is infinity."""
+
+    def __init__(self, number: click.ParamType[Any]) -> None:
+        self._number = number
+        self.name = "number|unlimited"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, str) and value.strip().lower() == "unlimited":
+            return math.inf
+        if value == math.inf:
+            return value
+        return self._number.convert(value, param, ctx)
+
+
 _POSITIVE = click.FloatRange(min=0, min_open=True)
 _COUNT = click.IntRange(min=1)
 
@@ -44,13 +60,19 @@ connection = group(
     ),
 )
 
+_RATE_LIMIT, _COUNT_LIMIT = _OrUnlimited(_POSITIVE), _OrUnlimited(_COUNT)
+
 limits = group(
-    option("--rpm", type=_POSITIVE, help="Requests a minute, for the whole fleet."),
-    option("--tpm", type=_POSITIVE, help="Tokens a minute, input + output."),
-    option("--input-tpm", type=_POSITIVE, help="Input tokens a minute."),
-    option("--output-tpm", type=_POSITIVE, help="Output tokens a minute."),
-    option("--rpd", type=_COUNT, help="Requests a day."),
-    option("--max-concurrency", type=_COUNT, help="Calls in flight, of the whole fleet."),
+    option("--rpm", type=_RATE_LIMIT, help="Requests a minute, for the whole fleet; or unlimited."),
+    option("--tpm", type=_RATE_LIMIT, help="Tokens a minute, input + output; or unlimited."),
+    option("--input-tpm", type=_RATE_LIMIT, help="Input tokens a minute; or unlimited."),
+    option("--output-tpm", type=_RATE_LIMIT, help="Output tokens a minute; or unlimited."),
+    option("--rpd", type=_COUNT_LIMIT, help="Requests a day; or unlimited."),
+    option(
+        "--max-concurrency",
+        type=_COUNT_LIMIT,
+        help="Calls in flight, of the whole fleet; or unlimited.",
+    ),
 )
 
 after_429 = option(
@@ -114,6 +136,12 @@ bounds = group(
     ),
     option("--deadline", type=_POSITIVE, help="Seconds from now after which no call starts."),
     option("--max-cost", type=_POSITIVE, metavar="USD", help="No call starts once it is spent."),
+    option(
+        "--price",
+        multiple=True,
+        metavar="[MODEL=]IN,OUT",
+        help="US dollars per million tokens, where nobody knows them.",
+    ),
     option("--token-budget", type=_COUNT, help="No call starts once these tokens are spent."),
     option(
         "--fail-fast",

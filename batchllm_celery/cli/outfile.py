@@ -22,9 +22,10 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, cast
 
 from batchllm_celery.errors import UsageError
+from batchllm_celery.redaction import printable_json
 
 #: `WorkItemResult.to_json` begins so; other lines are parsed in full.
 _START = re.compile(rb'\{"item_id": "(?:[^"\\]|\\.)*", "index": (\d+),')
@@ -135,10 +136,14 @@ class StreamSink:
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
+        self._to_a_person = stream.isatty()
         self._receipt: str | None = None
 
     def write(self, results: Sequence[Delivered]) -> None:
-        self._stream.write(b"".join(to_line(result.line) for result in results))
+        lines = b"".join(to_line(result.line) for result in results)
+        if self._to_a_person:  # a terminal obeys what may stand in an answer
+            lines = printable_json(lines.decode()).encode()
+        self._stream.write(lines)
         if results:
             self._receipt = results[-1].receipt
 
@@ -171,6 +176,7 @@ class ResultFile:
         self._owner = path.with_name(f".{path.name}.batch")
         self._turns = _Turns(self.written, ordered=ordered)
         self._journal: IO[bytes] | None = None
+        self._made = not path.exists()
         with _explained(path):
             self._lock = _locked(self._owner, path)
             try:
@@ -234,7 +240,7 @@ class ResultFile:
 
     def _append_again(self, lines: list[bytes]) -> None:
         if lines:
-            self._journal = self._journal or self._retried.open("ab", buffering=0)
+            self._journal = self._journal or _open_own(self._retried, buffering=0)
             _write_all(self._journal, b"".join(lines))
 
     def sync(self) -> str | None:
@@ -267,9 +273,10 @@ class ResultFile:
             self._lock.close()
 
     def abandon(self) -> None:
-        """Close a file for which nothing was begun; one without a line goes again."""
+        """Close a file for which nothing was begun; one that we made goes again."""
         if not self._size:
-            self.path.unlink(missing_ok=True)
+            if self._made:
+                self.path.unlink(missing_ok=True)
             self._owner.unlink(missing_ok=True)
         self._file.close()
         self._lock.close()
@@ -280,7 +287,8 @@ class ResultFile:
         latest = {index: (start, len(line)) for index, start, line in _lines(self._retried)}
         temporary = self.path.with_name(f".{self.path.name}.new")
         try:
-            with self._retried.open("rb") as journal, temporary.open("wb") as target:
+            temporary.unlink(missing_ok=True)
+            with self._retried.open("rb") as journal, temporary.open("xb") as target:
                 for index, _, line in _lines(self.path):
                     place = latest.pop(index, None)
                     target.write(line if place is None else _read_at(journal, *place))
@@ -331,6 +339,24 @@ def check_out(out: str, batch_id: str, *, overwrite: bool) -> None:
     owner = _parse_owner(owner_file.read_bytes()) if owner_file.exists() else None
     if owner != batch_id:
         raise OutputError(refusal(path, owner, batch_id))
+
+
+def refuse_real_results(out: str) -> None:
+    """Refuse, for a dry run, a file that no dry run wrote, whatever `--overwrite` says.
+
+    Raises:
+        OutputError: naming the file.
+    """
+    path = Path(out)
+    if out == "-" or not path.is_file() or not path.stat().st_size:
+        return
+    owner_file = path.with_name(f".{path.name}.batch")
+    owner = _parse_owner(owner_file.read_bytes()) if owner_file.exists() else None
+    if owner is None or not owner.startswith("dry-"):
+        raise OutputError(
+            f"{out} was not written by a dry run, and a dry run replaces nothing else: "
+            "choose another file with -o, or leave -o out"
+        )
 
 
 def refusal(path: Path, owner: str | None, batch_id: str) -> str:
@@ -398,8 +424,15 @@ def _write_all(file: IO[bytes], data: bytes) -> None:
         view = view[file.write(view) :]
 
 
+def _open_own(path: Path, buffering: int = -1) -> IO[bytes]:
+    """Open one of our own files beside OUT to read and append, but never what a link in its place
+    leads to."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+    return cast(IO[bytes], os.fdopen(os.open(path, flags, 0o666), "ab+", buffering))
+
+
 def _locked(owner: Path, path: Path) -> IO[bytes]:
-    lock = owner.open("ab+")
+    lock = _open_own(owner)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -21,9 +21,9 @@ _SHORT_NAMES = {
 
 
 def limits_words(limits: QuotaLimits) -> str:
-    """`600 rpm, 1.0M tpm`, or `none set`."""
-    given = [f"{short(value)} {_SHORT_NAMES[name]}" for name, value in limits.given().items()]
-    return ", ".join(given) or "none set"
+    """`600 rpm, 1.0M tpm`, `unlimited`, or `no quota` where nothing is said."""
+    finite = [f"{short(value)} {_SHORT_NAMES[name]}" for name, value in limits.finite().items()]
+    return ", ".join(finite) or ("unlimited" if limits.given() else "no quota")
 
 
 def quota_words(state: QuotaState, now: float) -> str:
@@ -39,7 +39,9 @@ def quota_words(state: QuotaState, now: float) -> str:
         return f"starting slowly after a refusal ({count(state.ramp_position)} starts)"
     if state.waiting and state.rate_factor < 0.99:
         return f"at {state.rate_factor:.0%} of the quota after refusals"
-    return "at the quota's speed" if state.waiting else ""
+    if not state.waiting:
+        return ""
+    return "at the quota's speed" if state.limits.finite() else "finding the provider's rate"
 
 
 def doing(progress: BatchProgress, quota: QuotaState | None, now: float) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import shlex
 import shutil
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import dataclass
@@ -16,16 +17,25 @@ import click
 from rich.console import Console
 
 from batchllm_celery.cli import exit_codes, job, options
-from batchllm_celery.cli.console import log_to, print_json, to_stderr, to_stdout
+from batchllm_celery.cli.console import log_to, print_json, say, to_stderr, to_stdout
 from batchllm_celery.cli.fleet import Fleet, SimulatedProviderProcess, environment_of
 from batchllm_celery.cli.inputs import STDIN, Rows, check_all, spooled
-from batchllm_celery.cli.outfile import OutputError, ResultFile, Sink, check_out, open_sink
+from batchllm_celery.cli.outfile import (
+    OutputError,
+    ResultFile,
+    Sink,
+    check_out,
+    open_sink,
+    refuse_real_results,
+)
 from batchllm_celery.cli.progress_display import open_display
 from batchllm_celery.cli.session import End, Interrupts, RedisWatch, Session
 from batchllm_celery.cli.summary import Summary, exit_code, print_summary
 from batchllm_celery.errors import InputError, UsageError
 from batchllm_celery.events import Events
-from batchllm_celery.models import BatchSpec, Quota, StrategySpec
+from batchllm_celery.models import BatchProgress, BatchSpec, BatchState, Quota, StrategySpec
+from batchllm_celery.observability.switched_on import openers
+from batchllm_celery.redaction import safe_url, without_secrets
 from batchllm_celery.settings import Settings
 
 if TYPE_CHECKING:
@@ -91,15 +101,20 @@ def run(source: str, **chosen: Any) -> int:
 def _plan(source: str, chosen: dict[str, Any], stack: contextlib.ExitStack) -> Plan:
     settings = job.settings_of(chosen)
     strategy = job.strategy_of(chosen)
-    out = chosen["out"] or default_out(source)
+    out = chosen["out"] or default_out(source, dry_run=chosen["dry_run"])
     _refuse_same_file(source, out)
     rows = open_rows(source, chosen, strategy, stack)
-    job.check_strategy(strategy, settings)
+    instance = job.check_strategy(strategy, settings)
     if not chosen["dry_run"] and chosen["workers"]:
         job.check_key(strategy, settings)
+    if chosen["workers"]:
+        openers(settings)  # an extra that is missing ends the command, not each worker
     lane = None if chosen["workers"] else "default"
     spec = job.spec_of(chosen, strategy, source=source, queue=lane, keep_results=False)
-    check_out(out, spec.batch_id, overwrite=chosen["overwrite"])
+    job.check_price(spec, instance, settings)
+    if chosen["dry_run"]:
+        refuse_real_results(out)
+    check_out(out, spec.batch_id, overwrite=_overwrites(chosen))
     settings = settings.model_copy(update={"queue": spec.queue})
     quota = job.quota_of(chosen, job.default_quota_name(strategy))
     return Plan(settings, spec, quota, chosen["quota_update"], rows, out, chosen["workers"])
@@ -123,9 +138,15 @@ def _closed_at_the_end(rows: Rows, stack: contextlib.ExitStack) -> Rows:
     return rows
 
 
-def default_out(source: str) -> str:
-    """INPUT.results.jsonl, beside the input."""
-    return "stdin.results.jsonl" if source == STDIN else f"{source}.results.jsonl"
+def default_out(source: str, *, dry_run: bool = False) -> str:
+    """INPUT.results.jsonl, beside the input; INPUT.dry-run.jsonl of a dry run."""
+    name = "dry-run" if dry_run else "results"
+    return f"{'stdin' if source == STDIN else source}.{name}.jsonl"
+
+
+def _overwrites(chosen: dict[str, Any]) -> bool:
+    """A dry run replaces what an earlier one wrote."""
+    return bool(chosen["overwrite"] or chosen["dry_run"])
 
 
 def _refuse_same_file(source: str, out: str) -> None:
@@ -153,7 +174,7 @@ def _run(
     producer.check()
     settings, provider = _with_simulation(plan, chosen, stack)
     sink = open_sink(
-        plan.out, plan.spec.batch_id, overwrite=chosen["overwrite"], ordered=chosen["ordered"]
+        plan.out, plan.spec.batch_id, overwrite=_overwrites(chosen), ordered=chosen["ordered"]
     )
     try:
         batch = producer.open(plan.spec, quota=plan.quota, quota_update=plan.quota_update)
@@ -162,7 +183,7 @@ def _run(
     except BaseException:
         sink.abandon()
         raise
-    logs = settings.state_dir / "logs" / batch.id
+    logs = _new_log_folder(settings.state_dir, batch.id)
     fleet = Fleet(plan.workers, lambda _: environment_of(settings), log_dir=logs)
     stack.callback(fleet.kill)
     display = open_display(console, quiet=chosen["quiet"])
@@ -220,6 +241,16 @@ def _finish(sink: Sink, end: End) -> None:
             raise
 
 
+def _new_log_folder(state_dir: Path, batch_id: str) -> Path:
+    """A folder that nobody else has, so that removing it removes nothing of anybody else's."""
+    parent = state_dir.expanduser().absolute() / "logs"
+    try:
+        parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f"{batch_id}-", dir=parent))
+    except OSError as error:
+        raise UsageError(f"no logs can be kept in {parent}: {error.strerror}") from error
+
+
 def _kept_logs(logs: Path, fleet: Fleet, end: End) -> str | None:
     """The workers' logs are worth keeping, and naming, when a worker died."""
     if fleet.deaths or end.failure is not None:
@@ -261,7 +292,22 @@ def _summary(plan: Plan, end: End, seconds: float, logs: str | None) -> Summary:
         output=None if plan.out == "-" else plan.out,
         resume=resume_command(plan.spec.batch_id, sys.argv[1:]) if resumable else None,
         logs=logs,
+        dry_run=plan.spec.config.dry_run,
+        resume_needs=_needs(plan.spec, progress) if resumable else None,
     )
+
+
+def _needs(spec: BatchSpec, progress: BatchProgress) -> str | None:
+    """What must change, or the resumed batch stops again at once; None for nothing."""
+    if progress.state is not BatchState.BUDGET:
+        return None
+    tokens, cost = progress.input_tokens + progress.output_tokens, progress.cost or 0.0
+    needs = []
+    if spec.max_cost is not None and cost >= spec.max_cost:
+        needs.append(f"--max-cost above {cost:.6g}")
+    if spec.token_budget is not None and tokens >= spec.token_budget:
+        needs.append(f"--token-budget above {tokens}")
+    return " and ".join(needs) or "a larger --max-cost or --token-budget"
 
 
 def _code(end: End) -> int:
@@ -273,7 +319,7 @@ def _code(end: End) -> int:
 
 
 def resume_command(batch_id: str, arguments: list[str]) -> str:
-    """The command that was typed, with the batch's id."""
+    """The command that was typed, with the batch's id and without the passwords of its URLs."""
     kept, skip = [], False
     for argument in arguments:
         if skip:
@@ -281,14 +327,21 @@ def resume_command(batch_id: str, arguments: list[str]) -> str:
         elif argument == "--batch-id":
             skip = True
         elif argument != "--overwrite" and not argument.startswith("--batch-id="):
-            kept.append(argument)
+            kept.append(_without_password(argument))
     return shlex.join(["batchllm", *kept, "--batch-id", batch_id])
+
+
+def _without_password(argument: str) -> str:
+    option, equals, value = argument.partition("=")
+    if not option.startswith("--"):
+        option, equals, value = "", "", argument
+    return option + equals + without_secrets(safe_url(value) if "://" in value else value)
 
 
 def _report(summary: Summary, end: End, chosen: dict[str, Any]) -> None:
     if end.failure is not None:
         text = " ".join(str(end.failure).split()) or type(end.failure).__name__
-        click.echo(f"Error: {text}", err=True)
+        say(f"Error: {text}")
     if chosen["as_json"]:
         print_json(summary.to_json())
     if chosen["quiet"] and not summary.resume:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -21,6 +21,7 @@ from batchllm_celery.cli.session import Interrupts
 from batchllm_celery.cli.wording import count, duration, money, rate, short
 
 if TYPE_CHECKING:
+    from batchllm_celery.connection import BrokenEntry
     from batchllm_celery.ledger import WorkerInfo
     from batchllm_celery.limiter import QuotaState
     from batchllm_celery.models import BatchProgress
@@ -39,6 +40,8 @@ class Status:
     workers: list[WorkerInfo]
     rates: dict[str, float]
     """Items a second by batch, as far as somebody has been watching."""
+    broken: list[BrokenEntry] = field(default_factory=list)
+    """What could not be read."""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -49,6 +52,7 @@ class Status:
             ],
             "quotas": [quota.model_dump(mode="json") for quota in self.quotas],
             "workers": [asdict(worker) for worker in self.workers],
+            "broken": [asdict(entry) for entry in self.broken],
         }
 
 
@@ -78,7 +82,8 @@ class Observer:
             )
             for progress in batches
         }
-        return Status(batches, quotas, self._producer.workers(), rates)
+        workers = self._producer.workers()
+        return Status(batches, quotas, workers, rates, self._producer.broken())
 
 
 @click.command()
@@ -131,7 +136,7 @@ def show(console: Console, seen: Status) -> None:
 
 def render(seen: Status) -> RenderableType:
     """Tables of what there is."""
-    if not (seen.batches or seen.quotas or seen.workers):
+    if not (seen.batches or seen.quotas or seen.workers or seen.broken):
         return Text("Nothing yet: no batch, no quota, no worker.")
     parts: list[RenderableType] = []
     if seen.batches:
@@ -139,6 +144,14 @@ def render(seen: Status) -> RenderableType:
     if seen.quotas:
         parts.append(quota_table(seen.quotas))
     parts.append(_workers(seen.workers))
+    parts += [
+        Text(f"{worker.worker_id} can't read {worker.unreadable}", style="red")
+        for worker in seen.workers
+        if worker.unreadable
+    ]
+    if seen.broken:
+        named = ", ".join(f"{entry.kind} {entry.name} ({entry.reason})" for entry in seen.broken)
+        parts.append(Text(f"Broken in Redis: {named}; see: batchllm doctor", style="red"))
     return Group(*parts)
 
 

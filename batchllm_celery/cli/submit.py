@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from batchllm_celery.cli import exit_codes, job, options
-from batchllm_celery.cli.console import log_to, to_stderr
+from batchllm_celery.cli.console import log_to, say, to_stderr
 from batchllm_celery.cli.run import open_rows, resume_command
 from batchllm_celery.cli.session import Interrupts, Job
 from batchllm_celery.cli.wording import plural
@@ -42,14 +42,17 @@ def submit(source: str, **chosen: Any) -> int:
         settings = job.settings_of(chosen)
         strategy = job.strategy_of(chosen)
         rows = open_rows(source, chosen, strategy, stack)
+        instance = None
         if chosen["model"] or settings.app:
-            job.check_strategy(strategy, settings)
+            instance = job.check_strategy(strategy, settings)
         spec = job.spec_of(chosen, strategy, source=source, queue="default", keep_results=True)
+        if instance is not None:
+            job.check_price(spec, instance, settings)
         quota = job.quota_of(chosen, job.default_quota_name(strategy))
         total = _submit(settings, spec, quota, chosen, rows, interrupts, stack)
     if total is None:
         command = resume_command(spec.batch_id, sys.argv[1:])
-        click.echo(f"Interrupted before all rows were enqueued. Go on with: {command}", err=True)
+        say(f"Interrupted before all rows were enqueued. Go on with: {command}")
         return exit_codes.INTERRUPTED
     if not chosen["quiet"]:
         bad = f" ({plural(rows.bad, 'bad row')})" if rows.bad else ""

@@ -53,7 +53,10 @@ class Summary:
     output: str | None
     resume: str | None = None
     """The command that goes on where this one was interrupted."""
+    resume_needs: str | None = None
+    """What must be changed in it, or it stops again at once."""
     logs: str | None = None
+    dry_run: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -88,9 +91,16 @@ def _title(summary: Summary) -> tuple[str, str]:
     return "Done", "green"
 
 
+def _headline(summary: Summary) -> tuple[str, str]:
+    title, colour = _title(summary)
+    if not summary.dry_run:
+        return title, colour
+    return ("Dry run" if title == "Done" else f"Dry run: {title.lower()}"), colour
+
+
 def print_summary(console: Console, summary: Summary, examples: dict[str, str]) -> None:
     """A few lines: what came of it, what it took, where it is, what to do next."""
-    title, colour = _title(summary)
+    title, colour = _headline(summary)
     text = Text()
     text.append(title, style=f"bold {colour}")
     text.append(f"  {_outcome(summary)}\n")
@@ -99,6 +109,9 @@ def print_summary(console: Console, summary: Summary, examples: dict[str, str]) 
     for kind, number in sorted(summary.errors.items(), key=lambda pair: -pair[1]):
         text.append(f"  {'failed':<9}", style="dim").append(f"{count(number)} {kind}", style="red")
         text.append(f"  e.g. {examples[kind][:200]}\n" if kind in examples else "\n", style="dim")
+    if summary.resume_needs:
+        text.append(f"  {'to resume':<9}", style="dim")
+        text.append(f" give {summary.resume_needs}, or it stops again at once:\n")
     if summary.resume:
         text.append(f"  {'resume':<9}", style="dim").append(f"{summary.resume}\n", style="bold")
     console.print(text, end="", soft_wrap=True, highlight=False)
@@ -106,7 +119,8 @@ def print_summary(console: Console, summary: Summary, examples: dict[str, str]) 
 
 def _outcome(summary: Summary) -> str:
     of = "" if summary.total is None else f" of {count(summary.total)}"
-    words = f"{count(summary.succeeded)}{of} succeeded"
+    done = "would be called (no provider was)" if summary.dry_run else "succeeded"
+    words = f"{count(summary.succeeded)}{of} {done}"
     if summary.failed:
         words += f", {count(summary.failed)} failed"
     if summary.total and not summary.answered_now and summary.succeeded + summary.failed:

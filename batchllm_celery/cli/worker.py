@@ -12,6 +12,8 @@ import click
 from batchllm_celery.cli import exit_codes, job, options
 from batchllm_celery.cli.fleet import Fleet, environment_of
 from batchllm_celery.cli.session import Interrupts
+from batchllm_celery.errors import RedisUnavailableError
+from batchllm_celery.observability.switched_on import openers
 from batchllm_celery.settings import Settings
 
 
@@ -24,7 +26,8 @@ from batchllm_celery.settings import Settings
 @options.option("--app", metavar="MODULE", help="Module(s) that register strategies.")
 @options.option("--queue", metavar="LANE,...", help="Lanes to serve.  [default: default]")
 @options.option("--heartbeat-file", type=click.Path(dir_okay=False),
-                help="Touched while healthy, for probes (process 2: FILE.2, ...).")  # fmt: skip
+                help="Touched while the event loop turns, for probes (process 2: FILE.2, ...); "
+                     "FILE.ready while Redis answers too.")  # fmt: skip
 @options.option("--drain-seconds", type=click.FloatRange(min=0),
                 help="How long calls in flight may take after SIGTERM.  [default: 30]")  # fmt: skip
 @options.option("--loglevel", default="INFO", show_default=True)
@@ -34,10 +37,10 @@ def worker(processes: int, loglevel: str, **chosen: Any) -> int:
     """Work for a fleet. Plain `celery -A batchllm_celery worker` does the same, as one process.
 
     SIGTERM and Ctrl-C drain: calls in flight end and are recorded, nothing new starts, exit 0.
-    A second one stops at once.
+    A second one stops at once. Workers that find no Redis wait for it.
     """
     settings = _settings(chosen)
-    job.import_apps(settings)
+    openers(settings)  # an extra that is missing ends the command, not each worker
     _check_redis(settings)
     fleet = Fleet(processes, lambda number: _environment(settings, number), loglevel=loglevel)
     with Interrupts().counted() as interrupts:
@@ -73,10 +76,16 @@ def _environment(settings: Settings, number: int) -> dict[str, str]:
 
 
 def _check_redis(settings: Settings) -> None:
+    """Refuse what waiting can't cure. A Redis that is away is waited for by the workers."""
     from batchllm_celery.producer import Producer
+    from batchllm_celery.worker.startup import can_pass, error_of
 
-    with Producer(settings) as producer:
-        producer.check()
+    try:
+        with Producer(settings) as producer:
+            producer.check()
+    except RedisUnavailableError:
+        if settings.redis_url is None or not can_pass(error_of(settings.redis_url)):
+            raise
 
 
 def _drain(fleet: Fleet, interrupts: Interrupts, seconds: float) -> int:

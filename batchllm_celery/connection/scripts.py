@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -11,10 +12,12 @@ from importlib.resources.abc import Traversable
 from typing import Any, Self
 
 from redis.asyncio import Redis
-from redis.exceptions import NoScriptError
+from redis.exceptions import NoScriptError, ResponseError
 
 #: A line that stands for the text of another file, whose path is relative to the script's folder.
 _INCLUDE = re.compile(r"^--#include (\S+)\n", re.MULTILINE)
+#: Clients whose server does not know a first line `#!lua`: Redis before 7.0.
+_before_7: weakref.WeakSet[Redis] = weakref.WeakSet()
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,23 +31,31 @@ class Script:
     name: str
     text: str
     sha: str
+    before_7: Script | None = None
+    """The same for a server that refuses `#!lua`; None where this one has no such line."""
 
     @classmethod
-    def load(cls, package: str, name: str, *, shared: str | None = None, head: str = "") -> Self:
-        """The script in file `name` of `package`, with what its `--#include` lines name.
+    def load(
+        cls, package: str, name: str, *, shared: str = "", head: str = "", head_before_7: str = ""
+    ) -> Self:
+        """The script in file `name` of `package`, after what it shares with others (`shared`).
 
-        `head` goes before it, then the file `shared`.
+        A line `--#include FILE` in it stands for the text of that file, in the script's folder.
+        `head` goes before all. Redis before 7.0 refuses a first line `#!lua flags=...` and gets
+        `head_before_7` in place of such a head.
         """
         *folders, file = name.split("/")
         folder = resources.files(package).joinpath(*folders)
-        texts = [_read(folder, one) for one in (shared, file) if one is not None]
-        return cls.of(name, head + "\n".join(texts))
+        body = "\n".join(_read(folder, one) for one in (shared, file) if one)
+        first_line = head.startswith("#!")
+        return cls.of(name, head + body, head_before_7 + body if first_line else None)
 
     @classmethod
-    def of(cls, name: str, text: str) -> Self:
+    def of(cls, name: str, text: str, before_7: str | None = None) -> Self:
         """A script from its text."""
         # The hash is Redis' name for the script, not a protection.
-        return cls(name, text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
+        sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+        return cls(name, text, sha, None if before_7 is None else cls.of(name, before_7))
 
     async def __call__(
         self,
@@ -53,11 +64,28 @@ class Script:
         args: Sequence[bytes | str | int | float] = (),
     ) -> Any:
         """Run the script: one round trip, two when Redis has not seen it yet."""
+        old = self.before_7
+        known = old if old is not None and client in _before_7 else self
         try:
-            return await client.execute_command("EVALSHA", self.sha, len(keys), *keys, *args)
-        except NoScriptError:
-            # EVAL loads and runs in one step: nothing can flush the script in between.
-            return await client.execute_command("EVAL", self.text, len(keys), *keys, *args)
+            return await client.execute_command("EVALSHA", known.sha, len(keys), *keys, *args)
+        except ResponseError as error:
+            if not isinstance(error, NoScriptError) and not refuses_first_line(error):
+                raise
+            # EVAL loads and runs in one step: nothing can flush the script in between
+        try:
+            reply = await client.execute_command("EVAL", self.text, len(keys), *keys, *args)
+        except ResponseError as error:
+            if old is None or not refuses_first_line(error):
+                raise
+            _before_7.add(client)
+            return await client.execute_command("EVAL", old.text, len(keys), *keys, *args)
+        _before_7.discard(client)  # a newer server has taken its place
+        return reply
+
+
+def refuses_first_line(error: Exception) -> bool:
+    """Whether a server did not run a script because of its first line `#!lua`."""
+    return "1: unexpected symbol near '#'" in str(error)
 
 
 def _read(folder: Traversable, name: str) -> str:

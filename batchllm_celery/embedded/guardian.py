@@ -263,6 +263,7 @@ def main(folder: str, address: str, binary: str) -> None:
     """Become a daemon that only ends when it is not needed."""
     if os.fork():
         os._exit(0)  # so the starter has no child to wait for
+    os.umask(0o077)  # prompts and answers are in what the server writes
     log = os.open(Path(folder) / "valkey.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(log, 2)
     os.close(log)

@@ -53,8 +53,10 @@ class EmbeddedServer:
         """
         folder = state_dir.expanduser().absolute() / "valkey"
         try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, exist_ok=True)
             folder = folder.resolve()
+            _refuse_strange(folder)
             folder.chmod(0o700)  # prompts and answers are in there
             address = _socket_path(folder)
             users_fd = guardian.open_lock(folder / "users.lock")
@@ -222,6 +224,14 @@ def _binary(folder: Path) -> str:
     if found is None:
         raise _error(folder, "there is no Valkey for this platform; set BATCHLLM_REDIS_URL")
     return found
+
+
+def _refuse_strange(folder: Path) -> None:
+    """Work in a folder only if it is empty or ours: every server's has its users' lock."""
+    if not (folder / "users.lock").is_file() and any(folder.iterdir()):
+        raise FileExistsError(
+            errno.EEXIST, "it holds files that are not ours; choose another --state-dir"
+        )
 
 
 def _socket_path(folder: Path) -> str:

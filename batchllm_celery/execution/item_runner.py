@@ -10,26 +10,33 @@ import asyncio
 import json
 import logging
 import math
+import re
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from pydantic_core import PydanticSerializationError, from_json, to_json, to_jsonable_python
+from redis.exceptions import RedisError
 
 from batchllm_celery.errors import (
+    BatchLLMError,
     FailureKind,
     FrameworkTimeoutError,
+    ProviderError,
     QuotaUnavailableError,
     describe,
+    text_of,
 )
 from batchllm_celery.events import AttemptFailed, AttemptStarted, Events, ItemFinished, ItemStarted
-from batchllm_celery.execution.pricing import Prices
+from batchllm_celery.execution.pricing import ModelPrices, Prices
 from batchllm_celery.execution.retry import delay_before_next, refused_too_often
 from batchllm_celery.limiter import CallOutcome, Estimator, Limiter, Permit
+from batchllm_celery.limiter.estimator import plain_tokens
 from batchllm_celery.models import (
     FAILURE_POLICIES,
+    MAX_OVERLOADS,
     NO_TOKENS,
     BatchState,
     Completion,
@@ -41,14 +48,42 @@ from batchllm_celery.models import (
     WorkItemResult,
 )
 from batchllm_celery.strategies.base import LLMCallStrategy, as_completion
-from batchllm_celery.strategies.failures import classify, classify_for, priced_as
+from batchllm_celery.strategies.failures import (
+    classify,
+    classify_for,
+    log_bug,
+    priced_as,
+    status_of,
+)
+from batchllm_celery.strategies.usage import plausible
 
 logger = logging.getLogger("batchllm_celery")
+
+#: So many 403s in a row of one batch, without a success between, are about who calls and not about
+#: the rows: the batch stops.
+FORBIDDEN_IN_A_ROW = 20
+
+#: Answers that were no use, yet paid for.
+_PAID_KINDS = frozenset(
+    {FailureKind.VALIDATION, FailureKind.TRUNCATED, FailureKind.CONTENT_BLOCKED}
+)
+
+_A_TOKEN = TokenUsage(input_tokens=1, output_tokens=1)
+
+T = TypeVar("T")
 
 #: The word of the gate holds so many seconds. A permit may go stale (250 ms) while it is asked: the
 #: item then takes another one, at the head of the line, and if that comes soon, calls at once. So
 #: no call ever starts without a fresh permit, and a slow Redis delays it, but not for ever.
 GATE_HOLDS = 2.0
+#: An overload is one beside successes if one of the quota's calls succeeded so shortly before.
+BESIDE_SUCCESSES_SECONDS = 10.0
+#: Of an item's last error, what is kept for the outcome that may have to name it.
+LAST_ERROR_CHARACTERS = 300
+#: Digits of an integer that Python reads from JSON by default.
+MOST_DIGITS = 4300
+_LONG_NUMBER = re.compile(rb"\d{4301}")
+_SHORT = 10**18
 
 _OUTCOMES = {
     FailureKind.RATE_LIMITED: CallOutcome.REFUSED,
@@ -64,9 +99,20 @@ class Gate(Protocol):
         """None: go on. A kind: the item ends with it. A state: the item goes back, no outcome."""
 
     async def save(
-        self, attempts: int, refusals: int, state: RetryState, usage: TokenUsage
+        self,
+        attempts: int,
+        refusals: int,
+        state: RetryState,
+        usage: TokenUsage,
+        *,
+        overloads: int,
+        last_error: str,
     ) -> None:
-        """Keep what another process needs to go on from here."""
+        """Keep what another process needs to go on from here.
+
+        Raises:
+            TypeError, ValueError, RecursionError: for a state that can't be kept.
+        """
 
     def gave_up(self) -> None:
         """A call ran into a time limit of ours: the provider may bill it all the same."""
@@ -75,15 +121,26 @@ class Gate(Protocol):
         """A call starts now; or not yet, although `begin` let it in: it waits for a permit."""
 
 
+@dataclass(slots=True)
 class OpenGate:
-    """A gate for one process without a ledger: always open, remembers nothing."""
+    """A gate for one item in a process without a ledger: open until its calls are used up."""
+
+    most_calls: float = math.inf
+    made: int = 0
 
     async def begin(self) -> FailureKind | BatchState | None:
-        """Go on."""
-        return None
+        """Go on, unless it was called too often."""
+        return FailureKind.EXHAUSTED if self.made >= self.most_calls else None
 
     async def save(
-        self, attempts: int, refusals: int, state: RetryState, usage: TokenUsage
+        self,
+        attempts: int,
+        refusals: int,
+        state: RetryState,
+        usage: TokenUsage,
+        *,
+        overloads: int,
+        last_error: str,
     ) -> None:
         """Nothing to keep: the item can't move."""
 
@@ -91,7 +148,8 @@ class OpenGate:
         """Nobody counts."""
 
     def calls(self, under_way: bool) -> None:
-        """Nobody asks."""
+        """Count."""
+        self.made += under_way
 
 
 @dataclass(slots=True)
@@ -102,6 +160,11 @@ class ItemJob:
         prepare: brings the strategy into service, once per process (`Registry.prepare`).
         quota: name of the quota that its calls draw on.
         priority: 0 for usual; higher ones get this process' permits first.
+        queued_seconds: from the submission to this moment.
+        prices: model -> prices that the batch was given; "" for any model that is not named.
+        needs_prices: whether a model without a known price is not called (the batch's money is
+            bounded, and nobody could count it).
+        estimate_usage: whether calls that tell no tokens count as estimated, for a token budget.
         parks: whether the day's exhausted quota sends the item back (else it fails); a function is
             asked when that happens, because the quota's setting may change in mid-run.
     """
@@ -119,9 +182,14 @@ class ItemJob:
     state: RetryState = field(default_factory=RetryState)
     attempts: int = 0
     refusals: int = 0
+    overloads: int = 0
+    last_error: str = ""
     usage: TokenUsage = NO_TOKENS
     queued_seconds: float = 0.0
     priority: int = 0
+    prices: Mapping[str, ModelPrices] = field(default_factory=dict)
+    needs_prices: bool = False
+    estimate_usage: bool = False
     parks: bool | Callable[[], Awaitable[bool]] = True
     error: Exception | None = None
     """The last exception of the strategy, for whoever runs in the same process."""
@@ -171,6 +239,10 @@ class ItemRunner:
         self.json_output = json_output
         self.successes: dict[str, int] = {}
         """Successful calls per quota, to tell a spent quota from an item that is refused."""
+        self.forbidden: dict[str, int] = {}
+        """403s per batch since its last success."""
+        self.succeeded_at: dict[str, float] = {}
+        """When the last one was, by the monotonic clock."""
 
     async def run(self, job: ItemJob) -> WorkItemResult[Any, Any] | Stopped:
         """Drive `job` to its outcome. `cleanup` runs whatever happens.
@@ -183,6 +255,11 @@ class ItemRunner:
         run = _Run(self, job)
         try:
             outcome = await run.within_item_timeout()
+        except Exception as error:
+            if isinstance(error, RedisError | OSError | BatchLLMError):
+                raise
+            # A fault of ours: it would come again each time, and each time be paid.
+            outcome = run.broken(error)
         finally:
             await _clean_up(job)
         if isinstance(outcome, Stopped):
@@ -192,19 +269,51 @@ class ItemRunner:
             self.events.emit(_finished(job.batch_id, result))
         return result
 
+    def report(self, job: ItemJob, kind: str, error: BaseException) -> None:
+        """Log what is a bug of the strategy, or of ours."""
+        log_bug(f"item.{kind}", error, batch_id=job.batch_id, item_id=job.item_id)
 
-def _not_ours(error: BaseException) -> bool:
-    """Whether a cancellation came from inside the strategy (a client that cancels its own tasks):
-    then the item is not to end with it."""
+
+async def _from_user(function: Callable[..., Awaitable[T]], *arguments: Any) -> T:
+    """Await what a user wrote. Whatever it raises is an `Exception`, unless it ends this task."""
     task = asyncio.current_task()
-    return isinstance(error, asyncio.CancelledError) and task is not None and not task.cancelling()
+    try:
+        return await function(*arguments)
+    except Exception:
+        raise
+    except BaseException as error:
+        if _ends(error, task):
+            raise
+        raise _stand_in(error) from error
+
+
+def _ends(error: BaseException, task: asyncio.Task[Any] | None) -> bool:
+    """Whether `error` ends `task` (it is cancelled, or its coroutine is closed), in place of having
+    been raised by the strategy: a client that cancels its own tasks, or a `sys.exit()` in it."""
+    if isinstance(error, asyncio.CancelledError):
+        return task is None or task.cancelling() > 0
+    return isinstance(error, GeneratorExit) and asyncio.current_task() is not task
+
+
+def _stand_in(error: BaseException) -> Exception:
+    """What a strategy raised to end more than its item, as an exception that ends its item."""
+    if isinstance(error, asyncio.CancelledError):
+        stand_in: Exception = RuntimeError("the strategy cancelled its own call")
+    else:
+        stand_in = ProviderError(
+            text_of(error) or "raised to end more than the item",
+            kind=FailureKind.LOGIC_ERROR,
+            error_type=type(error).__name__,
+        )
+    stand_in.__cause__ = error
+    return stand_in
 
 
 async def _clean_up(job: ItemJob) -> None:
     try:
-        await job.strategy.cleanup()
+        await _from_user(job.strategy.cleanup)
     except Exception as error:
-        logger.warning(f"Cleanup failed for {job.item_id}: {error}")
+        logger.warning(f"Cleanup failed for {job.item_id}: {text_of(error)}")
 
 
 class _Run:
@@ -219,17 +328,20 @@ class _Run:
         "last",
         "let_in",
         "limit",
+        "ready",
         "runner",
         "started",
-        "waited",
+        "usage_estimated",
     )
 
     def __init__(self, runner: ItemRunner, job: ItemJob) -> None:
         self.runner = runner
         self.job = job
         self.started = time.monotonic()
-        self.waited = 0.0
+        self.ready = self.started
+        """When the strategy was prepared: until then the item was queued."""
         self.executed = 0.0
+        self.usage_estimated = False
         self.limit = job.config.timeout_per_item
         self.last: Failure | None = None
         self.baseline: int | None = None
@@ -269,11 +381,19 @@ class _Run:
         if self.job.config.dry_run:
             return await self._rehearse()
         try:
-            await self.job.prepare()
+            await _from_user(self.job.prepare)
         except Exception as error:
             return self._failure(error)
+        finally:
+            self.ready = time.monotonic()
         if self.job.strategy.model_name and not self.runner.prices.loaded:
             await self.runner.prices.load()
+        if self.job.needs_prices and (unknown := self._without_price()):
+            return Failure(
+                FailureKind.INVALID_REQUEST,
+                f"UsageError: no price is known for {unknown}, so max_cost would never bind: give "
+                "its price (--price IN,OUT), or bound the batch by token_budget",
+            )
         while True:
             outcome = await self._attempt()
             if outcome is not None:
@@ -281,12 +401,13 @@ class _Run:
 
     async def _rehearse(self) -> _Outcome:
         """`dry_run` in place of the provider: no prepare (it may call one), no limiter."""
-        refusal = _told(await self.job.gate.begin())
+        refusal = self._told(await self.job.gate.begin())
         if refusal is not None:
             return refusal
         self.job.attempts += 1
         try:
-            completion = as_completion(await self.job.strategy.dry_run(self.job.prompt))
+            answer = await _from_user(self.job.strategy.dry_run, self.job.prompt)
+            completion = as_completion(answer)
         except Exception as error:
             return self._failure(error)
         self._spend(completion.usage)
@@ -317,17 +438,13 @@ class _Run:
         estimate = partial(
             runner.estimator.estimate, _estimate_key(job), job.prompt, strategy.max_output_tokens
         )
-        asked = time.monotonic()
-        try:
-            return await runner.limiter.acquire(
-                job.quota, estimate, priority=job.priority, retry=self.had_turn
-            )
-        finally:
-            self.waited += time.monotonic() - asked
+        return await runner.limiter.acquire(
+            job.quota, estimate, priority=job.priority, retry=self.had_turn
+        )
 
     async def _ask_gate(self, permit: Permit) -> Failure | Stopped | None:
         try:
-            refusal = _told(await self.job.gate.begin())
+            refusal = self._told(await self.job.gate.begin())
         except BaseException:
             self.runner.limiter.settle(permit, CallOutcome.UNUSED)
             raise
@@ -357,12 +474,17 @@ class _Run:
             self.runner.events.emit(AttemptStarted(job.batch_id, job.item_id, job.attempts + 1))
         started = time.monotonic()
         scope = asyncio.timeout(self.limit)
+        task = asyncio.current_task()
         job.gate.calls(True)
         try:
             async with scope:
-                answer = await job.strategy.execute(
-                    job.prompt, job.attempts + 1, self.limit, job.state
-                )
+                call = job.strategy.execute(job.prompt, job.attempts + 1, self.limit, job.state)
+                if not hasattr(call, "__await__"):
+                    raise TypeError(
+                        f"execute() must be `async def` and await its call: it returned "
+                        f"{type(call).__name__}"
+                    )
+                answer = await call
             return as_completion(answer)
         except Exception as error:
             if not scope.expired():
@@ -372,10 +494,8 @@ class _Run:
             timeout.__cause__ = error
             return timeout
         except BaseException as error:
-            if _not_ours(error):
-                cut_off = RuntimeError("the strategy cancelled its own call")
-                cut_off.__cause__ = error
-                return cut_off
+            if not _ends(error, task):
+                return _stand_in(error)
             # The provider may have begun to work: the tokens stay counted as estimated.
             job.gate.gave_up()
             self.runner.limiter.settle(permit, CallOutcome.FAILED)
@@ -386,12 +506,20 @@ class _Run:
     def _succeeded(self, permit: Permit, completion: Completion[Any]) -> None:
         job, runner = self.job, self.runner
         usage = completion.usage
-        runner.limiter.settle(permit, CallOutcome.SUCCEEDED, usage=usage)
+        # A figure that can't be is no reason to hold the quota up: the estimate stands.
+        known = usage if plausible(usage) else None
+        runner.limiter.settle(permit, CallOutcome.SUCCEEDED, usage=known)
         runner.successes[job.quota] = runner.successes.get(job.quota, 0) + 1
-        if usage:
-            runner.estimator.observe(_estimate_key(job), job.prompt, usage)
+        runner.forbidden.pop(job.batch_id, None)
+        runner.succeeded_at[job.quota] = time.monotonic()
+        if known:
+            runner.estimator.observe(_estimate_key(job), job.prompt, known)
         job.attempts += 1
-        self._spend(usage, completion.metadata.get("model"))
+        if not usage and job.estimate_usage:
+            usage = self._estimated_usage(completion.output)
+            job.usage = job.usage + usage
+        else:
+            self._spend(usage, completion.metadata.get("model"))
 
     async def _failed(self, permit: Permit, error: Exception) -> _Outcome | None:
         job = self.job
@@ -400,7 +528,7 @@ class _Run:
         self.runner.limiter.settle(
             permit,
             _OUTCOMES.get(failure.kind, CallOutcome.FAILED),
-            usage=failure.usage or None,
+            usage=failure.usage if failure.usage and plausible(failure.usage) else None,
             retry_after=failure.retry_after,
         )
         self._count(failure)
@@ -414,13 +542,44 @@ class _Run:
     def _failure(self, error: Exception) -> Failure:
         """The one translation of a strategy's exception; its tokens are counted here."""
         failure = classify_for(self.job.strategy, error)
+        if failure.kind is FailureKind.LOGIC_ERROR:
+            self.runner.report(self.job, "logic_error", error)
         self.last = failure
+        self.job.last_error = failure.message[:LAST_ERROR_CHARACTERS]
         self.job.error = error
         self._spend(failure.usage, priced_as(error))
-        return failure
+        if not failure.usage and self.job.estimate_usage and failure.kind in _PAID_KINDS:
+            self.job.usage = self.job.usage + self._estimated_usage("")
+        return self._forbidden(failure, error)
+
+    def _forbidden(self, failure: Failure, error: Exception) -> Failure:
+        """A 403 fails its row; when all get one, it is the caller that is refused."""
+        if failure.kind is not FailureKind.CONTENT_BLOCKED or status_of(error) != 403:
+            return failure
+        counts, batch_id = self.runner.forbidden, self.job.batch_id
+        counts[batch_id] = counts.pop(batch_id, 0) + 1
+        if len(counts) > 1000:
+            counts.pop(next(iter(counts)))
+        if counts[batch_id] < FORBIDDEN_IN_A_ROW:
+            return failure
+        return replace(failure, kind=FailureKind.AUTHENTICATION)
+
+    def _estimated_usage(self, output: Any) -> TokenUsage:
+        """For a server that tells no tokens: a token budget must bind there too."""
+        self.usage_estimated = True
+        try:
+            text = output if isinstance(output, str) else to_json(output).decode()
+        except ValueError:  # it has no JSON form, which is a failure of its own
+            text = ""
+        return TokenUsage(
+            input_tokens=plain_tokens(self.job.prompt),
+            output_tokens=plain_tokens(text) if text else 0,
+        )
 
     def _count(self, failure: Failure) -> None:
-        if FAILURE_POLICIES[failure.kind].uses_attempt:
+        if failure.kind is FailureKind.OVERLOADED and self._others_get_through():
+            self.job.overloads += 1
+        elif FAILURE_POLICIES[failure.kind].uses_attempt:
             self.job.attempts += 1
         elif failure.kind is FailureKind.RATE_LIMITED:
             self.job.refusals += 1
@@ -428,9 +587,15 @@ class _Run:
             if self.baseline is None:
                 self.baseline = self.runner.successes.get(self.job.quota, 0)
 
+    def _others_get_through(self) -> bool:
+        """Whether an overload is a matter of how many calls the provider takes at once: others
+        succeed. Then it costs no attempt, `MAX_OVERLOADS` times."""
+        since = time.monotonic() - self.runner.succeeded_at.get(self.job.quota, -math.inf)
+        return self.job.overloads < MAX_OVERLOADS and since < BESIDE_SUCCESSES_SECONDS
+
     async def _on_error(self, error: Exception, attempt: int) -> None:
         try:
-            await self.job.strategy.on_error(error, attempt, self.job.state)
+            await _from_user(self.job.strategy.on_error, error, attempt, self.job.state)
         except Exception as raised:
             item_id = self.job.item_id
             logger.warning("on_error_failed item_id=%s error=%s", item_id, describe(raised))
@@ -441,7 +606,7 @@ class _Run:
             others = self.runner.successes.get(job.quota, 0) > (self.baseline or 0)
             if refused_too_often(job.refusals, job.config.max_rate_limit_retries, others):
                 return None
-        return delay_before_next(failure, job.attempts, job.config.retry)
+        return delay_before_next(failure, job.attempts, job.config.retry, overloads=job.overloads)
 
     def _tell(self, failure: Failure, attempt: int, wait: float | None) -> None:
         job = self.job
@@ -461,17 +626,23 @@ class _Run:
             return await self._day_is_over(failure, until)
         if delay:
             await asyncio.sleep(delay)
-            self.waited += delay
         return None
 
     async def _save(self) -> Failure | None:
         job = self.job
         try:
-            await job.gate.save(job.attempts, job.refusals, job.state, job.usage)
-        except (TypeError, ValueError) as error:
+            await job.gate.save(
+                job.attempts,
+                job.refusals,
+                job.state,
+                job.usage,
+                overloads=job.overloads,
+                last_error=job.last_error,
+            )
+        except (TypeError, ValueError, RecursionError) as error:
             return Failure(
                 FailureKind.LOGIC_ERROR,
-                f"{type(error).__name__}: the retry state can't be written as JSON",
+                f"{type(error).__name__}: the retry state can't be kept: no JSON, or too large",
             )
         return None
 
@@ -491,15 +662,68 @@ class _Run:
         if cost is not None:
             self.cost = cost + (self.cost or 0.0)
 
-    def _price(self, usage: TokenUsage, model: str | None = None) -> float | None:
-        return self.runner.prices.cost(model or self.job.strategy.model_name, usage)
+    def _price(self, usage: TokenUsage, model: Any = None) -> float | None:
+        if not model or not isinstance(model, str):
+            model = self.job.strategy.model_name
+        name = model if isinstance(model, str) else None
+        given = self.job.prices.get(name or "") or self.job.prices.get("")
+        return float(given.cost(usage)) if given else self.runner.prices.cost(name, usage)
+
+    def _without_price(self) -> str | None:
+        models = self.job.strategy.models()
+        return next((name for name in models if self._price(_A_TOKEN, name) is None), None)
+
+    def _told(self, word: FailureKind | BatchState | None) -> Failure | Stopped | None:
+        if word is None:
+            return None
+        if isinstance(word, BatchState):
+            return Stopped(word)
+        if word is not FailureKind.EXHAUSTED:
+            why = f"Stopped: the batch ended ({word.value}) before this item was called"
+            return Failure(word, why)
+        last = self.job.last_error or "none is known: its calls were cut off"
+        return Failure(word, f"CallsExhausted: no further call of this item; last error: {last}")
+
+    def broken(self, error: Exception) -> Failure:
+        """The outcome of an item that a fault of ours ended."""
+        self.runner.report(self.job, "internal_error", error)
+        self.job.error = error
+        return Failure(FailureKind.LOGIC_ERROR, f"InternalError: {describe(error)}")
 
     def result(self, outcome: Completion[Any] | Failure) -> WorkItemResult[Any, Any]:
-        """The outcome as the one result of the item."""
-        if isinstance(outcome, Completion) and self.runner.json_output:
-            outcome = _as_json(outcome)
+        """The outcome as the one result of the item: what can be recorded of it."""
+        try:
+            if isinstance(outcome, Completion) and self.runner.json_output:
+                outcome = self._as_json(outcome)
+            return self._result(outcome)
+        except Exception as error:
+            self.runner.report(self.job, "unrecordable", error)
+            what = f"{type(error).__name__}: the answer can't be recorded"
+            return self._result(Failure(FailureKind.LOGIC_ERROR, what))
+
+    def _as_json(self, completion: Completion[Any]) -> Completion[Any] | Failure:
+        try:
+            output = json_form(completion.output)
+        except Exception as error:  # also what a model's own serialiser raises
+            self.runner.report(self.job, "unwritable_output", error)
+            name = type(completion.output).__name__
+            return Failure(
+                FailureKind.LOGIC_ERROR,
+                f"TypeError: output of type {name} can't be written as JSON "
+                f"({type(error).__name__})",
+            )
+        metadata = completion.metadata
+        if metadata:
+            try:
+                metadata = _plain_metadata(metadata)
+            except Exception as error:  # the answer is worth more
+                self.runner.report(self.job, "unwritable_metadata", error)
+                metadata = {"metadata_dropped": type(error).__name__}
+        return Completion(output, completion.usage, metadata)
+
+    def _result(self, outcome: Completion[Any] | Failure) -> WorkItemResult[Any, Any]:
         job = self.job
-        executed = time.monotonic() - self.started
+        metadata: dict[str, Any] = {"usage_estimated": True} if self.usage_estimated else {}
         common: dict[str, Any] = {
             "item_id": job.item_id,
             "index": job.index,
@@ -507,20 +731,26 @@ class _Run:
             "token_usage": job.usage,
             "attempts": job.attempts,
             "cost": self.cost,
-            "timing": Timing.model_construct(
-                queued=job.queued_seconds,
-                waited=self.waited,
-                executed=self.executed,
-                total=job.queued_seconds + executed,
-            ),
+            "timing": self._timing(),
         }
         if isinstance(outcome, Failure):
             return WorkItemResult(
-                success=False, error=outcome.message, error_kind=outcome.kind, **common
+                success=False,
+                error=outcome.message,
+                error_kind=outcome.kind,
+                metadata=metadata,
+                **common,
             )
-        return WorkItemResult(
-            success=True, output=outcome.output, metadata=dict(outcome.metadata), **common
-        )
+        metadata = {**outcome.metadata, **metadata}
+        return WorkItemResult(success=True, output=outcome.output, metadata=metadata, **common)
+
+    def _timing(self) -> Timing:
+        """What is neither before the start nor a call was a wait: every moment has its place."""
+        executed = round(self.executed, 3)
+        queued = round(self.job.queued_seconds + self.ready - self.started, 3)
+        waited = max(0.0, round(time.monotonic() - self.ready - self.executed, 3))
+        total = round(queued + waited + executed, 3)
+        return Timing.model_construct(queued=queued, waited=waited, executed=executed, total=total)
 
 
 def _estimate_key(job: ItemJob) -> str:
@@ -529,14 +759,6 @@ def _estimate_key(job: ItemJob) -> str:
 
 def _type_of(message: str) -> str:
     return message.partition(":")[0]
-
-
-def _told(word: FailureKind | BatchState | None) -> Failure | Stopped | None:
-    if word is None:
-        return None
-    if isinstance(word, BatchState):
-        return Stopped(word)
-    return Failure(word, f"Stopped: the batch ended ({word.value}) before this item was called")
 
 
 def _finished(batch_id: str, result: WorkItemResult[Any, Any]) -> ItemFinished:
@@ -559,19 +781,21 @@ def _finished(batch_id: str, result: WorkItemResult[Any, Any]) -> ItemFinished:
 # -- outputs as JSON
 
 
-def _as_json(completion: Completion[Any]) -> Completion[Any] | Failure:
-    try:
-        output = json_form(completion.output)
-    except (PydanticSerializationError, TypeError, ValueError, RecursionError) as error:
-        name = type(completion.output).__name__
-        return Failure(
-            FailureKind.LOGIC_ERROR,
-            f"TypeError: output of type {name} can't be written as JSON ({type(error).__name__})",
-        )
-    metadata = completion.metadata
-    if metadata:
-        metadata = from_json(to_json(dict(metadata), serialize_unknown=True, inf_nan_mode="null"))
-    return Completion(output, completion.usage, metadata)
+def _plain_metadata(metadata: Mapping[str, Any]) -> Any:
+    data = to_json(dict(metadata), serialize_unknown=True, inf_nan_mode="null")
+    _check_digits(data)
+    return from_json(data)
+
+
+def _check_digits(data: bytes) -> None:
+    """Python's own JSON reader refuses integers of more than 4,300 digits: what holds one can't
+    be read back.
+
+    Raises:
+        ValueError: if there is one.
+    """
+    if len(data) > MOST_DIGITS and _LONG_NUMBER.search(data):
+        json.loads(data)
 
 
 def json_form(value: Any) -> Any:
@@ -581,14 +805,18 @@ def json_form(value: Any) -> Any:
     Raises:
         ValueError: if it has no JSON form (PydanticSerializationError is one).
     """
-    if value is None or isinstance(value, bool | int):
+    if value is None or isinstance(value, bool):
+        return value
+    if type(value) is int and -_SHORT < value < _SHORT:
         return value
     if type(value) is str and value.isascii():
         return value
     if type(value) is float and math.isfinite(value):
         return value
     try:
-        return from_json(to_json(value, inf_nan_mode="null"))
+        data = to_json(value, inf_nan_mode="null")
+        _check_digits(data)
+        return from_json(data)
     except PydanticSerializationError as error:
         if "UnicodeEncodeError" not in str(error):
             raise

@@ -111,6 +111,15 @@ class Prices:
         return known
 
 
+def given_prices(prices: Mapping[str, tuple[float, float]]) -> dict[str, ModelPrices]:
+    """Model -> prices of a batch that brings its own: dollars per million tokens in and out."""
+    found = {}
+    for model, (read, written) in prices.items():
+        normal = Tiers(Decimal(str(read)))
+        found[model] = ModelPrices(normal, normal, Tiers(Decimal(str(written))))
+    return found
+
+
 def _read(file: Path) -> dict[str, ModelPrices]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"), parse_float=Decimal)

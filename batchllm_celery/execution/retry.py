@@ -38,6 +38,8 @@ def delay_before_next(
     attempts: int,
     config: RetryConfig,
     draw: Callable[[], float] = random.random,
+    *,
+    overloads: int = 0,
 ) -> float | None:
     """Seconds until the next attempt, None to give up.
 
@@ -46,6 +48,7 @@ def delay_before_next(
         attempts: attempts used up so far, the failed one included where its kind counts.
         config: the batch's retry rules.
         draw: source of jitter in [0, 1).
+        overloads: overloads so far that used up no attempt; the wait grows with them as well.
     """
     policy = FAILURE_POLICIES[failure.kind]
     if not policy.retried or attempts >= config.max_attempts:
@@ -53,7 +56,7 @@ def delay_before_next(
     if not policy.waits or not policy.uses_attempt:
         return 0.0  # a refusal waits in the limiter's cooldown, with the whole fleet
     asked = min(failure.retry_after or 0.0, MAX_RETRY_AFTER)
-    return max(backoff(attempts, config, draw), asked)
+    return max(backoff(attempts + overloads, config, draw), asked)
 
 
 def refused_too_often(refusals: int, limit: int, others_succeeded: bool) -> bool:

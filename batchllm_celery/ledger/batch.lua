@@ -10,6 +10,7 @@
 -- `stopped` for each failure that a control decision caused.
 local META, ITEM, FP, READY, HELD, PROCS = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
 local TRY, DONE, FAILED, OUT, STOPPED = KEYS[7], KEYS[8], KEYS[9], KEYS[10], KEYS[11]
+local CALLS = KEYS[12]
 local call = redis.call
 
 local clock = call('TIME')
@@ -24,10 +25,22 @@ local NUMBERS = {
   'total', 'parked_until', 'deadline', 'deadline_at', 'token_budget', 'max_cost',
   'spent', 'cost', 'priced', 'input', 'output', 'cached', 'maybe_billed',
   'item_bytes', 'kept_bytes', 'out_count', 'out_bytes', 'read_count', 'read_bytes',
-  'reopen_at', 'submitted_at', 'kept_limit',
+  'reopen_at', 'submitted_at', 'kept_limit', 'max_calls',
 }
 local WORDS = {'state', 'fail_fast', 'reopen'}
+-- What `create` writes: without one of them the rest says nothing.
+local ALWAYS = {'fed', 'ok', 'failed', 'stopped', 'round', 'rev', 'ttl', 'max_deliveries', 'keep',
+                'spent', 'cost', 'priced', 'input', 'output', 'cached', 'maybe_billed', 'item_bytes',
+                'kept_bytes', 'out_count', 'out_bytes', 'read_count', 'read_bytes', 'kept_limit',
+                'submitted_at', 'fail_fast'}
+local STATES = {open = 1, paused = 1, finished = 1, cancelled = 1, deadline = 1, budget = 1,
+                aborted = 1}
 local meta, loaded = {}, {}
+
+-- Somebody else wrote here, or Redis lost a part: nothing is written on top of it.
+local function broken(name)
+  error('BROKEN ' .. name .. ' script: ')
+end
 
 local function load_meta()
   local names = {}
@@ -36,10 +49,32 @@ local function load_meta()
   local values = call('HMGET', META, unpack(names))
   for i = 1, #names do
     local value = values[i] or nil
-    if i <= #NUMBERS and value then value = tonumber(value) end
+    if i <= #NUMBERS and value then
+      value = tonumber(value)
+      if not value or value ~= value or math.abs(value) > 2 ^ 62 then broken(names[i]) end
+    end
     meta[names[i]], loaded[names[i]] = value, value
   end
-  return meta.state ~= nil
+  if not meta.state then
+    if call('EXISTS', META) == 1 then broken('state') end
+    return false
+  end
+  if not STATES[meta.state] then broken('state') end
+  for i = 1, #ALWAYS do
+    if not meta[ALWAYS[i]] then broken(ALWAYS[i]) end
+  end
+  return true
+end
+
+-- Each key is what it should be. For those that begin something which is paid for, or that look: a
+-- script that met another type half way would have written the one half.
+local TYPES = {'hash', 'hash', 'string', 'zset', 'hash', 'hash', 'hash', 'string', 'string', 'stream',
+               'string'}
+local function check_keys()
+  for i = 1, #KEYS do
+    local found = call('TYPE', KEYS[i]).ok
+    if found ~= TYPES[i] and found ~= 'none' then broken('key is a ' .. found) end
+  end
 end
 
 local function text(value)
@@ -148,6 +183,22 @@ local function tries_text(losses, round, rest)
   return text(losses) .. ' ' .. text(round) .. ' ' .. rest
 end
 
+-- provider calls of an item in this round, how many of them were cut off, and what cut the last one
+local function calls_of(entry)
+  local begun, cut, why = string.match(entry or '', '^(%d+) (%d+) (%S+)$')
+  return tonumber(begun) or 0, tonumber(cut) or 0, why or '-'
+end
+
+local function calls_text(begun, cut, why)
+  return text(begun) .. ' ' .. text(cut) .. ' ' .. why
+end
+
+-- A call that `begin` let in has not been made after all.
+local function take_back(index)
+  local begun, cut, why = calls_of(call('HGET', CALLS, index))
+  call('HSET', CALLS, index, calls_text(math.max(0, begun - 1), cut, why))
+end
+
 -- A process that takes, begins or keeps something lives, and is looked after from now on, whether it
 -- has sent a heartbeat yet or not (it sends none while it holds nothing). What is written is the
 -- moment: a value that came again would pass for silence since its first time. This is no
@@ -161,10 +212,10 @@ end
 
 -- An outcome that no worker wrote: the reader makes the line from the payload's head. The caller
 -- takes the item out of `ready`, `held` and `try` (many at once).
-local function give_outcome(index, kind, control, entry)
+local function give_outcome(index, kind, control, entry, calls)
   local stored = call('HGET', ITEM, index) or ''
   local head = string.sub(stored, STAMP + 1, (string.find(stored, '\n', STAMP + 1, true) or 0) - 1)
-  append({'i', index, 'k', kind, 'h', head, 't', entry or ''})
+  append({'i', index, 'k', kind, 'h', head, 't', entry or '', 'c', calls or ''})
   mark(index, false, control)
   drop_payload(index, #stored, true)
   return #stored

@@ -8,8 +8,10 @@ from collections.abc import Coroutine, Sequence
 from functools import lru_cache
 from typing import Any, TypeVar
 
-from batchllm_celery.connection import Connection, Script
-from batchllm_celery.errors import BatchNotFoundError
+from redis.exceptions import ResponseError
+
+from batchllm_celery.connection import Connection, Script, is_broken, why
+from batchllm_celery.errors import BatchNotFoundError, BatchUnreadableError
 from batchllm_celery.events import Events
 from batchllm_celery.keys import Keys
 from batchllm_celery.ledger import scripts
@@ -39,6 +41,14 @@ def key_list(keys: Keys, batch_id: str) -> tuple[str, ...]:
 def text(value: bytes | str) -> str:
     """A word of a reply."""
     return value.decode() if isinstance(value, bytes) else value
+
+
+def unreadable(batch_id: str, reason: str) -> BatchUnreadableError:
+    """What somebody is told who asks for a broken batch."""
+    return BatchUnreadableError(
+        f"batch {batch_id!r} can't be read in Redis ({reason}): "
+        f"`batchllm doctor` says how to remove it"
+    )
 
 
 class LedgerCalls:
@@ -92,7 +102,7 @@ class LedgerCalls:
     async def _sweep_quietly(self, batch_id: str) -> None:
         try:
             await self.sweep(batch_id)
-        except BatchNotFoundError:
+        except (BatchNotFoundError, BatchUnreadableError):
             return
         except Exception:
             logger.exception("ledger.sweep_failed batch_id=%s", batch_id)
@@ -109,7 +119,13 @@ class LedgerCalls:
 
     async def _run(self, script: Script, batch_id: str, args: Sequence[Argument] = ()) -> Any:
         keys, client = key_list(self._keys, batch_id), self._connection.client
-        reply = await self._connection.patiently(lambda: script(client, keys, args))
+        try:
+            reply = await self._connection.patiently(lambda: script(client, keys, args))
+        except ResponseError as error:
+            if not is_broken(error):
+                raise
+            self._connection.broken.add("batch", batch_id, error)
+            raise unreadable(batch_id, why(error)) from error
         if reply is None:
             raise BatchNotFoundError(
                 f"batch {batch_id!r} is unknown: never submitted to this Redis and namespace, "

@@ -5,6 +5,7 @@
 -- returns  {state, revision, spec or false, now, claims, held, gone}; a claim is
 --          {index, stored payload, losses, round, text of earlier attempts}
 if not load_meta() then return false end
+check_keys()
 local process, token = ARGV[1], ARGV[2]
 local mine = token .. ' ' .. process
 local slots, suspects, worst = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
@@ -23,11 +24,12 @@ local function admits(losses)
   return true
 end
 
-local holders, scores, entries = {}, {}, {}
+local holders, scores, entries, made = {}, {}, {}, {}
 if #indexes > 0 then -- none: the process holds all that the message names, and asks for the spec
   holders = call('HMGET', HELD, unpack(indexes))
   scores = call('ZMSCORE', READY, unpack(indexes))
   entries = call('HMGET', TRY, unpack(indexes))
+  made = call('HMGET', CALLS, unpack(indexes))
 end
 for n, index in ipairs(indexes) do
   local holder, entry = holders[n], entries[n]
@@ -49,10 +51,13 @@ for n, index in ipairs(indexes) do
       call('HSET', TRY, index, tries_text(losses, round, rest))
       call('HSET', HELD, index, CLAIMED .. string.sub(holder, 2)) -- counted once
     end
-    if losses >= meta.max_deliveries then
-      give_outcome(index, 'worker_lost', false, tries_text(losses, round, rest))
+    local _, cut = calls_of(made[n])
+    if losses + cut >= meta.max_deliveries then
+      local kind = cut > 0 and 'cut_off' or 'worker_lost'
+      give_outcome(index, kind, false, tries_text(losses, round, rest), made[n])
       call('HDEL', HELD, index)
       call('HDEL', TRY, index)
+      call('HDEL', CALLS, index)
       call('ZREM', READY, index)
       gone[#gone + 1] = tonumber(index)
     elseif not admits(losses) then

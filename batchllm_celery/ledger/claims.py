@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from batchllm_celery.ledger.payload import Payload
 from batchllm_celery.models import NO_TOKENS, BatchSpec, BatchState, RetryState, TokenUsage
+
+#: What a strategy may remember of one item between its attempts; it is written after each of them.
+MOST_STATE_BYTES = 500_000
 
 
 @dataclass(slots=True, eq=False)
@@ -15,8 +19,8 @@ class Claim:
     """One item that this process may run.
 
     `token` and `round` are its fence, `version` the fingerprint of its content. `attempts`,
-    `refusals` (429s), `state` and `usage` come from earlier attempts, here or elsewhere;
-    `losses` counts the processes that died in the middle of a call for it.
+    `refusals` (429s), `overloads`, `state`, `usage` and `last_error` come from earlier attempts,
+    here or elsewhere; `losses` counts the processes that died in the middle of a call for it.
     """
 
     batch_id: str
@@ -27,15 +31,23 @@ class Claim:
     payload: Payload
     attempts: int = 0
     refusals: int = 0
+    overloads: int = 0
     losses: int = 0
     state: RetryState = field(default_factory=RetryState)
     usage: TokenUsage = NO_TOKENS
+    last_error: str = ""
     queued_seconds: float = 0.0
     fed_at: float = 0.0
+    claimed_at: float = field(default_factory=time.monotonic)
+    """This process' clock at the claim: `queued_seconds` are those before it."""
     given_up: int = 0
     """Calls that ended without an answer by a time limit of ours; not yet told to Redis."""
     calling: bool = False
     """Whether a provider call is under way: being lost now counts."""
+    unused: bool = False
+    """Whether `begin` may have let a call in that was not made: then it is not counted."""
+    cut_by: str = "a_cancellation"
+    """What ends its call, should it be given back in the middle of one; without spaces."""
     settled: bool = False
     """Whether its outcome is on its way to the ledger: it can't be given back any more."""
 
@@ -64,24 +76,42 @@ class Tries:
     refusals: int = 0
     state: RetryState = field(default_factory=RetryState)
     usage: TokenUsage = NO_TOKENS
+    overloads: int = 0
+    last_error: str = ""
 
     def encode(self) -> bytes:
         """JSON.
 
         Raises:
             TypeError: if the retry state holds something that is no JSON.
+            ValueError: if it is larger than `MOST_STATE_BYTES`, or refers to itself.
+            RecursionError: if it is nested too deep.
         """
         entry = {"a": self.attempts, "r": self.refusals, "s": self.state.data}
         if self.usage:
             entry["u"] = dict(self.usage.items())
-        return json.dumps(entry, separators=(",", ":")).encode()
+        if self.overloads:
+            entry["o"] = self.overloads
+        if self.last_error:
+            entry["e"] = self.last_error
+        data = json.dumps(entry, separators=(",", ":")).encode()
+        if len(data) > MOST_STATE_BYTES:
+            raise ValueError(f"{len(data):,} bytes; at most {MOST_STATE_BYTES:,} are kept")
+        return data
 
     @classmethod
     def decode(cls, data: bytes) -> Tries:
         if not data:
             return cls()
         entry = json.loads(data)
-        return cls(entry["a"], entry["r"], RetryState(entry["s"]), TokenUsage.of(entry.get("u")))
+        return cls(
+            entry["a"],
+            entry["r"],
+            RetryState(entry["s"]),
+            TokenUsage.of(entry.get("u")),
+            entry.get("o", 0),
+            entry.get("e", ""),
+        )
 
 
 class Holding:

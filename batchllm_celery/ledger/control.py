@@ -7,9 +7,17 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from batchllm_celery.errors import BatchConflictError, BatchNotFoundError, UsageError
+from redis.exceptions import ResponseError
+
+from batchllm_celery.connection import is_broken, readable, why
+from batchllm_celery.errors import (
+    BatchConflictError,
+    BatchNotFoundError,
+    BatchUnreadableError,
+    UsageError,
+)
 from batchllm_celery.ledger import scripts
-from batchllm_celery.ledger.calls import LedgerCalls, text
+from batchllm_celery.ledger.calls import LedgerCalls, text, unreadable
 from batchllm_celery.ledger.locks import Lock
 from batchllm_celery.models import BatchProgress, BatchSpec, BatchState
 
@@ -43,10 +51,18 @@ class Control(LedgerCalls):
         """
         client: Any = self._connection.client
         meta = self._keys.batch(batch_id).meta
-        stored = await self._connection.patiently(lambda: client.hget(meta, "spec"))
+        try:
+            stored = await self._connection.patiently(lambda: client.hget(meta, "spec"))
+        except ResponseError as error:
+            self._connection.broken.add("batch", batch_id, error)
+            raise unreadable(batch_id, why(error)) from error
         if stored is None:
             raise BatchNotFoundError(f"batch {batch_id!r} is unknown")
-        return BatchSpec.model_validate_json(stored)
+        try:
+            return BatchSpec.model_validate_json(stored)
+        except ValueError as error:
+            self._connection.broken.add("batch", batch_id, error)
+            raise unreadable(batch_id, "its spec is corrupted or of a newer version") from None
 
     async def progress(self, batch_id: str) -> BatchProgress:
         """The counters at this moment.
@@ -68,13 +84,30 @@ class Control(LedgerCalls):
         """The batches of this namespace, the youngest first."""
         client: Any = self._connection.client
         listed = self._keys.batches
-        ids = await self._connection.patiently(lambda: client.zrevrange(listed, 0, limit - 1))
+        broken = self._connection.broken
+        try:
+            ids = await self._connection.patiently(lambda: client.zrevrange(listed, 0, limit - 1))
+        except ResponseError as error:
+            if not is_broken(error):
+                raise
+            broken.add("list", listed, error)
+            return []
+        broken.mended("list", listed)
         found = []
-        for batch_id in map(text, ids):
+        for batch_id in readable(ids, "batch", broken):
             try:
+                await self.spec(batch_id)
                 found.append(await self.progress(batch_id))
+                broken.mended("batch", batch_id)
             except BatchNotFoundError:
                 await client.zrem(listed, batch_id)  # expired
+                broken.mended("batch", batch_id)
+            except BatchUnreadableError:
+                continue
+            except Exception as error:
+                if not is_broken(error):
+                    raise
+                broken.add("batch", batch_id, error)
         return found
 
     async def pause(self, batch_id: str) -> BatchState:

@@ -3,7 +3,7 @@
 -- ARGV     1 spec (JSON), 2 identity of its strategy, 3 deadline (ms from now, '' for none),
 --          4 token budget, 5 cost budget ('' for none), 6 failure kinds that abort (a,b,),
 --          7 keep results (1/0), 8 TTL (s), 9 deaths that convict, 10 bytes of payloads of failed
---          items kept for a retry, 11 queue
+--          items kept for a retry, 11 queue, 12 calls of one item at most (in a round)
 -- returns  what happened (new | attached | resumed | conflict), round, items fed, and the stored
 --          spec where there was one
 local found = load_meta()
@@ -36,7 +36,7 @@ end
 meta.token_budget, meta.max_cost = number(4), number(5)
 meta.fail_fast, meta.keep = ARGV[6], number(7)
 meta.ttl, meta.max_deliveries = number(8), number(9)
-meta.kept_limit = number(10)
+meta.kept_limit, meta.max_calls = number(10), number(12)
 call('HSET', META, 'spec', ARGV[1], 'identity', ARGV[2], 'queue', ARGV[11])
 local answer = found and 'attached' or 'new'
 if stopped or meta.state == 'finished' then meta.state = 'open' end

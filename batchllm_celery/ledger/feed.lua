@@ -26,6 +26,7 @@ local function forget(index)
   if held and string.sub(held, 1, 1) == CALLING then meta.maybe_billed = meta.maybe_billed + 1 end
   call('HDEL', HELD, index)
   call('HDEL', TRY, index)
+  call('HDEL', CALLS, index)
   local size = call('HSTRLEN', ITEM, index)
   local done = call('SETBIT', DONE, index, 0) == 1
   if not done then

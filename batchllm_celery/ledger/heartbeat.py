@@ -17,6 +17,8 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from batchllm_celery.connection import BrokenEntries, Script, client_url, is_broken
+from batchllm_celery.connection.scripts import refuses_first_line
 from batchllm_celery.errors import describe
 from batchllm_celery.keys import Keys
 from batchllm_celery.ledger import scripts
@@ -74,7 +76,9 @@ class Heartbeat:
         self._heard = heard
         self._interval = interval
         self._presence = presence
+        self._broken = BrokenEntries()
         self._present_at = float("-inf")
+        self._script = scripts.BEAT
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self.last_beat = time.monotonic()
@@ -111,7 +115,7 @@ class Heartbeat:
 
     def _connect(self) -> redis.Redis:
         return redis.Redis.from_url(
-            self._url,
+            client_url(self._url),
             socket_timeout=TIMEOUT,
             socket_connect_timeout=TIMEOUT,
             retry=Retry(NoBackoff(), 0),
@@ -136,18 +140,33 @@ class Heartbeat:
 
     def _beat(self, client: redis.Redis) -> None:
         batches = self._batches()
+        answers = self._run_for(client, batches)
+        if any(isinstance(answer, redis.exceptions.NoScriptError) for answer in answers):
+            self._script = _loaded(client)
+            answers = self._run_for(client, batches)
+        self.last_beat = time.monotonic()
+        if batches:
+            beats = [self._beat_of(*pair) for pair in zip(batches, answers, strict=True)]
+            self._heard([beat for beat in beats if beat is not None])
+        self._show(client)
+
+    def _run_for(self, client: redis.Redis, batches: Sequence[str]) -> list[Any]:
         commands: list[Sequence[Any]] = []
         for batch_id in batches:
             keys = key_list(self._keys, batch_id)
-            commands.append(("EVALSHA", scripts.BEAT.sha, len(keys), *keys, self._process_id))
-        answers = _pipeline(client, commands)
-        if any(isinstance(answer, redis.exceptions.NoScriptError) for answer in answers):
-            client.script_load(scripts.BEAT.text)
-            answers = _pipeline(client, commands)
-        self.last_beat = time.monotonic()
-        if batches:
-            self._heard([_beat(*pair) for pair in zip(batches, answers, strict=True)])
-        self._show(client)
+            commands.append(("EVALSHA", self._script.sha, len(keys), *keys, self._process_id))
+        return _pipeline(client, commands)
+
+    def _beat_of(self, batch_id: str, answer: Any) -> Beat | None:
+        """None for a batch that is broken: the others must not lose their beat for it."""
+        if isinstance(answer, Exception):
+            if not is_broken(answer):
+                raise answer
+            self._broken.add("batch", batch_id, answer)
+            return None
+        if answer is None:
+            return Beat(batch_id, None, False)
+        return Beat(batch_id, BatchState(text(answer[0])), bool(answer[1]))
 
     def _show(self, client: redis.Redis) -> None:
         now = time.monotonic()
@@ -158,16 +177,21 @@ class Heartbeat:
             _pipeline(client, self._presence().commands(self._keys, moment))
 
 
+def _loaded(client: redis.Redis) -> Script:
+    """The script in the form that this server takes."""
+    script = scripts.BEAT
+    try:
+        client.script_load(script.text)
+    except redis.ResponseError as error:
+        if script.before_7 is None or not refuses_first_line(error):
+            raise
+        script = script.before_7
+        client.script_load(script.text)
+    return script
+
+
 def _pipeline(client: redis.Redis, commands: Sequence[Sequence[Any]]) -> list[Any]:
     with client.pipeline(transaction=False) as pipeline:
         for command in commands:
             pipeline.execute_command(*command)
         return list(pipeline.execute(raise_on_error=False))
-
-
-def _beat(batch_id: str, answer: Any) -> Beat:
-    if isinstance(answer, Exception):
-        raise answer
-    if answer is None:
-        return Beat(batch_id, None, False)
-    return Beat(batch_id, BatchState(text(answer[0])), bool(answer[1]))

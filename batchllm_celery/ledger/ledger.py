@@ -6,23 +6,31 @@ and three bitmaps of 1.25 MB. Neither side keeps anything per item that is done.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Self
 
-from batchllm_celery.connection import Connection
-from batchllm_celery.errors import BatchNotFoundError
+from redis.exceptions import NoPermissionError, ResponseError
+
+from batchllm_celery.connection import Connection, is_broken, readable
+from batchllm_celery.errors import BatchNotFoundError, BatchUnreadableError
 from batchllm_celery.events import Events
 from batchllm_celery.keys import Keys
 from batchllm_celery.ledger import scripts
 from batchllm_celery.ledger.calls import Argument, text
+from batchllm_celery.ledger.claims import Claim
 from batchllm_celery.ledger.locks import died_here
 from batchllm_celery.ledger.observer import Observer
 from batchllm_celery.ledger.producer_side import ProducerSide
 from batchllm_celery.ledger.worker_side import CALL_ITEMS, RECORD_FIELDS, REOFFER, WorkerSide
 from batchllm_celery.models import BatchState
 from batchllm_celery.settings import Settings
+
+logger = logging.getLogger("batchllm_celery")
 
 #: Batches that one look goes through, a script call each.
 BATCHES_A_LOOK = 1000
@@ -54,6 +62,8 @@ class Ledger(WorkerSide, ProducerSide):
         self._observer = Observer(settings.lease_seconds)
         self._run_id: str | None = None
         self._looked_until: dict[str, int] = {}
+        self._loose: set[Claim] = set()
+        self._reconciled_at = time.monotonic()
 
     async def __aenter__(self) -> Self:
         return self
@@ -75,13 +85,21 @@ class Ledger(WorkerSide, ProducerSide):
         batch_ids = await self._some_batches(queue, key)
         if not batch_ids:
             return []
-        run_id = str((await patiently(lambda: client.info("server")))["run_id"])
+        run_id = await patiently(self._server_run)
         if self._run_id not in (None, run_id):
             await self._after_restart(await self._range_of(key, 0, -1))
         self._run_id = run_id
         offered = []
         for batch_id in batch_ids:
-            indexes, over = await self._offer_of(batch_id, n, lost_only, run_id)
+            try:
+                indexes, over = await self._offer_of(batch_id, n, lost_only, run_id)
+            except BatchUnreadableError:
+                continue  # `status` names it; the others go on
+            except Exception as error:
+                if not is_broken(error):
+                    raise
+                self._connection.broken.add("batch", batch_id, error)
+                continue
             n -= len(indexes)
             if indexes:
                 offered.append((batch_id, indexes))
@@ -90,6 +108,39 @@ class Ledger(WorkerSide, ProducerSide):
                 self._observer.forget(batch_id)
         await patiently(lambda: client.expire(key, self._settings.result_ttl_seconds))
         return offered
+
+    async def reconcile(self, runs: Callable[[Claim], bool]) -> None:
+        """Give back what Redis believes this process has, or what it has, and does not run.
+
+        A living process renews all that it holds, so nobody else would ever take it over. Call it
+        every sixth of a lease or so. Each lease it goes through what Redis knows, and at once for a
+        batch after a call that failed; of its own what was not running at the last look either.
+
+        Args:
+            runs: whether a claim is being worked on here.
+        """
+        loose = {claim for claim in self.holding if not claim.settled and not runs(claim)}
+        if left := loose & self._loose:
+            logger.warning("ledger.reconciled items=%d", len(left))
+            await self.release(list(left))
+        self._loose = loose
+        now, batch_ids = time.monotonic(), set(self._unsure)
+        if now - self._reconciled_at >= self._settings.lease_seconds:
+            self._reconciled_at = now
+            batch_ids.update(self.holding.batches())
+        for batch_id in batch_ids:
+            with contextlib.suppress(BatchNotFoundError):
+                await self._release_strays(batch_id)
+            self._unsure.discard(batch_id)
+
+    async def _server_run(self) -> str:
+        """The name of the Redis process; always the same where INFO is denied: then a restart that
+        cost its last second is found out by the leases alone."""
+        client: Any = self._connection.client
+        try:
+            return str((await client.info("server"))["run_id"])
+        except NoPermissionError:
+            return ""
 
     async def _some_batches(self, queue: str, key: str) -> list[str]:
         """The batches to look after now: of a very long list one part after another."""
@@ -101,8 +152,14 @@ class Ledger(WorkerSide, ProducerSide):
 
     async def _range_of(self, key: str, first: int, last: int) -> list[str]:
         client: Any = self._connection.client
-        found = await self._connection.patiently(lambda: client.zrange(key, first, last))
-        return [text(one) for one in found]
+        try:
+            found = await self._connection.patiently(lambda: client.zrange(key, first, last))
+        except ResponseError as error:
+            if not is_broken(error):
+                raise
+            self._connection.broken.add("list", key, error)
+            return []
+        return readable(found, "batch", self._connection.broken)
 
     async def _offer_of(
         self, batch_id: str, n: int, lost_only: bool, run_id: str
@@ -153,7 +210,7 @@ class Ledger(WorkerSide, ProducerSide):
                 await self._record_again(batch_id, forgotten.get(batch_id, []))
                 await self._adopt(batch_id)
                 await self._release_strays(batch_id)
-            except BatchNotFoundError:
+            except (BatchNotFoundError, BatchUnreadableError):
                 continue
 
     async def _record_again(self, batch_id: str, values: Sequence[Argument]) -> None:
@@ -173,19 +230,20 @@ class Ledger(WorkerSide, ProducerSide):
             cursor, held = await self._connection.patiently(scan)
             strays = [
                 (int(index), token)
-                for index, (_, token, process) in _holders(held)
-                if process == self.process_id
-                and token not in self._claiming
-                and not self.holding.has(batch_id, int(index))
+                for index, token in _held_by(self.process_id, held)
+                if token not in self._claiming and not self.holding.has(batch_id, int(index))
             ]
-            arguments = [part for index, token in strays for part in (index, token, 0)]
+            arguments = [part for index, token in strays for part in (index, token, 0, "")]
             if arguments:
                 await self._run(scripts.RELEASE, batch_id, [self.process_id, 0, *arguments])
 
 
-def _holders(held: Mapping[bytes, bytes]) -> Iterator[tuple[bytes, list[str]]]:
-    """Index -> phase, token, process."""
-    return ((index, value.decode().split(" ", 2)) for index, value in held.items())
+def _held_by(process: str, held: Mapping[bytes, bytes]) -> Iterator[tuple[bytes, str]]:
+    """Index and token of each item of one process; a value is `phase token process`."""
+    end = f" {process}".encode()
+    for index, value in held.items():
+        if value.endswith(end):
+            yield index, value.decode().split(" ", 2)[1]
 
 
 def _counters(procs: Sequence[Any]) -> dict[str, str]:

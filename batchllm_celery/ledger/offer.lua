@@ -4,6 +4,7 @@
 --          3 1: only what was given back or lost
 -- returns  {state, indexes, items ready, items unfinished, process, counter, ...}
 if not load_meta() then return false end
+check_keys()
 local state, indexes = state_now(), {}
 if (state == 'feeding' or state == 'running') and tonumber(ARGV[1]) > 0 then
   local latest = ARGV[3] == '1' and AT_ONCE or NOW

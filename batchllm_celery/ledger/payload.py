@@ -11,6 +11,8 @@ from batchllm_celery.errors import UsageError
 from batchllm_celery.models import SCHEMA_VERSION, BatchSpec, StrategySpec
 
 FINGERPRINT_BYTES = 8
+#: Levels of a row's context that are carried; see `too_deep`.
+DEEPEST = 500
 STAMP_BYTES = 13
 """Digits of the feeding time (milliseconds) that `feed.lua` puts before a payload."""
 
@@ -23,6 +25,8 @@ class Payload:
     prompt: str
     context: Any = None
     strategy: StrategySpec | None = None
+    problem: str | None = None
+    """Why this row can't be run, where that was found out when it was read; never stored."""
 
     def encode(self) -> bytes:
         """A line of JSON, then the prompt as it is: scripts cut the line off for outcomes that
@@ -54,6 +58,7 @@ class Payload:
             prompt.decode("utf-8", "surrogatepass"),
             head.get("c"),
             None if strategy is None else StrategySpec(**strategy),
+            head.get("problem"),
         )
 
 
@@ -63,6 +68,8 @@ def decode_head(line: bytes) -> dict[str, Any]:
     Raises:
         UsageError: for the bytes of a newer version of this package.
     """
+    if too_deep(line):
+        return _outline(line)
     head: dict[str, Any] = json.loads(line)
     if head["v"] > SCHEMA_VERSION:
         raise UsageError(
@@ -70,6 +77,37 @@ def decode_head(line: bytes) -> dict[str, Any]:
             f"this one reads {SCHEMA_VERSION}): update this process"
         )
     return head
+
+
+def too_deep(data: bytes) -> bool:
+    """Whether JSON is nested deeper than `DEEPEST` levels: readers of JSON give up at about 1,000,
+    less what their callers take of Python's stack."""
+    if data.count(b"[") + data.count(b"{") <= DEEPEST:
+        return False
+    depth, in_string, escaped = 0, False, False
+    for character in data.decode("latin-1"):
+        if in_string:
+            in_string = escaped or character != '"'
+            escaped = character == "\\" and not escaped
+        elif character == '"':
+            in_string = True
+        elif character in "[{":
+            depth += 1
+            if depth > DEEPEST:
+                return True
+        elif character in "]}":
+            depth -= 1
+    return False
+
+
+def _outline(line: bytes) -> dict[str, Any]:
+    """What can be told of a head that is nested too deep: its id comes before its context."""
+    identity, _ = json.JSONDecoder().raw_decode(line.decode(), line.index(b'"id":') + 5)
+    return {
+        "v": SCHEMA_VERSION,
+        "id": identity,
+        "problem": f"its context or parameters are nested deeper than {DEEPEST} levels",
+    }
 
 
 def strategy_identity(spec: BatchSpec) -> bytes:

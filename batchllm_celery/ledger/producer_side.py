@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from batchllm_celery.connection import Connection
-from batchllm_celery.errors import BatchConflictError
+from batchllm_celery.errors import BatchConflictError, InputError
 from batchllm_celery.events import Events
 from batchllm_celery.keys import Keys
 from batchllm_celery.ledger import scripts
@@ -35,6 +35,8 @@ FEED_BYTES = 2 * 1024 * 1024
 #: Rows younger than this are kept: Redis' AOF may lose its last second.
 UNSYNCED_SECONDS = 3.0
 UNLIMITED = 10**15
+#: Seconds that a dry run is kept.
+REHEARSAL_TTL = 3600
 #: Longest wait of one read, below the connection's socket timeout.
 LONGEST_BLOCK = 2.0
 
@@ -122,11 +124,15 @@ class ProducerSide(Control):
             indexes that need a message: new, changed, or still waiting for a worker.
 
         Raises:
+            InputError: a row has no JSON form; nothing of `rows` was stored.
             BatchNotFoundError: the batch expired meanwhile, or Redis lost it.
             BatchConflictError: Redis has lost more rows than are kept here; feed all again.
         """
         feeding = await self._feeding_of(batch_id)
-        chunks = list(_chunks(first_index, [_encode(row, feeding.identity) for row in rows]))
+        encoded = [
+            _encode(row, index, feeding.identity) for index, row in enumerate(rows, first_index)
+        ]
+        chunks = list(_chunks(first_index, encoded))
         limit = max_outstanding or self._settings.max_outstanding
         wake: list[int] = []
         for chunk in chunks:
@@ -167,7 +173,7 @@ class ProducerSide(Control):
     # -- inside ----------------------------------------------------------------------------
 
     def _create_arguments(self, spec: BatchSpec, identity: bytes) -> list[Argument]:
-        settings = self._settings
+        settings, rehearsal = self._settings, spec.config.dry_run
         stopping = {kind for kind, policy in FAILURE_POLICIES.items() if policy.stops_batch}
         kinds = sorted({*spec.fail_fast, *stopping})
         return [
@@ -178,10 +184,13 @@ class ProducerSide(Control):
             "" if spec.max_cost is None else repr(spec.max_cost),
             "".join(f"{kind.value}," for kind in kinds),
             int(spec.keep_results),
-            settings.result_ttl_seconds,
+            min(settings.result_ttl_seconds, REHEARSAL_TTL)
+            if rehearsal
+            else settings.result_ttl_seconds,
             settings.max_deliveries,
             settings.max_payload_bytes // 4,
             spec.queue,
+            spec.config.most_calls + settings.max_deliveries,
         ]
 
     async def _feeding_of(self, batch_id: str) -> _Feeding:
@@ -228,9 +237,16 @@ class ProducerSide(Control):
             wait = min(wait * 1.5, 0.25)
 
 
-def _encode(row: Row, identity: bytes) -> tuple[bytes, bytes, bytes]:
+def _encode(row: Row, index: int, identity: bytes) -> tuple[bytes, bytes, bytes]:
     if isinstance(row, Payload):
-        payload = row.encode()
+        try:
+            payload = row.encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            # Its own words name the type; those of the others might quote the row.
+            why = f": {error}" if isinstance(error, TypeError) else f" ({type(error).__name__})"
+            raise InputError(
+                f"item {index} ({row.item_id}): its context can't be written as JSON{why}"
+            ) from error
         return fingerprint(payload, identity), payload, b""
     line = encode_result(row)
     return fingerprint(line, b"bad row"), b"", line

@@ -2,6 +2,7 @@
 --
 -- returns  a list of names and values
 if not load_meta() then return false end
+check_keys()
 local state = state_now()
 save_meta()
 local answer = {'state', state, 'held', call('HLEN', HELD), 'ready', call('ZCARD', READY)}

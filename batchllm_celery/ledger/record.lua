@@ -72,6 +72,7 @@ for n, index in ipairs(indexes) do
 end
 in_chunks('HDEL', HELD, finished)
 in_chunks('HDEL', TRY, finished)
+in_chunks('HDEL', CALLS, finished)
 in_chunks('ZREM', READY, finished)
 in_chunks('ZADD', READY, back)
 call('HSET', PROCS, memory, request .. table.concat(answers))

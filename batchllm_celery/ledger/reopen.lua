@@ -25,6 +25,7 @@ local function reopen(index)
   meta.kept_bytes = meta.kept_bytes - size
   meta.item_bytes = meta.item_bytes + size
   call('HSET', TRY, index, tries_text(0, meta.round, ''))
+  call('HDEL', CALLS, index)
   call('ZADD', READY, NOW, index)
   indexes[#indexes + 1] = index
 end

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import pydantic_core
 
 from batchllm_celery.errors import FailureKind
 from batchllm_celery.ledger.claims import Tries
-from batchllm_celery.ledger.payload import decode_head
+from batchllm_celery.ledger.payload import decode_head, too_deep
 from batchllm_celery.models import WorkItemResult
 
 #: The words of outcomes that no worker wrote.
@@ -20,7 +21,14 @@ MESSAGES = {
     FailureKind.BUDGET: "BudgetSpent: the batch's budget was spent before it was answered",
     FailureKind.ABORTED: "Aborted: a failure of another item aborted the batch (fail-fast)",
     FailureKind.WORKER_LOST: "WorkerLost: its worker process died in mid-call, {losses} times",
+    FailureKind.CUT_OFF: (
+        "CutOff: its calls were cut off {cut} times, at last by {why}, and its worker process died "
+        "in mid-call {losses} times: give calls more time than that"
+    ),
 }
+
+
+logger = logging.getLogger("batchllm_celery")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,15 +42,44 @@ class Outcome:
 
 
 def encode_result(result: WorkItemResult[Any, Any]) -> bytes:
-    """The result line. An output that is no JSON is kept as its text: it is paid for."""
+    """The result line. What can't be written is left out, part by part, and the line says so: the
+    call is paid for."""
     try:
-        line = result.to_json()
-    except (ValueError, TypeError):
-        line = result.model_copy(update={"output": str(result.output)}).to_json()
+        return pydantic_core.to_json(result.to_json(), inf_nan_mode="null", fallback=str)
+    except Exception:  # one part can't be written as it is
+        return _part_by_part(result)
+
+
+def _part_by_part(result: WorkItemResult[Any, Any]) -> bytes:
+    parts = {"output": result.output, "context": result.context, "metadata": result.metadata}
+    bare: dict[str, Any] = {"output": None, "context": None, "metadata": {}}
+    line = result.model_copy(update=bare).to_json()
+    dropped = []
+    for name, value in parts.items():
+        try:
+            line[name] = _plain(value)
+        except Exception as error:
+            dropped.append(name)
+            logger.error(
+                "result.part_dropped item_id=%s part=%s error=%s",
+                result.item_id,
+                name,
+                type(error).__name__,
+            )
+    if dropped:
+        line["metadata"] = {**line["metadata"], "dropped": dropped}
+    return json.dumps(line, default=str).encode()
+
+
+def _plain(value: Any) -> Any:
+    """`value` in types that Python's JSON reads back, or its text where it has no such form."""
     try:
-        return pydantic_core.to_json(line, inf_nan_mode="null", fallback=str)
-    except ValueError:  # a lone surrogate, which UTF-8 can't say but JSON can
-        return json.dumps(line, default=str).encode()
+        return json.loads(pydantic_core.to_json(value, inf_nan_mode="null", fallback=str))
+    except ValueError:  # half a surrogate pair (no UTF-8), or nested too deep for that writer
+        text = json.dumps(value, default=str)
+        if too_deep(text.encode()):
+            raise
+        return json.loads(text)
 
 
 def decode_entry(entry: tuple[bytes, dict[bytes, bytes]]) -> Outcome:
@@ -57,12 +94,14 @@ def _unanswered(index: int, fields: dict[bytes, bytes]) -> WorkItemResult[Any, A
     head = decode_head(fields[b"h"])
     losses, _, rest = fields[b"t"].partition(b" ")
     tries = Tries.decode(rest.partition(b" ")[2])
-    kind = FailureKind(fields[b"k"].decode())
+    _, cut, why = (fields.get(b"c") or b"0 0 -").decode().split(" ")
+    kind = FailureKind.read(fields[b"k"].decode())
+    message = MESSAGES.get(kind, "Unknown: ended in a way that this version does not know")
     return WorkItemResult(
         item_id=head["id"],
         index=index,
         success=False,
-        error=MESSAGES[kind].format(losses=int(losses or 0)),
+        error=message.format(losses=int(losses or 0), cut=cut, why=why.replace("_", " ")),
         error_kind=kind,
         context=head.get("c"),
         token_usage=tries.usage,

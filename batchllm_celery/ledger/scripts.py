@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from batchllm_celery.connection import Script
 
+# A full Redis refuses new work (create, feed); what finishes work and frees memory must run. Redis
+# 6.2 has no flags. There the first write of a script decides: one that adds nothing but might
+# (SETRANGE) is refused as a whole, one that removes (HDEL of what nobody has) lets it go on.
+_AT_MAXMEMORY = ("#!lua flags=allow-oom\n", "redis.call('HDEL', KEYS[1], '')\n")
+_NOT_THEN = ("#!lua flags=\n", "redis.call('SETRANGE', KEYS[3], 0, '')\n")
+
 
 def _load(name: str, *, at_maxmemory: bool = True) -> Script:
-    # A full Redis refuses new work (create, feed); what finishes work and frees memory must run.
-    flags = "allow-oom" if at_maxmemory else ""
-    head = f"#!lua flags={flags}\n"
-    return Script.load("batchllm_celery.ledger", name, shared="batch.lua", head=head)
+    head, before_7 = _AT_MAXMEMORY if at_maxmemory else _NOT_THEN
+    return Script.load(
+        "batchllm_celery.ledger", name, shared="batch.lua", head=head, head_before_7=before_7
+    )
 
 
 CREATE = _load("create.lua", at_maxmemory=False)

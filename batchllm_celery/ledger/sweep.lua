@@ -22,6 +22,7 @@ if is_stopped() then
   in_chunks('ZREM', READY, ended)
   in_chunks('HDEL', HELD, ended)
   in_chunks('HDEL', TRY, ended)
+  in_chunks('HDEL', CALLS, ended)
 end
 save_meta()
 return {state, is_stopped() and call('ZCARD', READY) or 0}

@@ -10,12 +10,14 @@ from collections import defaultdict, deque
 from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
+from redis.exceptions import ResponseError
+
 from batchllm_celery.connection import Coalescer, Connection
 from batchllm_celery.errors import BatchNotFoundError, FailureKind, UsageError, describe
 from batchllm_celery.events import Events
 from batchllm_celery.keys import Keys
 from batchllm_celery.ledger import scripts
-from batchllm_celery.ledger.calls import Argument, LedgerCalls, text
+from batchllm_celery.ledger.calls import Argument, LedgerCalls, text, unreadable
 from batchllm_celery.ledger.claims import Claim, ClaimReply, Holding, Tries
 from batchllm_celery.ledger.payload import Stored
 from batchllm_celery.ledger.results import encode_result
@@ -43,6 +45,8 @@ KNOWN_BATCHES = 64
 #: Outcomes that are kept for a Redis that comes back without its last second, and how long.
 RECENT_OUTCOMES = 20_000
 RECENT_SECONDS = 30.0
+#: Redis takes so much as one value whatever its configuration, and so much by default.
+LEAST_VALUE_BYTES, DEFAULT_VALUE_BYTES = 1024**2, 512 * 1024**2
 #: An offered item is offered again after this many idle times of a worker.
 REOFFER = 5
 
@@ -91,7 +95,9 @@ class WorkerSide(LedgerCalls):
         super().__init__(connection, keys, process_id=process_id, settings=settings, events=events)
         self.holding = Holding()
         self._calls: dict[str, _BatchCalls] = {}
+        self._unsure: set[str] = set()  # batches of which Redis may believe that we hold more
         self._claiming: set[str] = set()  # tokens of claims whose reply is not here yet
+        self._value_bytes: int | None = None
         self._recent: deque[_Recent] = deque(maxlen=RECENT_OUTCOMES)
         self._moving = asyncio.Lock()  # adopt must not bring back what is being released
 
@@ -119,11 +125,13 @@ class WorkerSide(LedgerCalls):
         """Ask, just before a provider call, whether it may start.
 
         Returns:
-            None: go. A `FailureKind`: the batch is stopped, that is the item's outcome. `PAUSED`
+            None: go. A `FailureKind`: the batch is stopped, or the item's calls are used up
+            (`EXHAUSTED`): that is its outcome. `PAUSED`
             or `PARKED`: give the item back. `FINISHED`: it is no longer this process's, leave it.
         """
+        claim.unused = True  # cancelled while it asks, it may be let in and makes no call
         answer = await self._of(claim.batch_id).begin(claim)
-        claim.calling = answer is None
+        claim.calling, claim.unused = answer is None, False
         return answer
 
     async def save_attempt(
@@ -133,16 +141,62 @@ class WorkerSide(LedgerCalls):
         refusals: int,
         state: RetryState,
         usage: TokenUsage,
+        *,
+        overloads: int = 0,
+        last_error: str = "",
     ) -> None:
-        """Note, after a call, what the next attempt must know wherever it runs."""
+        """Note, after a call, what the next attempt must know wherever it runs.
+
+        Raises:
+            TypeError, ValueError, RecursionError: for a retry state that can't be kept.
+        """
         claim.calling = False
         cut_off, claim.given_up = claim.given_up, 0
-        entry = Tries(attempts, refusals, state, usage).encode()
+        entry = Tries(attempts, refusals, state, usage, overloads, last_error).encode()
         try:
             await self._of(claim.batch_id).save((claim, entry, cut_off))
         except asyncio.CancelledError:  # handed back before it was told: `release` tells it
             claim.given_up += cut_off
             raise
+
+    async def fitting(
+        self, result: WorkItemResult[Any, Any]
+    ) -> tuple[WorkItemResult[Any, Any], bytes]:
+        """The result and its line; a failure that says so in place of one that is larger than what
+        Redis takes as one value: sent all the same, it would end the connection."""
+        line = encode_result(result)
+        if len(line) < LEAST_VALUE_BYTES or len(line) <= await self._largest_value():
+            return result, line
+        limit = await self._largest_value()
+        logger.error("result.too_large item_id=%s bytes=%d", result.item_id, len(line))
+        failed: dict[str, Any] = {
+            "success": False,
+            "output": None,
+            "metadata": {},
+            "error_kind": FailureKind.LOGIC_ERROR,
+            "error": f"AnswerTooLarge: its result has {len(line):,} bytes, and Redis takes "
+            f"{limit:,} in one value (proto-max-bulk-len)",
+        }
+        small = result.model_copy(update=failed)
+        line = encode_result(small)
+        if len(line) > limit:
+            small = small.model_copy(update={"context": None})
+            line = encode_result(small)
+        return small, line
+
+    async def _largest_value(self) -> int:
+        """Bytes that this Redis takes as one value."""
+        if self._value_bytes is None:
+            client: Any = self._connection.client
+            try:
+                found = await self._connection.patiently(
+                    lambda: client.config_get("proto-max-bulk-len")
+                )
+                values = [int(value) for value in found.values()]
+            except (ResponseError, ValueError):  # CONFIG is not for us: Redis' default
+                values = []
+            self._value_bytes = min(values, default=DEFAULT_VALUE_BYTES)
+        return self._value_bytes
 
     async def record(
         self,
@@ -151,16 +205,19 @@ class WorkerSide(LedgerCalls):
         *,
         spent_tokens: int,
         cost: float | None,
+        line: bytes | None = None,
     ) -> bool:
         """Write the item's outcome; the first one wins.
 
-        Goes on when its caller is cancelled: the answer is paid for.
+        Goes on when its caller is cancelled: the answer is paid for. `line` is the result's, where
+        the caller has made it (see `fitting`).
 
         Returns:
             False where it was refused: the item has its outcome, changed, or (a failure)
             belongs to another process; or the batch was resumed before its stop came to here.
         """
-        entry = (claim, _record_arguments(claim, result, spent_tokens, cost))
+        line = encode_result(result) if line is None else line
+        entry = (claim, _record_arguments(claim, result, line, spent_tokens, cost))
         claim.settled = True
         recorded = self._of(claim.batch_id).record.submit(entry)
         self._outlive(recorded)
@@ -171,6 +228,8 @@ class WorkerSide(LedgerCalls):
             return False
 
     def _recorded(self, claim: Claim, answer: asyncio.Future[bool]) -> None:
+        if not answer.cancelled() and answer.exception() is not None:
+            self._unsure.add(claim.batch_id)
         refused = not answer.cancelled() and answer.exception() is None and not answer.result()
         if not refused:
             self.holding.discard(claim)
@@ -239,6 +298,8 @@ class WorkerSide(LedgerCalls):
         wanted, found = list(owner), _Found()
         for first in range(0, max(1, len(wanted)), CALL_ITEMS):
             await self._claim_some(calls, wanted[first : first + CALL_ITEMS], found)
+        if found.unreadable:
+            raise unreadable(calls.batch_id, "its spec is corrupted or of a newer version")
         return [
             _reply(calls, number, indexes, owner, found) for number, indexes in enumerate(requests)
         ]
@@ -250,11 +311,14 @@ class WorkerSide(LedgerCalls):
         arguments: list[Argument] = [self.process_id, token, calls.revision, *limits, *indexes]
         try:
             reply = await self._run(scripts.CLAIM, calls.batch_id, arguments)
-            unreadable = self._take_in(calls, token, reply, found)
-            if unreadable:
+            back = self._take_in(calls, token, reply, found)
+            if back:
                 later = round(self._settings.offer_seconds * REOFFER * 1000)
-                arguments = [self.process_id, later, *unreadable]
+                arguments = [self.process_id, later, *back]
                 await self._run(scripts.RELEASE, calls.batch_id, arguments)
+        except BaseException:
+            self._unsure.add(calls.batch_id)
+            raise
         finally:
             self._claiming.discard(token)
 
@@ -266,14 +330,20 @@ class WorkerSide(LedgerCalls):
         found.state = BatchState(text(state))
         self._note(calls.batch_id, found.state)
         if spec is not None:
-            calls.revision, calls.spec = revision, BatchSpec.model_validate_json(spec)
+            try:
+                calls.spec, calls.revision = BatchSpec.model_validate_json(spec), revision
+            except ValueError as error:
+                self._connection.broken.add("batch", calls.batch_id, error)
+                found.unreadable = True
+        if found.unreadable:  # of a newer version, say: for another process
+            return [part for entry in claims for part in (entry[0], token, 0)]
         found.gone.update(gone)
         for entry in claims:
             try:
                 claim = _claim(calls.batch_id, token, now / 1000, entry)
             except (UsageError, ValueError, TypeError, KeyError) as error:
                 self._tell_unreadable(calls.batch_id, int(entry[0]), error)
-                unreadable += (entry[0], token, 0)
+                unreadable += (entry[0], token, 0, "")
                 continue
             self.holding.add(claim)
             found.claims[claim.index] = claim
@@ -297,12 +367,16 @@ class WorkerSide(LedgerCalls):
         state = BatchState(text(word))
         self._note(batch_id, state)
         verdict = _verdict(state)
-        return [verdict if own else BatchState.FINISHED for own in owned]
+        return [
+            FailureKind.EXHAUSTED if own < 0 else verdict if own else BatchState.FINISHED
+            for own in owned
+        ]
 
     async def _save_all(self, batch_id: str, saves: list[_Save]) -> list[bool]:
         arguments: list[Argument] = [self.process_id]
         for claim, entry, cut_off in saves:
-            arguments += (claim.index, claim.token, entry, cut_off)
+            arguments += (claim.index, claim.token, entry, cut_off, int(claim.unused))
+            claim.unused = False
         try:
             return [bool(kept) for kept in await self._run(scripts.SAVE, batch_id, arguments)]
         except BatchNotFoundError:
@@ -326,7 +400,9 @@ class WorkerSide(LedgerCalls):
     async def _release(self, batch_id: str, claims: list[Claim]) -> None:
         arguments: list[Argument] = [self.process_id, 0]
         for claim in claims:
-            arguments += (claim.index, claim.token, max(claim.given_up, int(claim.calling)))
+            cut_by = claim.cut_by if claim.calling else "back" if claim.unused else ""
+            lost = max(claim.given_up, int(claim.calling))
+            arguments += (claim.index, claim.token, lost, cut_by)
         async with self._moving:
             try:
                 word, _ = await self._run(scripts.RELEASE, batch_id, arguments)
@@ -357,6 +433,8 @@ class _Found:
         self.state = BatchState.RUNNING
         self.claims: dict[int, Claim] = {}
         self.gone: set[int] = set()
+        self.unreadable = False
+        """Whether the spec of the batch can't be read here."""
 
 
 def _reply(
@@ -386,9 +464,11 @@ def _claim(batch_id: str, token: str, now: float, entry: Sequence[Any]) -> Claim
         stored.payload,
         attempts=tries.attempts,
         refusals=tries.refusals,
+        overloads=tries.overloads,
         losses=losses,
         state=tries.state,
         usage=tries.usage,
+        last_error=tries.last_error,
         queued_seconds=max(0.0, now - stored.fed_at),
         fed_at=stored.fed_at,
     )
@@ -397,6 +477,7 @@ def _claim(batch_id: str, token: str, now: float, entry: Sequence[Any]) -> Claim
 def _record_arguments(
     claim: Claim,
     result: WorkItemResult[Any, Any],
+    line: bytes,
     spent_tokens: int,
     cost: float | None,
 ) -> tuple[Argument, ...]:
@@ -408,7 +489,7 @@ def _record_arguments(
         claim.round,
         claim.version,
         kind,
-        encode_result(result),
+        line,
         usage.input_tokens,
         usage.output_tokens,
         usage.cached_input_tokens,

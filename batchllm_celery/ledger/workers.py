@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from batchllm_celery.connection import Connection
+from redis.exceptions import ResponseError
+
+from batchllm_celery.connection import Connection, is_broken, readable
 from batchllm_celery.keys import Keys
 
 #: Seconds after which a process that says nothing leaves the register.
@@ -28,6 +30,10 @@ class WorkerInfo:
     """Unix time of its own clock."""
     last_seen: float = 0.0
     """Unix time of the Redis server."""
+    dropped_messages: int = 0
+    """Messages that nobody can run."""
+    unreadable: str = ""
+    """Batches that it can't read, separated by commas: corrupted, or of a newer version."""
 
     def commands(self, keys: Keys, now: float) -> list[tuple[str | int | float, ...]]:
         """The Redis commands that say "I am here" at server time `now`."""
@@ -57,12 +63,30 @@ class WorkerInfo:
             text.get("queues", ""),
             float(text.get("started_at", 0)),
             float(text.get("last_seen", 0)),
+            int(text.get("dropped_messages", 0)),
+            text.get("unreadable", ""),
         )
 
 
 async def list_workers(connection: Connection, keys: Keys) -> list[WorkerInfo]:
     """The processes seen within the last minute, the latest first."""
     client: Any = connection.client
-    ids = await connection.patiently(lambda: client.zrevrange(keys.workers, 0, -1))
-    entries = [await client.hgetall(keys.worker(worker_id.decode())) for worker_id in ids]
-    return [WorkerInfo.read(fields) for fields in entries if fields]
+    try:
+        ids = await connection.patiently(lambda: client.zrevrange(keys.workers, 0, -1))
+    except ResponseError as error:
+        if not is_broken(error):
+            raise
+        connection.broken.add("list", keys.workers, error)
+        return []
+    found = []
+    for worker_id in readable(ids, "worker", connection.broken):
+        try:
+            fields = await client.hgetall(keys.worker(worker_id))
+            if fields:
+                found.append(WorkerInfo.read(fields))
+            connection.broken.mended("worker", worker_id)
+        except Exception as error:
+            if not is_broken(error):
+                raise
+            connection.broken.add("worker", worker_id, error)
+    return found

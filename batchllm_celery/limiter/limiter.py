@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable
 from typing import Self
 
 from redis.asyncio.client import PubSub
+from redis.exceptions import ResponseError
 
-from batchllm_celery.connection import Connection
+from batchllm_celery.connection import Connection, is_broken, readable
 from batchllm_celery.errors import QuotaConflictError
 from batchllm_celery.events import Events, RateLimitHit
 from batchllm_celery.keys import Keys
@@ -26,7 +28,7 @@ from batchllm_celery.limiter.quota_state import QuotaState, configure_arguments,
 from batchllm_celery.limiter.scripts import CONFIGURE, STATE
 from batchllm_celery.models import Quota, TokenUsage
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("batchllm_celery")
 
 #: How long, in seconds, the name of a quota is listed after its last use.
 _NAMES_KEPT = 30 * 24 * 3600
@@ -52,6 +54,7 @@ class Limiter:
         self._process = process_id
         self._events = Events() if events is None else events
         self._clients: dict[str, QuotaClient] = {}
+        self._full_speed: set[str] = set()
         self._listener: asyncio.Task[None] | None = None
         self._opened = asyncio.Event()
         """A quota is used for the first time: its channel is not subscribed to yet."""
@@ -85,6 +88,11 @@ class Limiter:
         if found != quota:
             raise QuotaConflictError(_differences(found, quota))
         return quota
+
+    def begin_at_full_speed(self, quota: str) -> None:
+        """Where nobody has set this quota: start with as many calls as there are slots, and find a
+        rate from above once a call is refused. Say so before the first `acquire`."""
+        self._full_speed.add(quota)
 
     async def acquire(
         self,
@@ -125,7 +133,7 @@ class Limiter:
 
     def is_void(self, permit: Permit) -> bool:
         """Whether a cooldown has begun, or the limits have changed, since it was given."""
-        return permit.epoch != self._clients[permit.quota].queue.epoch
+        return self._clients[permit.quota].queue.is_void(permit)
 
     def settle(
         self,
@@ -165,11 +173,26 @@ class Limiter:
 
     async def states(self) -> list[QuotaState]:
         """All quotas of the namespace that were used in the last month."""
-        client = self._connection.client
-        names: list[bytes] = await self._connection.patiently(
-            lambda: client.execute_command("ZRANGE", self._keys.quotas, 0, -1)
-        )
-        return [await self.state(name.decode()) for name in names]
+        client, broken = self._connection.client, self._connection.broken
+        try:
+            names: list[bytes] = await self._connection.patiently(
+                lambda: client.execute_command("ZRANGE", self._keys.quotas, 0, -1)
+            )
+        except ResponseError as error:
+            if not is_broken(error):
+                raise
+            broken.add("list", self._keys.quotas, error)
+            return []
+        found = []
+        for name in readable(names, "quota", broken):
+            try:
+                found.append(await self.state(name))
+                broken.mended("quota", name)
+            except Exception as error:
+                if not is_broken(error):
+                    raise
+                broken.add("quota", name, error)
+        return found
 
     async def _remember(self, quota: str) -> None:
         async def add() -> None:
@@ -184,6 +207,7 @@ class Limiter:
     def _open(self, quota: str) -> QuotaClient:
         keys = self._keys.quota(quota)
         client = QuotaClient(self._connection, keys, quota, self._process, self._events)
+        client.queue.full_speed = quota in self._full_speed
         self._clients[quota] = client
         self._opened.set()
         task = asyncio.create_task(self._remember(quota), name="limiter-remember")
@@ -239,7 +263,7 @@ class Limiter:
 def _differences(found: Quota, wanted: Quota) -> str:
     old, new = found.model_dump(), wanted.model_dump()
     rows = [
-        f"{field}{'.' + name if name else ''}: {a!r} is in force, {b!r} was asked for"
+        f"{field}{'.' + name if name else ''}: {_shown(a)} is in force, {_shown(b)} was asked for"
         for field in old
         for name, a, b in _pairs(old[field], new[field])
         if a != b
@@ -249,6 +273,10 @@ def _differences(found: Quota, wanted: Quota) -> str:
         + "; ".join(rows)
         + ". Use the same, another quota name, or --quota-update to change it for everybody."
     )
+
+
+def _shown(value: object) -> str:
+    return "unlimited" if value == math.inf else repr(value)
 
 
 def _pairs(old: object, new: object) -> list[tuple[str, object, object]]:

@@ -37,6 +37,8 @@ class AcquireRequest:
     prefetch_input: int = 0
     """Tokens that each of those reserves."""
     prefetch_output: int = 0
+    full_speed: bool = False
+    """A quota that nobody has set begins without a limit."""
 
     known_epoch: int = 0
     """The newest epoch that it knows of."""

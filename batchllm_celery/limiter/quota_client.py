@@ -17,7 +17,7 @@ from batchllm_celery.limiter.protocol import AcquireReply, acquire_arguments
 from batchllm_celery.limiter.scripts import ACQUIRE
 from batchllm_celery.limiter.wait_queue import LATEST_START, SentRequest, Waiter, WaitQueue
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("batchllm_celery")
 
 #: How long, in seconds, closing may take to flush what has ended; then the lease ends it.
 FLUSH_ON_CLOSE = 1.0
@@ -91,10 +91,10 @@ class QuotaClient:
 
     def notified(self, message: bytes) -> None:
         """A message of the quota's channel: `epoch:N`, or `slot:PROCESS`."""
-        kind, _, value = message.decode().partition(":")
-        if kind == "epoch":
-            self.queue.begin_epoch(int(value), time.monotonic())
-        elif value == self._process and self.queue.waiting:
+        kind, _, value = message.partition(b":")
+        if kind == b"epoch" and value.isdigit() and len(value) < 20:
+            self.queue.announce_epoch(int(value), time.monotonic())
+        elif kind == b"slot" and value == self._process.encode() and self.queue.waiting:
             self.queue.ask_now = True
         self._wake(self.queue.next_request())
 

@@ -12,6 +12,10 @@ from batchllm_celery.models import CooldownPolicy, Model, Quota, QuotaLimits
 
 #: The number of refusals and overloads in a row that opens the breaker: one call at a time.
 BREAKER_FAILURES = 5
+#: Starts a second at which the search for an unknown rate begins.
+START_RATE = 10
+#: Starts a second that are no limit: of a quota that begins at full speed.
+FULL_SPEED = 1_000_000
 
 
 @dataclass(slots=True)
@@ -38,24 +42,27 @@ class QuotaSetup:
     """Number of spacings of the slow start."""
     ramp_repeats: bool = False
     """Whether the last spacing stays for good."""
+    full_speed: bool = False
+    """No rate limits it, until the provider refuses a call."""
 
     @classmethod
     def of(cls, quota: Quota) -> QuotaSetup:
         """The setup of a quota."""
-        limits, policy = quota.limits, quota.policy
+        limits, policy = quota.limits.finite(), quota.policy
         return cls(
-            requests_per_second=(limits.requests_per_minute or 0) / 60,
-            tokens_per_second=(limits.tokens_per_minute or 0) / 60,
-            input_tokens_per_second=(limits.input_tokens_per_minute or 0) / 60,
-            output_tokens_per_second=(limits.output_tokens_per_minute or 0) / 60,
-            requests_per_day=limits.requests_per_day or 0,
-            max_concurrency=limits.max_concurrency or 0,
+            requests_per_second=limits.get("requests_per_minute", 0) / 60,
+            tokens_per_second=limits.get("tokens_per_minute", 0) / 60,
+            input_tokens_per_second=limits.get("input_tokens_per_minute", 0) / 60,
+            output_tokens_per_second=limits.get("output_tokens_per_minute", 0) / 60,
+            requests_per_day=int(limits.get("requests_per_day", 0)),
+            max_concurrency=int(limits.get("max_concurrency", 0)),
             burst_us=int(quota.burst_seconds * 1e6),
             horizon_us=int(quota.horizon_seconds * 1e6),
             adaptive=policy.kind == "adaptive",
             max_cooldown_us=int(policy.max_cooldown * 1e6),
             ramp_length=len(policy.ramp),
             ramp_repeats=policy.ramp_repeats,
+            full_speed=quota.limits.full_speed,
         )
 
 
@@ -99,8 +106,9 @@ class LiveState:
 
     pace: float = 0.0
     """What is allowed now: a share of known rates, else starts per second."""
-    search_rate: float = 10.0
-    """Starts per second of a quota whose rate nobody knows, until its first cut."""
+    search_rate: float = START_RATE
+    """Starts per second of a quota whose rate nobody knows, until its first cut; `FULL_SPEED`: no
+    call was refused yet."""
     w_max: float = 0.0
     """CUBIC's W_max: the pace at the last cut; 0: there was none."""
     curve_time_s: float = 0.0
@@ -143,6 +151,7 @@ class QuotaState(Model):
     Args:
         allowed_per_minute: requests a minute now (after cuts); None: not limited. None too for
             quotas that are limited by tokens only: see `rate_factor`.
+        configured: whether somebody has set it; else its rate is found by itself.
         rate_factor: share of the configured rates that is allowed now (1.0: all of it).
         owed_seconds: by dimension, how far starts lie ahead of now: 0 means room.
         waiting: processes with waiters.
@@ -161,6 +170,7 @@ class QuotaState(Model):
     name: str
     limits: QuotaLimits = QuotaLimits()
     policy: CooldownPolicy = CooldownPolicy()
+    configured: bool = True
     allowed_per_minute: float | None = None
     rate_factor: float = 1.0
     owed_seconds: dict[str, float] = Field(default_factory=dict)
@@ -191,11 +201,14 @@ def read_state(name: str, now_us: int, waiting: int, config: bytes, live: bytes)
     known = any(rate for rate, _ in dimensions.values())
     pace = state.pace if live else float(known)
     per_second = setup.requests_per_second * pace if known else pace
+    if per_second >= FULL_SPEED:
+        per_second = 0.0
     in_ramp = not setup.adaptive and 0 <= state.ramp_position < setup.ramp_length
     values: dict[str, Any] = {
         "name": name,
         "limits": quota.limits,
         "policy": quota.policy,
+        "configured": bool(config),
         "allowed_per_minute": per_second * 60 or None,
         "rate_factor": pace if known else 1.0,
         "owed_seconds": {

@@ -47,6 +47,8 @@ _LONGEST_GAP = 0.1
 _SHORTEST_GAP = 0.001
 #: The time, in seconds, over which the rate of starts is averaged.
 _RATE_WINDOW = 0.3
+#: How long, in seconds, no other announcement is believed after a false one.
+IGNORE_AFTER_FALSE = 1.0
 #: How many seconds' worth of starts are prefetched.
 _PREFETCH_SECONDS = 0.3
 #: How early, in seconds, a start may be used: a timer may run so much too soon.
@@ -139,6 +141,12 @@ class WaitQueue:
     waiting: int = 0
     in_flight: int = 0
     epoch: int = 0
+    announced: int = 0
+    """A newer epoch that the channel announced: nothing starts until Redis was asked."""
+    announced_at: float = -_NEVER
+    ignore_until: float = -_NEVER
+    full_speed: bool = False
+    """Where nobody has set the quota, it begins without a limit."""
     fresh_since: float = -_NEVER
     """When the newest reply of the present epoch was asked for."""
     settlements: Settlements = field(default_factory=Settlements)
@@ -276,10 +284,14 @@ class WaitQueue:
         """Whether the limiter's newest reply still allows starts."""
         return now - self.fresh_since <= FRESHNESS_LEASE
 
+    def is_void(self, permit: Permit) -> bool:
+        """Whether a cooldown has begun, or the limits have changed, since it was given."""
+        return permit.epoch != self.epoch or self.announced > permit.epoch
+
     def may_start(self, permit: Permit, now: float) -> bool:
         """Whether a call with this permit may still start at this moment."""
         return (
-            permit.epoch == self.epoch and self.is_fresh(now) and now <= permit.start + LATEST_START
+            not self.is_void(permit) and self.is_fresh(now) and now <= permit.start + LATEST_START
         )
 
     def settle(self, call: SettledCall, now: float) -> None:
@@ -288,6 +300,19 @@ class WaitQueue:
         self.in_flight -= 1
         if call.outcome in (CallOutcome.REFUSED, CallOutcome.DAY_EXHAUSTED):
             self.ask_now = True
+
+    def announce_epoch(self, epoch: int, now: float) -> None:
+        """The channel says that there is a newer epoch: stop, and ask Redis at once.
+
+        Anybody can write to a channel. So Redis never learns of an epoch that only a message
+        announced: it would believe it and publish the next one. After a false message no other is
+        believed for a second; what a real one says then comes with the next reply.
+        """
+        if epoch <= max(self.epoch, self.announced) or now < self.ignore_until:
+            return
+        self.announced, self.announced_at = epoch, now
+        self.release_all(now)
+        self.ask_now = True
 
     def begin_epoch(self, epoch: int, now: float) -> None:
         """The fleet cools down, or the limits have changed: older reservations are void."""
@@ -352,6 +377,7 @@ class WaitQueue:
             prefetch=min(self._prefetch(), MOST_WANTED - wanted),
             prefetch_input=prefetched.input_tokens,
             prefetch_output=prefetched.output_tokens,
+            full_speed=self.full_speed,
             **self.settlements.request_fields(self.epoch, now),
         )
         report = self.settlements.report
@@ -386,6 +412,10 @@ class WaitQueue:
             now: the present moment.
         """
         self.begin_epoch(reply.epoch, now)
+        if reply.epoch >= self.announced:
+            self.announced = 0
+        elif sent_at >= self.announced_at:  # Redis knows nothing of it
+            self.announced, self.ignore_until = 0, now + IGNORE_AFTER_FALSE
         reservations = []
         for i, start_us in enumerate(reply.starts_us):
             known = i < len(sent.waiters)
@@ -393,7 +423,7 @@ class WaitQueue:
             reserved = sent.estimates[i] if known else sent.prefetched
             start = replied_at + start_us * 1e-6
             reservations.append(Reservation(start, reply.epoch, reserved, reply.probing, waiter))
-        if reply.epoch == self.epoch:
+        if reply.epoch == self.epoch and not self.announced:
             self.fresh_since = sent_at
             self._add(reservations)
         else:  # a newer epoch was announced while this reply travelled

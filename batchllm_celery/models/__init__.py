@@ -2,7 +2,12 @@
 
 from batchllm_celery.models.base import SCHEMA_VERSION, Model
 from batchllm_celery.models.batch import BatchProgress, BatchSpec, BatchState
-from batchllm_celery.models.config import ProcessorConfig, RateLimitConfig, RetryConfig
+from batchllm_celery.models.config import (
+    MAX_OVERLOADS,
+    ProcessorConfig,
+    RateLimitConfig,
+    RetryConfig,
+)
 from batchllm_celery.models.failure import (
     CONTROL_KINDS,
     FAILURE_POLICIES,
@@ -28,6 +33,7 @@ from batchllm_celery.models.usage import NO_TOKENS, TokenUsage
 __all__ = [
     "CONTROL_KINDS",
     "FAILURE_POLICIES",
+    "MAX_OVERLOADS",
     "NO_TOKENS",
     "SCHEMA_VERSION",
     "BadRow",

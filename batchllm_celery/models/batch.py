@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from batchllm_celery.errors import FailureKind
 from batchllm_celery.models.base import SCHEMA_VERSION, Model
 from batchllm_celery.models.config import ProcessorConfig
 from batchllm_celery.models.item import StrategySpec
+from batchllm_celery.models.names import check_batch_id, check_label, check_lane
 
 
 class BatchState(StrEnum):
@@ -41,7 +42,7 @@ class BatchSpec(Model):
     """What a batch's items are run with; written once, read by every worker.
 
     Args:
-        batch_id: 1 to 100 characters of letters, digits, `.`, `_`, `-`.
+        batch_id: 1 to 100 letters, digits, `.`, `_`, `-`; no dot or dash first.
         strategy: for every item that names none of its own.
         quota: name of the quota to draw on; None: the strategy's own.
         config: attempts, time limits, dry run.
@@ -55,11 +56,13 @@ class BatchSpec(Model):
         fail_fast: failure kinds that abort the batch at the first occurrence.
         keep_results: whether results stay readable until the batch's TTL (`submit`), or leave
             Redis when the consumer has them (`run`, `stream`).
+        prices: US dollars per million tokens, in and out, of `PROVIDER:NAME`, before all other
+            prices; under "" of every model that is not named.
         model: what prices are looked up under (`PROVIDER:NAME`), where it is known.
     """
 
-    version: int = SCHEMA_VERSION
-    batch_id: str = Field(pattern=r"^[A-Za-z0-9._-]{1,100}$")
+    version: int = Field(default=SCHEMA_VERSION, ge=SCHEMA_VERSION, le=SCHEMA_VERSION)
+    batch_id: str
     strategy: StrategySpec
     quota: str | None = None
     config: ProcessorConfig = ProcessorConfig()
@@ -71,7 +74,23 @@ class BatchSpec(Model):
     token_budget: int | None = Field(default=None, gt=0)
     fail_fast: tuple[FailureKind, ...] = ()
     keep_results: bool = True
+    prices: dict[str, tuple[float, float]] = Field(default_factory=dict)
     model: str | None = None
+
+    @field_validator("batch_id")
+    @classmethod
+    def _check_batch_id(cls, batch_id: str) -> str:
+        return check_batch_id(batch_id)
+
+    @field_validator("queue")
+    @classmethod
+    def _check_queue(cls, queue: str) -> str:
+        return check_lane(queue)
+
+    @field_validator("quota")
+    @classmethod
+    def _check_quota(cls, quota: str | None) -> str | None:
+        return None if quota is None else check_label(quota, "quota name")
 
 
 class BatchProgress(Model):

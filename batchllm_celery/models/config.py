@@ -10,6 +10,9 @@ from batchllm_celery.models.base import Model
 
 Seconds = Annotated[float, Field(allow_inf_nan=False)]
 
+#: Overloads (503) of one item, beside successes of others, that cost it no attempt.
+MAX_OVERLOADS = 20
+
 
 def _require(holds: bool, message: str) -> None:
     if not holds:
@@ -132,6 +135,13 @@ class ProcessorConfig(Model):
     enable_detailed_logging: bool = False
     max_queue_size: int = 0
     dry_run: bool = False
+
+    @property
+    def most_calls(self) -> int:
+        """Provider calls of one item at most, whatever the answers are: its attempts, refusals and
+        overloads. The ledger allows one more for each day (a day's quota may refuse one), and
+        `Settings.max_deliveries` more for calls that a death or a drain cut off."""
+        return self.retry.max_attempts + self.max_rate_limit_retries + MAX_OVERLOADS
 
     @model_validator(mode="after")
     def _check(self) -> Self:

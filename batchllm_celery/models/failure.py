@@ -58,6 +58,8 @@ FAILURE_POLICIES: dict[FailureKind, FailurePolicy] = {
     FailureKind.BUDGET: _STOP,
     FailureKind.ABORTED: _STOP,
     FailureKind.WORKER_LOST: _STOP,
+    FailureKind.CUT_OFF: _STOP,
+    FailureKind.EXHAUSTED: _STOP,
     FailureKind.INVALID_INPUT: _STOP,
     FailureKind.SKIPPED: _STOP,
     FailureKind.UNKNOWN: _CALL,

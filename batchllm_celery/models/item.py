@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from typing_extensions import TypeVar
 
 from batchllm_celery.errors import FailureKind
 from batchllm_celery.models.base import Model
+from batchllm_celery.models.names import check_label
 from batchllm_celery.models.usage import NO_TOKENS, TokenUsage
 
 logger = logging.getLogger("batchllm_celery")
@@ -30,6 +31,11 @@ class StrategySpec(Model):
 
     name: str
     params: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        return check_label(name, "strategy name")
 
 
 @dataclass(slots=True)
@@ -101,10 +107,11 @@ class Completion(Generic[TOutput]):
 
 
 class Timing(Model):
-    """Where an item's time went, in seconds; each sums over its attempts.
+    """Where an item's time went, in seconds (to the millisecond); each sums over its attempts.
 
-    `queued`: from submission to the claim. `waited`: for the quota and in backoff.
-    `executed`: in provider calls. `total`: from submission to the outcome.
+    `queued`: from submission until a worker had a slot and the strategy ready for it.
+    `executed`: in provider calls. `waited`: everything else: for the quota, in backoff, for Redis.
+    `total`: from submission to the outcome; the sum of the other three.
     """
 
     queued: float = 0.0
@@ -156,7 +163,7 @@ class WorkItemResult(Model, Generic[TOutput, TContext]):
         error = line.get("error")
         flat = {**line, "error": None, "error_kind": None}
         if error is not None:
-            flat |= {"error": error["message"], "error_kind": error["kind"]}
+            flat |= {"error": error["message"], "error_kind": FailureKind.read(error["kind"])}
         return cls.model_validate(flat)
 
 

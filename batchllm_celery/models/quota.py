@@ -2,33 +2,81 @@
 
 from __future__ import annotations
 
-import re
-from typing import Literal, Self
+import math
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    field_validator,
+    model_validator,
+)
 
 from batchllm_celery.models.base import Model
+from batchllm_celery.models.names import check_label
 
-#: Redis hash tags end at the first brace, so a name must not hold one.
-_NAME = re.compile(r"[^{}\s]{1,200}")
+
+def _number(value: object) -> object:
+    return math.inf if isinstance(value, str) and value.strip().lower() == "unlimited" else value
+
+
+def _word(value: Any) -> Any:
+    return "unlimited" if value == math.inf else value
+
+
+def _whole(value: float | None) -> float | None:
+    if value is None or value == math.inf:
+        return value
+    if value != int(value):
+        raise ValueError("must be a whole number or unlimited")
+    return int(value)
+
+
+_Positive = Annotated[float, Field(gt=0)]
+_Rate = Annotated[
+    _Positive | None, BeforeValidator(_number), PlainSerializer(_word, when_used="json")
+]
+_Count = Annotated[_Rate, AfterValidator(_whole)]
 
 
 class QuotaLimits(Model):
-    """What the provider allows; None means not limited (or not known).
+    """What the provider allows. None: nothing is said, so a rate that nobody knows is found from
+    below. `math.inf`, or the word "unlimited": there is no such limit.
 
     `tokens_per_minute` counts input + output. Any subset may be given.
     """
 
-    requests_per_minute: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    tokens_per_minute: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    input_tokens_per_minute: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    output_tokens_per_minute: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    requests_per_day: int | None = Field(default=None, gt=0)
-    max_concurrency: int | None = Field(default=None, gt=0)
+    requests_per_minute: _Rate = None
+    tokens_per_minute: _Rate = None
+    input_tokens_per_minute: _Rate = None
+    output_tokens_per_minute: _Rate = None
+    requests_per_day: _Count = None
+    max_concurrency: _Count = None
+
+    @classmethod
+    def unlimited(cls) -> Self:
+        """No limit at all: as many calls as there are slots, until the provider refuses one."""
+        return cls(**dict.fromkeys(cls.model_fields, math.inf))
 
     def given(self) -> dict[str, float]:
-        """The limits that are set, by name."""
+        """The limits that are set, by name; infinity for one that is unlimited."""
         return {name: value for name, value in self if value is not None}
+
+    def finite(self) -> dict[str, float]:
+        """The limits that limit something, by name."""
+        return {name: value for name, value in self.given().items() if value != math.inf}
+
+    @property
+    def full_speed(self) -> bool:
+        """Whether calls begin as fast as slots allow: a rate is unlimited, and no rate is known."""
+        rates = list(self._rates())
+        return math.inf in rates and all(rate == math.inf for rate in rates)
+
+    def _rates(self) -> Iterator[float]:
+        return (value for name, value in self.given().items() if name.endswith("per_minute"))
 
 
 class CooldownPolicy(Model):
@@ -73,11 +121,7 @@ class Quota(Model):
     @field_validator("name")
     @classmethod
     def _check_name(cls, name: str) -> str:
-        if not _NAME.fullmatch(name):
-            raise ValueError(
-                f"quota name {name!r} must be 1 to 200 characters without spaces or braces"
-            )
-        return name
+        return check_label(name, "quota name")
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Callable
 
 from opentelemetry import metrics, trace
+from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.metrics import MeterProvider
+from opentelemetry.sdk import metrics as sdk_metrics
+from opentelemetry.sdk import trace as sdk_trace
+from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Status, StatusCode, TracerProvider
 
 from batchllm_celery import events
@@ -25,12 +34,19 @@ class OpenTelemetryListener:
         tracer_provider: TracerProvider | None = None,
         meter_provider: MeterProvider | None = None,
     ) -> None:
+        self._owned: list[Callable[[], object]] = []
         self._tracer = trace.get_tracer("batchllm_celery", tracer_provider=tracer_provider)
         meter = metrics.get_meter("batchllm_celery", meter_provider=meter_provider)
         self._items = meter.create_counter("batchllm.items", description="Items with an outcome")
         self._tokens = meter.create_counter("gen_ai.client.token.usage", unit="{token}")
         self._refusals = meter.create_counter("batchllm.rate_limits")
         self._attempts = meter.create_counter("batchllm.attempt_failures")
+
+    def close(self) -> None:
+        """Send what has not been sent, if the providers are our own; idempotent."""
+        for shut_down in self._owned:
+            shut_down()
+        self._owned = []
 
     def __call__(self, event: Event) -> None:
         """Record `event`."""
@@ -63,3 +79,24 @@ class OpenTelemetryListener:
             span.set_attribute("error.type", event.kind.value)
             span.set_status(Status(StatusCode.ERROR))
         span.end(end_time=end)
+
+
+def open_listener() -> OpenTelemetryListener:
+    """A listener that sends by OTLP over HTTP, as OpenTelemetry's own `OTEL_...` variables say.
+
+    Providers that are set up in this process already (by `opentelemetry-instrument` or a module of
+    yours) are used as they are.
+    """
+    if isinstance(trace.get_tracer_provider(), sdk_trace.TracerProvider):
+        return OpenTelemetryListener()
+    named = "OTEL_SERVICE_NAME" in os.environ or "service.name=" in os.environ.get(
+        "OTEL_RESOURCE_ATTRIBUTES", ""
+    )
+    resource = Resource.create({} if named else {"service.name": "batchllm-worker"})
+    tracers = sdk_trace.TracerProvider(resource=resource)
+    tracers.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    reader = PeriodicExportingMetricReader(OTLPMetricExporter())
+    meters = sdk_metrics.MeterProvider([reader], resource=resource)
+    listener = OpenTelemetryListener(tracers, meters)
+    listener._owned = [tracers.shutdown, meters.shutdown]
+    return listener

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import errno
+import functools
+import logging
+import threading
 from collections.abc import Callable
+from socketserver import ThreadingMixIn
 from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram, make_wsgi_app
 
 from batchllm_celery import events
+from batchllm_celery.errors import UsageError
 from batchllm_celery.events import Event
+
+logger = logging.getLogger("batchllm_celery")
+
+#: So many ports are tried, the first one included: one for each process of a machine.
+PORTS = 100
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
 class PrometheusListener:
-    """Counts events in a Prometheus registry; serve it with `prometheus_client`.
+    """Counts events in a Prometheus registry; `serve` offers the client's own at a port.
 
     Args:
         registry: where the metrics are registered; default the client's own.
@@ -64,3 +76,45 @@ class PrometheusListener:
         self._tokens.labels("cached_input").inc(event.cached_input_tokens)
         if event.cost:
             self._cost.inc(event.cost)
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+    # Python may share a port among processes by default: each scrape would meet another one.
+    allow_reuse_port = False
+
+
+class _Quiet(WSGIRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@functools.cache
+def _listener() -> PrometheusListener:
+    """The one of the client's own registry, which takes each metric once."""
+    return PrometheusListener()
+
+
+def serve(port: int) -> PrometheusListener:
+    """Serve /metrics at the first free port from `port` on, on all addresses; log which it is.
+
+    Each process has a port of its own, so that its counters are whole at every scrape.
+
+    Returns:
+        The listener that counts.
+
+    Raises:
+        UsageError: none of `PORTS` ports is free.
+    """
+    last = min(port + PORTS, 65_536)
+    for number in range(port, last):
+        try:
+            server = make_server("", number, make_wsgi_app(), _Server, handler_class=_Quiet)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise UsageError(f"BATCHLLM_PROMETHEUS_PORT={port}: {error.strerror}") from error
+            continue
+        threading.Thread(target=server.serve_forever, name="batchllm-metrics", daemon=True).start()
+        logger.info("metrics.listening port=%d", number)
+        return _listener()
+    raise UsageError(f"BATCHLLM_PROMETHEUS_PORT={port}: no port up to {last - 1} is free")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import logging
+import math
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
@@ -13,17 +16,22 @@ from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
-from batchllm_celery.errors import FailureKind
+from batchllm_celery.connection import Reminder
+from batchllm_celery.errors import FailureKind, InputError
 from batchllm_celery.ledger import Ledger, Outcome, Payload
+from batchllm_celery.ledger.workers import list_workers
 from batchllm_celery.models import (
     BadRow,
     BatchProgress,
     BatchSpec,
     WorkItemResult,
 )
-from batchllm_celery.producer.rows import Row, as_payload
+from batchllm_celery.producer.item_ids import SeenIds
+from batchllm_celery.producer.rows import Row, as_payload, refuse_single
 from batchllm_celery.producer.session import Session
 from batchllm_celery.queue import items_per_task
+
+logger = logging.getLogger("batchllm_celery")
 
 T = TypeVar("T")
 
@@ -34,6 +42,8 @@ CHUNK = 500
 CHUNK_SECONDS = 0.2
 READ_COUNT = 1000
 READ_BLOCK = 1.0
+#: Giving back the right to feed may take so many seconds.
+GIVE_BACK_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +77,8 @@ class Batch:
         self._session = session
         self._feeding = feeding  # the right to feed, given back when all is fed
         self._cursor = "0"
+        # A Redis that is away is waited for until no call may start any more.
+        self._feed_until = time.monotonic() + (math.inf if spec.deadline is None else spec.deadline)
         self._locked = False
 
     # -- feeding ----------------------------------------------------------------------------------
@@ -94,14 +106,15 @@ class Batch:
             The total; None when it was stopped (the batch then still waits for more rows).
 
         Raises:
-            UsageError: a row can't be taken, or names a strategy instance.
+            UsageError: a row can't be taken (its place and id are named), names a strategy
+                instance, or has the id of an earlier one.
             BatchConflictError: another process feeds this batch.
         """
         try:
             return self._feed_all(rows, stop or threading.Event(), on_fed, max_outstanding)
         finally:
             if (feeding := self._feeding) is not None:
-                self._session.run(lambda _: feeding.aclose())
+                self._session.run(lambda _: _give_back(feeding))
 
     def _feed_all(
         self,
@@ -110,9 +123,10 @@ class Batch:
         on_fed: Callable[[int], None] | None,
         max_outstanding: int | None,
     ) -> int | None:
-        fed = 0
+        refuse_single(rows)
+        fed, seen = 0, SeenIds()
         for chunk in _chunked(rows, stop):
-            stored = [self._stored(row, fed + n) for n, row in enumerate(chunk)]
+            stored = [self._stored(row, fed + n, seen) for n, row in enumerate(chunk)]
             wake = self._until(stop, self._feed(fed, stored, max_outstanding))
             if wake is None or not self._enqueue(wake, stop):
                 return None
@@ -129,18 +143,26 @@ class Batch:
             self.id, first, rows, max_outstanding=max_outstanding
         )
 
-    def _stored(self, row: Row, index: int) -> Payload | WorkItemResult[Any, Any]:
+    def _stored(self, row: Row, index: int, seen: SeenIds) -> Payload | WorkItemResult[Any, Any]:
         payload = as_payload(row, index, self.spec.strategy)
-        return _bad(payload, index) if isinstance(payload, BadRow) else payload
+        if isinstance(payload, BadRow):
+            return _bad(payload, index)
+        own = payload.item_id == str(index)
+        if not (seen.add_index(index) if own else seen.add(payload.item_id)):
+            raise InputError(f"item {index}: an earlier row has its item_id {payload.item_id!r}")
+        return payload
 
     def _until(self, stop: threading.Event, work: Coroutine[Any, Any, T]) -> T | None:
         async def watched(_: Session) -> T | None:
             task = asyncio.ensure_future(work)
             while not task.done():
                 await asyncio.wait([task], timeout=0.1)
-                if stop.is_set() and not task.done():
+                late = time.monotonic() > self._feed_until and self._session.connection.lost
+                if (stop.is_set() or late) and not task.done():
                     task.cancel()
                     await asyncio.wait([task])
+                    if late:
+                        raise TimeoutError(late_words(self.spec))
                     return None
             return task.result()
 
@@ -149,11 +171,16 @@ class Batch:
     def _enqueue(self, indexes: list[int], stop: threading.Event | None = None) -> bool:
         """Send the messages; False when it was stopped before all were sent."""
         spec, done = self.spec, 0
-        give_up = stop.is_set if stop is not None else (lambda: False)
+
+        def give_up() -> bool:
+            return (stop is not None and stop.is_set()) or time.monotonic() > self._feed_until
+
         while done < len(indexes):
             size = items_per_task(spec.items_per_task, indexes[done])
             some = indexes[done : done + size]
             if not self._session.publish(self.id, some, spec.queue, spec.priority, give_up):
+                if time.monotonic() > self._feed_until:
+                    raise TimeoutError(late_words(spec))
                 return False
             done += size
         return True
@@ -169,22 +196,33 @@ class Batch:
         return self._on_ledger(lambda ledger: ledger.progress(self.id))
 
     def wait(self, timeout: float | None = None) -> BatchProgress:
-        """Return when every item has its outcome.
+        """Return when every item has its outcome. A wait without any worker is said in the log.
 
         Raises:
-            TimeoutError: after `timeout` seconds.
+            TimeoutError: after `timeout` seconds, whether Redis answers or not.
         """
-        give_up = None if timeout is None else time.monotonic() + timeout
-        pause = 0.05
-        while not (progress := self.progress()).is_over:
-            if give_up is not None and time.monotonic() >= give_up:
-                raise TimeoutError(
-                    f"batch {self.id!r}: {progress.finished} of {progress.total} items "
-                    f"finished within {timeout:g} s"
-                )
-            time.sleep(pause)
+        give_up = math.inf if timeout is None else time.monotonic() + timeout
+        pause, reminder = 0.05, Reminder()
+        seen = "Redis has not answered"
+        while True:
+            try:
+                progress = self._session.run(lambda _: self._progress_by(give_up))
+            except TimeoutError:
+                break
+            if progress.is_over:
+                return progress
+            seen = f"{progress.finished} of {progress.total} items finished"
+            self._session.run(lambda session: _say_what_is_missing(session, self.spec, reminder))
+            if time.monotonic() >= give_up:
+                break
+            time.sleep(min(pause, max(give_up - time.monotonic(), 0.0)))
             pause = min(pause * 1.5, 0.5)
-        return progress
+        raise TimeoutError(f"batch {self.id!r}: {seen} within {timeout:g} s")
+
+    async def _progress_by(self, give_up: float) -> BatchProgress:
+        left = None if give_up == math.inf else max(give_up - time.monotonic(), 0.05)
+        async with asyncio.timeout(left):
+            return await self._session.ledger.progress(self.id)
 
     def results(self, *, follow: bool = True) -> Results:
         """Results in completion order, by `for` or by `async for`; reading takes nothing away.
@@ -233,6 +271,13 @@ class Batch:
         """Start no further call; what waits becomes a failure of kind `cancelled`."""
         return self._steered(lambda ledger: ledger.cancel(self.id))
 
+    def give_up(self) -> None:
+        """Cancel a batch whose rows did not all come: what was fed is all that it has. Says
+        nothing where Redis can't be told."""
+        with contextlib.suppress(Exception):
+            self.cancel()
+            self._on_ledger(lambda ledger: ledger.seal(self.id, 0))
+
     def pause(self) -> BatchProgress:
         """Start no further call until `resume`."""
         return self._steered(lambda ledger: ledger.pause(self.id))
@@ -266,6 +311,7 @@ class Results:
     def __init__(self, batch: Batch, follow: bool) -> None:
         self._batch = batch
         self._follow = follow
+        self._reminder = Reminder()
 
     def __iter__(self) -> Iterator[WorkItemResult[Any, Any]]:
         after = "0"
@@ -294,8 +340,38 @@ class Results:
         The counters are read before the stream: an outcome and its count are written in one step.
         """
         over = not self._follow or (await session.ledger.progress(self._batch.id)).is_over
+        if not over:
+            await _say_what_is_missing(session, self._batch.spec, self._reminder)
         block = 0.0 if over else READ_BLOCK
         return await session.ledger.results(self._batch.id, after, READ_COUNT, block), over
+
+
+async def _give_back(feeding: AsyncExitStack) -> None:
+    # Of a Redis that is away the right to feed expires by itself.
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(GIVE_BACK_SECONDS):
+            await feeding.aclose()
+
+
+def late_words(spec: BatchSpec) -> str:
+    """One line about a submission that Redis or the broker kept beyond the batch's deadline."""
+    return (
+        f"batch {spec.batch_id!r} is not submitted completely: Redis or the broker was away until "
+        f"its deadline of {spec.deadline:g} s"
+    )
+
+
+async def _say_what_is_missing(session: Session, spec: BatchSpec, reminder: Reminder) -> None:
+    """A word for whoever waits for a batch that nobody works for."""
+    if not reminder.due():
+        return
+    workers = await list_workers(session.connection, session.keys)
+    if not any(spec.queue in worker.queues.split(",") for worker in workers):
+        logger.warning(
+            "batch.no_worker batch_id=%s queue=%s seconds=%.0f: no worker serves this queue; start "
+            "one: batchllm worker --queue %s",
+            spec.batch_id, spec.queue, reminder.seconds, spec.queue,
+        )  # fmt: skip
 
 
 def _result(outcome: Outcome) -> WorkItemResult[Any, Any]:

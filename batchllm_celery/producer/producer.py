@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import threading
 import time
@@ -9,7 +10,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import AsyncExitStack
 from typing import Any, Self
 
-from batchllm_celery.errors import BatchNotFoundError, FailureKind
+from batchllm_celery.connection import BrokenEntry
+from batchllm_celery.errors import BatchConflictError, BatchNotFoundError, FailureKind
 from batchllm_celery.events import Events
 from batchllm_celery.ledger import WorkerInfo
 from batchllm_celery.ledger.workers import list_workers
@@ -22,7 +24,8 @@ from batchllm_celery.models import (
     StrategySpec,
     WorkItemResult,
 )
-from batchllm_celery.producer.batch import Batch
+from batchllm_celery.models.names import check_batch_id
+from batchllm_celery.producer.batch import Batch, late_words
 from batchllm_celery.producer.rows import Row, default_strategy
 from batchllm_celery.producer.session import Session
 from batchllm_celery.queue import App
@@ -41,7 +44,8 @@ class Producer:
 
     Args:
         settings: default: from the environment.
-        redis_url: in place of the settings'; with neither, the embedded Valkey.
+        redis_url: in place of the settings'; with neither, the broker of `app`, else the embedded
+            Valkey.
         namespace: in place of the settings'.
         app: an existing Celery app (see `install`) to send the messages with.
         events: hears of a Redis that is lost and found again.
@@ -102,7 +106,8 @@ class Producer:
         """Store and enqueue all items, and return the batch; its results stay readable for
         `settings.result_ttl_seconds`.
 
-        Blocks while more than `max_outstanding` items are unfinished; `stream` does not.
+        Blocks while more than `max_outstanding` items are unfinished; `stream` does not. Where it
+        raises, the batch is cancelled; the same id goes on with it.
 
         Args:
             items: strings, mappings with `prompt` (and `item_id`, `context`), or `LLMWorkItem`s;
@@ -123,15 +128,18 @@ class Producer:
             max_outstanding: default `settings.max_outstanding`.
 
         Raises:
-            UsageError: an item can't be taken, or a strategy is missing.
+            UsageError: an item can't be taken (its place and id are named), or a strategy is
+                missing.
             BatchConflictError: the id belongs to another job that is still running.
             QuotaConflictError: the quota exists with other limits.
+            RedisDeniedError: Redis denies a right, or the password.
+            TimeoutError: Redis or the broker was away until the `deadline`.
         """
         spec_of_strategy, rows = default_strategy(items, strategy)
         if params:
             spec_of_strategy = StrategySpec(name=spec_of_strategy.name, params=params)
         spec = BatchSpec(
-            batch_id=batch_id or new_batch_id(),
+            batch_id=new_batch_id() if batch_id is None else check_batch_id(batch_id),
             strategy=spec_of_strategy,
             quota=quota.name if isinstance(quota, Quota) else quota,
             config=config or ProcessorConfig(),
@@ -145,7 +153,12 @@ class Producer:
         )
         limits = quota if isinstance(quota, Quota) else None
         batch = self.open(spec, quota=limits, quota_update=quota_update)
-        batch.feed(rows, max_outstanding=max_outstanding)
+        try:
+            batch.feed(rows, max_outstanding=max_outstanding)
+        except BaseException:
+            # Nobody has the batch: what was fed of it must not be paid for.
+            batch.give_up()
+            raise
         return batch
 
     def stream(
@@ -187,10 +200,10 @@ class Producer:
             items, spec.strategy if spec else options.pop("strategy", None)
         )
         params, quota = options.pop("params", None), options.pop("quota", None)
-        update = options.pop("quota_update", False)
+        update, batch_id = options.pop("quota_update", False), options.pop("batch_id", None)
         if spec is None:
             spec = BatchSpec(
-                batch_id=options.pop("batch_id", None) or new_batch_id(),
+                batch_id=new_batch_id() if batch_id is None else check_batch_id(batch_id),
                 strategy=StrategySpec(name=chosen.name, params=params) if params else chosen,
                 quota=quota.name if isinstance(quota, Quota) else quota,
                 keep_results=False,
@@ -222,12 +235,14 @@ class Producer:
         failed ones do not (see `Batch.retry_failed`).
 
         Raises:
-            BatchConflictError: another process feeds it, or it runs with another strategy.
+            BatchConflictError: another process feeds it, it runs with another strategy, or one
+                of the two is a dry run and the other is not.
             QuotaConflictError: the quota exists with other limits.
         """
 
         async def create(session: Session) -> bool:
-            if quota is not None:
+            await _refuse_other_kind(session, spec)
+            if quota is not None and not spec.config.dry_run:
                 await session.limiter.configure(quota, update=quota_update)
             await session.enter(feeding)
 
@@ -245,8 +260,15 @@ class Producer:
             await session.ledger.create(spec)
             return True
 
+        async def create_in_time(session: Session) -> bool:
+            try:
+                async with asyncio.timeout(spec.deadline):
+                    return await create(session)
+            except TimeoutError as error:
+                raise TimeoutError(late_words(spec)) from error
+
         feeding = AsyncExitStack()
-        resumed = self._session.run(create)
+        resumed = self._session.run(create_in_time)
         batch = Batch(self._session, spec, resumed=resumed, feeding=feeding)
         if resumed and batch.progress().state in ("paused", "parked"):
             batch.resume()
@@ -258,8 +280,10 @@ class Producer:
         """A batch that somebody submitted.
 
         Raises:
+            UsageError: for what can't be an id.
             BatchNotFoundError: for an unknown id.
         """
+        check_batch_id(batch_id)
         spec = self._session.run(lambda session: session.ledger.spec(batch_id))
         return Batch(self._session, spec, resumed=True)
 
@@ -274,6 +298,14 @@ class Producer:
     def quotas(self) -> list[QuotaState]:
         """The quotas in use, with their limiter's state."""
         return self._session.run(lambda session: session.limiter.states())
+
+    def broken(self) -> list[BrokenEntry]:
+        """What `batches`, `quotas` and `workers` have met so far and could not read."""
+
+        async def found(session: Session) -> list[BrokenEntry]:
+            return session.connection.broken.all()
+
+        return self._session.run(found)
 
     def quota(self, name: str) -> QuotaState | None:
         """One quota's limiter state; None if nobody has used it."""
@@ -297,6 +329,17 @@ class Producer:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+async def _refuse_other_kind(session: Session, spec: BatchSpec) -> None:
+    """A rehearsal would replace paid answers by mock ones, a real run the other way round."""
+    try:
+        known = await session.ledger.spec(spec.batch_id)
+    except BatchNotFoundError:
+        return
+    if known.config.dry_run != spec.config.dry_run:
+        kind = "a rehearsal (dry run)" if known.config.dry_run else "a real batch"
+        raise BatchConflictError(f"{spec.batch_id!r} is {kind}; take another batch id")
 
 
 def new_batch_id() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
@@ -15,7 +16,7 @@ from batchllm_celery.events import Events
 from batchllm_celery.keys import Keys
 from batchllm_celery.ledger import Ledger, new_process_id
 from batchllm_celery.limiter import Limiter
-from batchllm_celery.queue import App, make_app, publish
+from batchllm_celery.queue import App, make_app, publish, redis_of
 from batchllm_celery.settings import Settings
 
 T = TypeVar("T")
@@ -33,6 +34,8 @@ class Session:
         self._app = app
         self._url: str | None = None
         self._lock = threading.Lock()
+        self._pid = os.getpid()
+        self._inherited: list[AsyncExitStack] = []
         revive_when_lost(events)
         self._stack: AsyncExitStack | None = None
 
@@ -41,7 +44,8 @@ class Session:
         """Redis; starts or attaches to the embedded server where none is configured."""
         with self._lock:
             if self._url is None:
-                self._url = resolve_url(self.settings)
+                app, settings = self._app, self.settings
+                self._url = resolve_url(settings) if app is None else redis_of(app, settings)
             return self._url
 
     @property
@@ -80,13 +84,24 @@ class Session:
         """Send one message; blocks, so never on the loop thread. False where it gave up."""
         return publish(self.app, batch_id, indexes, queue=queue, priority=priority, give_up=give_up)
 
+    def _forget_after_fork(self) -> None:
+        """A child opens its own: what the parent has belongs to the parent's loop. It is kept, not
+        closed: closing it here would unregister descriptors that parent and child share."""
+        if self._pid != os.getpid():
+            self._pid = os.getpid()
+            if self._stack is not None:
+                self._inherited.append(self._stack)
+            self._stack = None
+
     async def _open(self) -> None:
+        self._forget_after_fork()
         if self._stack is not None:
             return
         stack = AsyncExitStack()
-        keys, process_id = Keys(self.settings.namespace), new_process_id()
+        process_id = new_process_id()
         url: str = await asyncio.to_thread(lambda: self.url)
         connection = await stack.enter_async_context(Connection(url, events=self._events))
+        keys = Keys(self.settings.namespace, connection.database)
         ledger = Ledger(
             connection, keys, process_id=process_id, settings=self.settings, events=self._events
         )
@@ -101,6 +116,7 @@ class Session:
 
     def close(self) -> None:
         """Give back locks and connections; repeating it is harmless."""
+        self._forget_after_fork()
         stack, self._stack = self._stack, None
         if stack is not None:
             event_loop.run(stack.aclose())

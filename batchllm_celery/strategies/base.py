@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 from batchllm_celery.events import Events
 from batchllm_celery.keys import Keys
 from batchllm_celery.models import (
+    NO_TOKENS,
     Completion,
     Failure,
     RetryState,
@@ -19,6 +21,8 @@ from batchllm_celery.models import (
     TOutput,
 )
 from batchllm_celery.settings import Settings
+from batchllm_celery.strategies.failures import stamp_usage
+from batchllm_celery.strategies.usage import Reading, understand
 
 if TYPE_CHECKING:
     from batchllm_celery.connection import Connection
@@ -28,7 +32,7 @@ logger = logging.getLogger("batchllm_celery")
 T = TypeVar("T")
 
 #: What `execute` may return: batch-llm's pair, or a `Completion` with metadata.
-Answer: TypeAlias = Completion[TOutput] | tuple[TOutput, TokenUsage | Mapping[str, int]]
+Answer: TypeAlias = Completion[TOutput] | tuple[TOutput, TokenUsage | Mapping[str, Any]]
 
 
 @dataclass(slots=True)
@@ -115,6 +119,12 @@ class LLMCallStrategy(ABC, Generic[TOutput]):
     #: Set by the registry before `prepare`.
     resources: ProcessResources | None = None
 
+    @property
+    def full_speed(self) -> bool:
+        """Whether its calls begin as fast as slots allow while nobody has set or named a quota: so
+        if there is no provider. Else the rate is found from below."""
+        return self.model_name is None
+
     async def prepare(self) -> None:
         """Open what all calls share: once per instance; after a failure the next item retries."""
 
@@ -151,22 +161,61 @@ class LLMCallStrategy(ABC, Generic[TOutput]):
         output = f"[DRY-RUN] Mock output for prompt: {prompt[:50]}..."
         return output, TokenUsage(input_tokens=100, output_tokens=50, total_tokens=150)
 
+    def models(self) -> tuple[str, ...]:
+        """Every `PROVIDER:MODEL` that a call may ask; default: `model_name`, where there is one."""
+        return () if self.model_name is None else (self.model_name,)
+
     def classify(self, exception: BaseException) -> Failure | None:
         """Say why an attempt failed; None leaves it to the general rules (`failures.classify`)."""
         return None
 
 
 def as_completion(answer: Any) -> Completion[Any]:
-    """The one shape that everything behind `execute` sees.
+    """The one shape that everything behind `execute` sees: here alone it is checked.
+
+    A usage may be a mapping or an object of any known SDK; figures that can't be are cut to the
+    nearest that can.
 
     Raises:
-        TypeError: for an answer that is neither a `Completion` nor an `(output, usage)` pair.
+        TypeError: for an answer that is neither a `Completion` nor an `(output, usage)` pair, a
+            usage that tells no tokens, metadata that is no mapping. It carries the tokens.
     """
     if isinstance(answer, Completion):
-        return answer
-    if isinstance(answer, tuple) and len(answer) == 2:
-        output, usage = answer
-        return Completion(output, TokenUsage.of(usage))
-    raise TypeError(
-        f"execute() must return (output, usage) or a Completion, not {type(answer).__name__}"
+        output, told, metadata = answer.output, answer.usage, answer.metadata
+    elif isinstance(answer, tuple) and len(answer) == 2:
+        (output, told), metadata = answer, {}
+    elif inspect.isawaitable(answer):
+        if inspect.iscoroutine(answer):
+            answer.close()
+        raise TypeError("execute() returned an awaitable: an `await` is missing before its answer")
+    else:
+        raise TypeError(
+            f"execute() must return (output, usage) or a Completion, not {type(answer).__name__}"
+        )
+    reading = usage_in(told)
+    if reading is None:
+        raise TypeError(f"no tokens can be read from a usage of type {type(told).__name__}")
+    notes = _metadata(metadata, reading.usage)
+    if reading.guessed:
+        notes = {**notes, "usage_guessed": True}
+    return Completion(output, reading.usage, notes)
+
+
+def usage_in(told: Any) -> Reading | None:
+    """The tokens of a usage; none for None and for an empty mapping. None: it is no usage."""
+    if told is None or (isinstance(told, Mapping) and not told):
+        return Reading(NO_TOKENS)
+    return understand(told)
+
+
+def _metadata(given: Any, usage: TokenUsage) -> Mapping[str, Any]:
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        wrong = TypeError(f"metadata must be a mapping, not {type(given).__name__}")
+        raise stamp_usage(wrong, usage)
+    return (
+        given
+        if all(type(name) is str for name in given)
+        else {str(name): value for name, value in given.items()}
     )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from batchllm_celery.models import Completion, RetryState, TokenUsage, TOutput
-from batchllm_celery.strategies.base import LLMCallStrategy, as_completion
+from batchllm_celery.models import Completion, RetryState, TOutput
+from batchllm_celery.strategies.base import LLMCallStrategy, as_completion, usage_in
 
 
 class CallableStrategy(LLMCallStrategy[TOutput]):
@@ -43,7 +44,10 @@ class CallableStrategy(LLMCallStrategy[TOutput]):
         self, prompt: str, attempt: int, timeout: float, state: RetryState | None = None
     ) -> Completion[Any]:
         """Await the function. An answer without usage counts no tokens."""
-        answer = await self.function(prompt)
+        called = self.function(prompt)
+        if not inspect.isawaitable(called):
+            raise TypeError("the function of a CallableStrategy must be async")
+        answer = await called
         return as_completion(answer) if _has_usage(answer) else Completion(answer)
 
 
@@ -52,9 +56,4 @@ def _has_usage(answer: Any) -> bool:
         return True
     if not isinstance(answer, tuple) or len(answer) != 2:
         return False
-    usage = answer[1]
-    return usage is None or isinstance(usage, TokenUsage) or _looks_like_usage(usage)
-
-
-def _looks_like_usage(value: Any) -> bool:
-    return isinstance(value, dict) and all(str(name).endswith("_tokens") for name in value)
+    return usage_in(answer[1]) is not None

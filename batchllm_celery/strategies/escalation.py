@@ -63,6 +63,11 @@ class EscalatingStrategy(LLMCallStrategy[TOutput]):
         known = [limit for limit in limits if limit is not None]
         self.max_output_tokens = max(known) if len(known) == len(limits) else None
 
+    @property
+    def full_speed(self) -> bool:
+        """As all levels say: they draw on one quota."""
+        return all(level.full_speed for level in self.levels)
+
     async def prepare(self) -> None:
         """Prepare all levels, so that an escalation finds its model ready."""
         for level in self.levels[self._prepared :]:
@@ -107,6 +112,10 @@ class EscalatingStrategy(LLMCallStrategy[TOutput]):
     ) -> None:
         """Told to the level that the next attempt asks."""
         await self.levels[self._level(state)].on_error(exception, attempt, state)
+
+    def models(self) -> tuple[str, ...]:
+        """Those of all levels."""
+        return tuple(name for level in self.levels for name in level.models())
 
     def classify(self, exception: BaseException) -> Failure | None:
         """By the levels' own rules."""

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import re
 import socket
 import ssl
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +25,20 @@ from batchllm_celery.errors import (
     ProviderError,
     TokenTrackingError,
     describe,
+    stack_of,
+    text_of,
 )
 from batchllm_celery.models import NO_TOKENS, Failure, TokenUsage
+from batchllm_celery.redaction import printable, without_secrets
+from batchllm_celery.strategies.usage import read_usage
 
 if TYPE_CHECKING:
     from batchllm_celery.strategies.base import LLMCallStrategy
 
 logger = logging.getLogger("batchllm_celery")
+
+#: No provider is waited for longer before it is asked again: a day's quota is there again by then.
+MOST_SECONDS = 86_400.0
 
 _STAMP = "_failed_token_usage"
 _MODEL_STAMP = "_priced_as"
@@ -53,6 +62,63 @@ _STATUS_KINDS = {
     529: FailureKind.OVERLOADED,
 }
 
+#: Words of a 403 that mean who calls, not what is asked.
+_OF_THE_KEY = re.compile(
+    r"\b(api[_-]?)?keys?\b|\bcredentials?\b|\b(access|auth|bearer|security) token\b"
+    r"|\bunregistered callers?\b|\bnot authenticated\b|\bunauthenticated\b",
+    re.IGNORECASE,
+)
+
+_GRPC_STATUSES = {
+    "CANCELLED": 499,
+    "UNKNOWN": 500,
+    "INVALID_ARGUMENT": 400,
+    "DEADLINE_EXCEEDED": 504,
+    "NOT_FOUND": 404,
+    "ALREADY_EXISTS": 400,
+    "PERMISSION_DENIED": 403,
+    "RESOURCE_EXHAUSTED": 429,
+    "FAILED_PRECONDITION": 400,
+    "ABORTED": 409,
+    "OUT_OF_RANGE": 400,
+    "UNIMPLEMENTED": 501,
+    "INTERNAL": 500,
+    "UNAVAILABLE": 503,
+    "DATA_LOSS": 500,
+    "UNAUTHENTICATED": 401,
+}
+
+# AWS gives some of these the status 400 or 403; the code says what it is.
+_AWS_KINDS = {
+    "Throttling": FailureKind.RATE_LIMITED,
+    "ThrottlingException": FailureKind.RATE_LIMITED,
+    "ThrottledException": FailureKind.RATE_LIMITED,
+    "RequestThrottled": FailureKind.RATE_LIMITED,
+    "RequestThrottledException": FailureKind.RATE_LIMITED,
+    "TooManyRequestsException": FailureKind.RATE_LIMITED,
+    "ProvisionedThroughputExceededException": FailureKind.RATE_LIMITED,
+    "RequestLimitExceeded": FailureKind.RATE_LIMITED,
+    "LimitExceededException": FailureKind.RATE_LIMITED,
+    "ServiceQuotaExceededException": FailureKind.RATE_LIMITED,
+    "SlowDown": FailureKind.RATE_LIMITED,
+    "ModelNotReadyException": FailureKind.OVERLOADED,
+    "ModelErrorException": FailureKind.OVERLOADED,
+    "ModelTimeoutException": FailureKind.PROVIDER_TIMEOUT,
+    "AccessDenied": FailureKind.AUTHENTICATION,
+    "AccessDeniedException": FailureKind.AUTHENTICATION,
+    "ExpiredToken": FailureKind.AUTHENTICATION,
+    "ExpiredTokenException": FailureKind.AUTHENTICATION,
+    "InvalidClientTokenId": FailureKind.AUTHENTICATION,
+    "InvalidSignatureException": FailureKind.AUTHENTICATION,
+    "SignatureDoesNotMatch": FailureKind.AUTHENTICATION,
+    "UnrecognizedClientException": FailureKind.AUTHENTICATION,
+}
+
+#: What `condensed` keeps of a long message.
+_HEAD, _GAP, _TAIL = 120, " .. ", 76
+#: Characters of each end of a message that are searched for secrets.
+_SEARCHED = 5_000
+
 # By name, because the libraries may not be installed, and must not be imported for this.
 _VALIDATION_NAMES = {
     "ValidationError",
@@ -68,6 +134,11 @@ _CONNECTION_NAMES = {
     "ClientPayloadError",
     "ClientOSError",
     "ServerDisconnectedError",
+    "ConnectionError",  # requests; botocore has subclasses of its own
+    "HTTPException",  # http.client: a broken status line, a body cut off
+    "HTTPClientError",  # botocore
+    "ProtocolError",  # urllib3
+    "ChunkedEncodingError",
 }
 _LOGIC_ERRORS = (
     ValueError,
@@ -98,14 +169,18 @@ def classify(exception: BaseException) -> Failure:
     if isinstance(exception, TokenTrackingError) and exception.__cause__ is not None:
         failure = classify(exception.__cause__)
         return Failure(
-            failure.kind, failure.message, failure.retry_after, TokenUsage.of(exception.usage)
+            failure.kind, failure.message, failure.retry_after, read_usage(exception.usage)
         )
-    return Failure(
-        kind=_kind(exception),
-        message=_message(exception),
-        retry_after=_retry_after(exception),
-        usage=extract_token_usage(exception),
-    )
+    try:
+        return Failure(
+            kind=_kind(exception),
+            message=_message(exception),
+            retry_after=_retry_after(exception),
+            usage=extract_token_usage(exception),
+        )
+    except Exception as error:  # an attribute of it fails
+        message = f"{type(exception).__name__}: it can't be looked at ({type(error).__name__})"
+        return Failure(FailureKind.LOGIC_ERROR, message, usage=extract_token_usage(exception))
 
 
 def classify_for(strategy: LLMCallStrategy[Any], exception: BaseException) -> Failure:
@@ -116,15 +191,58 @@ def classify_for(strategy: LLMCallStrategy[Any], exception: BaseException) -> Fa
     """
     try:
         failure = strategy.classify(exception)
+        if failure is not None:
+            failure = _checked(failure)
     except Exception as error:
         logger.warning("classify_failed error=%s", describe(error))
         failure = None
     if failure is None:
         return classify(exception)
-    if failure.usage:
-        return failure
-    usage = extract_token_usage(exception)
-    return Failure(failure.kind, failure.message, failure.retry_after, usage)
+    message = printable(without_secrets(failure.message))
+    usage = failure.usage or extract_token_usage(exception)
+    return replace(failure, message=message, usage=usage)
+
+
+def _checked(failure: Failure) -> Failure:
+    """What a translator answered, in the types that the rest relies on.
+
+    Raises:
+        TypeError: if it is no `Failure`.
+        ValueError: for an unknown kind.
+    """
+    if not isinstance(failure, Failure):
+        raise TypeError(f"classify() must return a Failure or None, not {type(failure).__name__}")
+    return Failure(
+        FailureKind(failure.kind),
+        str(failure.message),
+        None if failure.retry_after is None else _seconds(failure.retry_after),
+        read_usage(failure.usage),
+    )
+
+
+#: Seconds until the same bug is logged again.
+BUG_SECONDS = 60.0
+#: Bugs that a process tells apart; further ones are not logged.
+MOST_BUGS = 100
+_logged: dict[object, float] = {}
+
+
+def log_bug(event: str, error: BaseException, **fields: str) -> None:
+    """Log where user code (or ours) failed, at ERROR, once a minute for each place.
+
+    The exception's own text stands in the item's result: here it might quote a prompt or a key.
+    """
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    bug = (event, type(error), last and (last.tb_frame.f_code, last.tb_lineno))
+    now = time.monotonic()
+    known = bug in _logged
+    if now - _logged.get(bug, -math.inf) < BUG_SECONDS or (not known and len(_logged) >= MOST_BUGS):
+        return
+    _logged[bug] = now
+    words = " ".join(f"{name}={value}" for name, value in fields.items())
+    logger.error("%s %s error=%s\n%s", event, words, type(error).__name__, stack_of(error))
 
 
 def kind_of_status(status: int) -> FailureKind:
@@ -133,17 +251,48 @@ def kind_of_status(status: int) -> FailureKind:
     return _STATUS_KINDS.get(status, default)
 
 
+def kind_of_refusal(status: int, words: str) -> FailureKind:
+    """The failure kind of an error status with what the provider said.
+
+    A 403 that speaks of the key would meet every item. Any other one (a moderation or a firewall's
+    page) is about this request; the item runner notices when all get one.
+    """
+    if status == 403 and not _OF_THE_KEY.search(words):
+        return FailureKind.CONTENT_BLOCKED
+    return kind_of_status(status)
+
+
+def status_of(exception: BaseException) -> int | None:
+    """The HTTP status (400 to 599) that an exception carries; None where it carries none."""
+    if isinstance(exception, ProviderError):
+        return exception.status
+    return _status(exception)
+
+
 def _kind(exception: BaseException) -> FailureKind:
     if isinstance(exception, ProviderError):
-        return exception.kind
+        return _named_kind(exception) or FailureKind.LOGIC_ERROR
     if isinstance(exception, FrameworkTimeoutError):
         return FailureKind.FRAMEWORK_TIMEOUT
     if isinstance(exception, asyncio.CancelledError):
         return FailureKind.CANCELLED
+    if _is_broken_http(exception):
+        return FailureKind.CONNECTION
+    aws = _aws_code(exception)
+    if aws in _AWS_KINDS:
+        return _AWS_KINDS[aws]
     status = _status(exception)
     if status is not None:
-        return kind_of_status(status)
-    return _kind_of_type(exception) or _kind_of_text(str(exception))
+        return kind_of_refusal(status, text_of(exception))
+    return _kind_of_type(exception) or _kind_of_text(text_of(exception))
+
+
+def _named_kind(exception: ProviderError) -> FailureKind | None:
+    """The kind that it names; None where there is none of that name."""
+    try:
+        return FailureKind(exception.kind)
+    except ValueError:
+        return None
 
 
 def _kind_of_type(exception: BaseException) -> FailureKind | None:
@@ -169,35 +318,97 @@ def _kind_of_text(text: str) -> FailureKind:
 
 
 def _status(exception: BaseException) -> int | None:
+    for value in _statuses(exception):
+        if isinstance(value, int) and not isinstance(value, bool) and 400 <= value <= 599:
+            return int(value)
+    return _grpc_status(exception)
+
+
+def _statuses(exception: BaseException) -> Iterator[Any]:
     response = getattr(exception, "response", None)
-    candidates = [getattr(exception, name, None) for name in ("status_code", "code", "status")]
-    candidates += [getattr(response, name, None) for name in ("status_code", "status")]
-    for value in candidates:
-        if type(value) is int and 400 <= value <= 599:
-            return value
+    yield getattr(exception, "status_code", None)
+    yield getattr(exception, "status", None)  # before `code`: aiohttp warns of its own `code`
+    yield getattr(exception, "code", None)
+    yield getattr(response, "status_code", None)
+    yield getattr(response, "status", None)
+    yield _aws_metadata(exception).get("HTTPStatusCode")
+
+
+def _grpc_status(exception: BaseException) -> int | None:
+    """The HTTP status that means what a gRPC code means (google.rpc.Code says which)."""
+    for name in ("grpc_status_code", "code"):
+        code = getattr(exception, name, None)
+        try:
+            code = code() if callable(code) else code
+        except Exception:
+            continue
+        if (found := _GRPC_STATUSES.get(str(getattr(code, "name", "")))) is not None:
+            return found
     return None
 
 
-_KEYS = re.compile(r"\b(sk-|AIza|Bearer )[\w*.-]{6,}")
+def _aws_metadata(exception: BaseException) -> Mapping[str, Any]:
+    """botocore keeps what the service said in a dict, where others have an object."""
+    response = getattr(exception, "response", None)
+    found = response.get("ResponseMetadata") if isinstance(response, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
 
 
-def without_keys(message: str) -> str:
-    """`message` with what looks like an API key blanked: OpenAI's 401 quotes the key it refused."""
-    return _KEYS.sub("[key]", message)
+def _aws_code(exception: BaseException) -> str | None:
+    response = getattr(exception, "response", None)
+    error = response.get("Error") if isinstance(response, Mapping) else None
+    code = error.get("Code") if isinstance(error, Mapping) else None
+    return code if isinstance(code, str) else None
+
+
+def _headers_of(exception: BaseException) -> Mapping[str, str] | None:
+    found = getattr(getattr(exception, "response", None), "headers", None)
+    found = found or _aws_metadata(exception).get("HTTPHeaders")
+    return found if hasattr(found, "get") else None
+
+
+def _is_broken_http(exception: BaseException) -> bool:
+    """Whether the answer was no HTTP (a broken status line, an oversize header): aiohttp says
+    "400" of it, which no server said."""
+    cause: BaseException | None = exception
+    while cause is not None:
+        if "HttpProcessingError" in {cls.__name__ for cls in type(cause).__mro__}:
+            return True
+        cause = cause.__cause__
+    return False
 
 
 def _message(exception: BaseException) -> str:
     if not isinstance(exception, ProviderError):
-        return without_keys(describe(exception))
+        return describe(exception)
     shown = exception.error_type or type(exception.__cause__ or exception).__name__
-    return without_keys(f"{shown}: {str(exception)[:ERROR_MESSAGE_MAX_LENGTH]}")
+    text = text_of(exception)
+    if _named_kind(exception) is None:
+        text = f"no failure kind is called {str(exception.kind)[:40]!r}; it said: {text}"
+    return f"{shown}: {condensed(text)}"
+
+
+def condensed(message: str) -> str:
+    """A provider's message in at most `ERROR_MESSAGE_MAX_LENGTH` characters, secrets blanked and
+    control characters escaped. Both ends are kept, because many providers put the reason last."""
+    if len(message) > 2 * _SEARCHED:  # what lies between is not shown, and needs no search
+        message = message[:_SEARCHED] + message[-_SEARCHED:]
+    text = printable(without_secrets(message))
+    if len(text) <= ERROR_MESSAGE_MAX_LENGTH:
+        return text
+    return f"{text[:_HEAD]}{_GAP}{text[-_TAIL:]}"
 
 
 def _retry_after(exception: BaseException) -> float | None:
     if isinstance(exception, ProviderError):
-        return _number(exception.retry_after)
-    headers = getattr(getattr(exception, "response", None), "headers", None)
-    return retry_after_of(headers)
+        return _seconds(exception.retry_after)
+    return _seconds(retry_after_of(_headers_of(exception)))
+
+
+def _seconds(asked: object) -> float | None:
+    """A foreign number of seconds; longer ones than `MOST_SECONDS` are cut to that."""
+    value = _number(asked)
+    return None if value is None else min(value, MOST_SECONDS)
 
 
 def retry_after_of(headers: Mapping[str, str] | None) -> float | None:
@@ -238,7 +449,7 @@ def stamp_usage(exception: Exception, usage: TokenUsage) -> Exception:
     try:
         exception.__dict__[_STAMP] = dict(usage.items())
     except AttributeError:
-        stand_in = TokenTrackingError(str(exception), dict(usage.items()))
+        stand_in = TokenTrackingError(text_of(exception), dict(usage.items()))
         stand_in.__cause__ = exception
         return stand_in
     return exception
@@ -292,29 +503,3 @@ def _usages(exception: BaseException) -> Iterator[TokenUsage]:
         result = getattr(cause, "result", None)
         yield read_usage(getattr(result, "usage", None))
         yield extract_token_usage(cause)
-
-
-_INPUT_NAMES = ("input_tokens", "request_tokens", "prompt_tokens")
-
-
-def read_usage(source: Any) -> TokenUsage:
-    """Read any library's usage object, mapping or method: input/output, request/response and
-    prompt/completion names are understood; anything else gives zeros."""
-    named = any(hasattr(source, name) for name in _INPUT_NAMES)
-    value = source() if callable(source) and not named else source
-    if isinstance(value, TokenUsage) or value is None:
-        return TokenUsage.of(value)
-
-    def first(*names: str) -> int:
-        for name in names:
-            found = value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
-            if found:
-                return int(found)
-        return 0
-
-    return TokenUsage(
-        input_tokens=first(*_INPUT_NAMES),
-        output_tokens=first("output_tokens", "response_tokens", "completion_tokens"),
-        total_tokens=first("total_tokens"),
-        cached_input_tokens=first("cached_input_tokens", "cache_read_tokens"),
-    )

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import importlib
 from collections.abc import Callable, Mapping
+from json import JSONDecodeError
 from typing import Any, Generic
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from batchllm_celery.models import (
     NO_TOKENS,
@@ -18,8 +19,10 @@ from batchllm_celery.models import (
     TokenUsage,
     TOutput,
 )
+from batchllm_celery.redaction import keep_secret
 from batchllm_celery.strategies import gemini_client
 from batchllm_celery.strategies.base import LLMCallStrategy, ProcessResources
+from batchllm_celery.strategies.bodies import unreadable
 from batchllm_celery.strategies.failures import charged, classify
 from batchllm_celery.strategies.structured import (
     OutputSchema,
@@ -27,6 +30,9 @@ from batchllm_celery.strategies.structured import (
     remember_feedback,
     with_feedback,
 )
+
+#: What the SDK raises while it reads a body. The request was checked when it was prepared.
+_UNREADABLE = (JSONDecodeError, UnicodeDecodeError, ValidationError)
 
 
 class GeminiResponse(Model, Generic[TOutput]):
@@ -81,6 +87,7 @@ class GeminiStrategy(LLMCallStrategy[TOutput]):
     ) -> None:
         self.model = model
         self.client = client
+        self.own_client = client is None
         self.response_parser = response_parser
         self.config = config
         self.include_metadata = include_metadata
@@ -107,6 +114,8 @@ class GeminiStrategy(LLMCallStrategy[TOutput]):
         """
         if self.client is None:
             self.client = await self._open_client(self._resources())
+        else:
+            keep_secret(gemini_client.account_of(self.client)[-1])
         await asyncio.to_thread(importlib.import_module, "google.genai.types")
         self._request_config = self._build_config({})
 
@@ -143,9 +152,11 @@ class GeminiStrategy(LLMCallStrategy[TOutput]):
             gemini_client.check_answer(response)
             output = self._parse(response)
         ratings = gemini_client.safety_ratings_of(response)
-        metadata = {"safety_ratings": ratings} if ratings else {}
+        finish = gemini_client.finish_reason_of(response)
+        metadata: dict[str, Any] = {"finish_reason": finish}
+        if ratings:
+            metadata["safety_ratings"] = ratings
         if self.include_metadata:
-            finish = gemini_client.finish_reason_of(response)
             output = GeminiResponse(
                 output=output,
                 safety_ratings=ratings,
@@ -170,15 +181,31 @@ class GeminiStrategy(LLMCallStrategy[TOutput]):
         return await self._call(contents, self._request_config or self.config)
 
     async def _call(self, contents: Any, config: Any) -> Any:
+        """One answer, as an object with the SDK's names.
+
+        By the SDK's raw route: its models drop what they don't know, an error in place of the
+        answer among it. Who parses answers by code of their own gets the SDK's own object.
+        """
+        raw = not self._wants_sdk_object()
         try:
-            return await self.client.aio.models.generate_content(
-                model=self.model, contents=contents, config=config
+            response = await self.client.aio.models.generate_content(
+                model=self.model, contents=contents, config=_raw(config) if raw else config
             )
         except Exception as error:
             translated = gemini_client.translate(error)
+            if translated is None and isinstance(error, _UNREADABLE):
+                translated = unreadable("the answer's body can't be read")
             if translated is None:
                 raise
             raise translated from error
+        http: Any = getattr(response, "sdk_http_response", None)
+        body = getattr(http, "body", None)
+        if not raw or not isinstance(body, str):
+            return response  # its own object; a client of the user's may know no raw route
+        return gemini_client.read_answer(body, http.headers)
+
+    def _wants_sdk_object(self) -> bool:
+        return self.response_parser is not None or self.include_metadata
 
     def _parse(self, response: Any) -> Any:
         if self.response_parser is not None:
@@ -189,17 +216,35 @@ class GeminiStrategy(LLMCallStrategy[TOutput]):
     # -- configuration
 
     def _build_config(self, extra: Mapping[str, Any]) -> Any:
-        """The given config with our options over it; None where there is nothing to say."""
-        options = {**self._options, **extra}
-        given = {name: value for name, value in options.items() if value is not None}
-        if not given:
-            return self.config
+        """The given config with our options over it."""
         config_type = importlib.import_module("google.genai.types").GenerateContentConfig
+        options = {**self._options, **extra, **_one_request(config_type, own=self.own_client)}
+        given = {name: value for name, value in options.items() if value is not None}
         ours = config_type(**given)
         if self.config is None:
             return ours
         base = config_type.model_validate(self.config)
+        if base.http_options is not None:
+            given.pop("http_options", None)
         return base.model_copy(update={name: getattr(ours, name) for name in given})
+
+
+def _raw(config: Any) -> Any:
+    """`config`, asking the SDK for the HTTP answer as it came."""
+    asked = {"should_return_http_response": True}
+    if config is None or isinstance(config, Mapping):
+        return {**(config or {}), **asked}
+    return config.model_copy(update=asked)
+
+
+def _one_request(config_type: Any, *, own: bool) -> dict[str, Any]:
+    """Keeps the SDK to one request a call: more would be paid without a permit, and uncounted."""
+    options: dict[str, Any] = {"automatic_function_calling": {"disable": True}}
+    if "automatic_continuation" in config_type.model_fields:
+        options["automatic_continuation"] = False
+    if not own:  # ours has its retries off already
+        options["http_options"] = {"retry_options": {"attempts": 1}}
+    return options
 
 
 def _thinking(budget: int | None) -> dict[str, int] | None:

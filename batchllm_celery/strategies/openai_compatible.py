@@ -6,8 +6,10 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from batchllm_celery.errors import FailureKind, ProviderError
 from batchllm_celery.models import Completion, Failure, RetryState, TOutput
-from batchllm_celery.strategies import openai_client
+from batchllm_celery.redaction import keep_secret
+from batchllm_celery.strategies import bodies, openai_client
 from batchllm_celery.strategies.base import LLMCallStrategy, ProcessResources
 from batchllm_celery.strategies.failures import charged, classify
 from batchllm_celery.strategies.structured import (
@@ -16,6 +18,9 @@ from batchllm_celery.strategies.structured import (
     remember_feedback,
     with_feedback,
 )
+
+#: So many web pages are taken for a passing fault, while a server has answered nothing else.
+PAGES_BEFORE_DOUBT = 1
 
 
 class OpenAICompatibleStrategy(LLMCallStrategy[TOutput]):
@@ -69,7 +74,13 @@ class OpenAICompatibleStrategy(LLMCallStrategy[TOutput]):
         self.model_name = f"{self.provider}:{model}"
         self._api_key = api_key
         self._owned: ProcessResources | None = None
+        self._pages: int | None = 0
         self._request: dict[str, Any] | None = None
+
+    @property
+    def full_speed(self) -> bool:
+        """Whether it calls a server of your own, which its slots and its refusals slow down."""
+        return self._has_own_server()
 
     async def prepare(self) -> None:
         """Open the client, or use the given one.
@@ -82,6 +93,9 @@ class OpenAICompatibleStrategy(LLMCallStrategy[TOutput]):
             self.client = await openai_client.open_client(
                 self._resources(), base_url=self.base_url, api_key=self._api_key
             )
+        else:
+            keep_secret(getattr(self.client, "api_key", None))
+            self.client = openai_client.without_retries(self.client)
         self._request = self._build_request()
 
     async def close(self) -> None:
@@ -99,12 +113,14 @@ class OpenAICompatibleStrategy(LLMCallStrategy[TOutput]):
             ProviderError: for API errors, blocked, truncated, empty and malformed answers.
             Exception: what `response_parser` raises, carrying the answer's tokens.
         """
-        response = await self._call(with_feedback(prompt, state))
-        usage = openai_client.usage_of(response)
+        response, parsed = await self._call(with_feedback(prompt, state))
+        usage, guessed = openai_client.usage_of(response)
         with charged(usage):
-            text = openai_client.text_of(response)
-            output = self._parse(response, text)
-        return Completion(output, usage)
+            output = self._parse(response, parsed)
+        metadata: dict[str, Any] = {"finish_reason": openai_client.finish_reason_of(response)}
+        if guessed:
+            metadata["usage_guessed"] = True
+        return Completion(output, usage, metadata)
 
     async def on_error(
         self, exception: Exception, attempt: int, state: RetryState | None = None
@@ -124,18 +140,41 @@ class OpenAICompatibleStrategy(LLMCallStrategy[TOutput]):
             self._owned = ProcessResources()
         return self._owned
 
-    async def _call(self, prompt: str) -> Any:
+    async def _call(self, prompt: str) -> tuple[Any, Callable[[], Any]]:
+        """The answer's body, and how to have the SDK's object of it.
+
+        The raw route of the SDK: its models take a body for an answer that is none.
+        """
         messages = [{"role": "user", "content": prompt}]
         if self.system is not None:
             messages.insert(0, {"role": "system", "content": self.system})
         request = self._request if self._request is not None else self._build_request()
+        create = self.client.chat.completions.with_raw_response.create
         try:
-            return await self.client.chat.completions.create(messages=messages, **request)
+            raw = await create(messages=messages, **request)
         except Exception as error:
             translated = openai_client.translate(error)
             if translated is None:
                 raise
             raise translated from error
+        self._count_page(raw.content)
+        response = openai_client.read_answer(raw.content, raw.headers)
+        return response, raw.parse
+
+    def _count_page(self, content: bytes) -> None:
+        """A web page in place of an answer may pass; where nothing else ever came, it is what
+        stands at a wrong base URL, and each further call would be one too many."""
+        if not bodies.is_page(content[:200].decode("utf-8", "replace")):
+            self._pages = None
+        elif self._pages is not None:
+            self._pages += 1
+            if self._pages > PAGES_BEFORE_DOUBT:
+                raise ProviderError(
+                    "the server answers web pages, not JSON: check the base URL "
+                    "(it usually ends in /v1)",
+                    kind=FailureKind.INVALID_REQUEST,
+                    error_type="WrongServer",
+                )
 
     def _build_request(self) -> dict[str, Any]:
         """What every call has in common."""
@@ -150,10 +189,12 @@ class OpenAICompatibleStrategy(LLMCallStrategy[TOutput]):
 
     def _limit_name(self) -> str:
         # OpenAI's newer models refuse `max_tokens`; many other servers know nothing else.
+        return "max_tokens" if self._has_own_server() else "max_completion_tokens"
+
+    def _has_own_server(self) -> bool:
         settings_url = self.resources.settings.openai_base_url if self.resources else None
         url = self.base_url or settings_url or os.environ.get("OPENAI_BASE_URL") or ""
-        own = not url or "api.openai.com" in url
-        return "max_completion_tokens" if own else "max_tokens"
+        return bool(url) and "api.openai.com" not in url
 
     def _response_format(self) -> dict[str, Any] | None:
         if self.schema is None:
@@ -161,7 +202,9 @@ class OpenAICompatibleStrategy(LLMCallStrategy[TOutput]):
         described = {"name": self.schema.name, "schema": self.schema.json_schema}
         return {"type": "json_schema", "json_schema": described}
 
-    def _parse(self, response: Any, text: str) -> Any:
+    def _parse(self, response: Any, parsed: Callable[[], Any]) -> Any:
         if self.response_parser is not None:
-            return self.response_parser(response)
+            openai_client.check_answer(response)
+            return self.response_parser(parsed())
+        text = openai_client.text_of(response)
         return self.schema.parse(text) if self.schema is not None else text

@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import importlib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from batchllm_celery.errors import UsageError
+from batchllm_celery.errors import FailureKind, ProviderError, UsageError
 from batchllm_celery.models import Completion, Failure, RetryState, TokenUsage, TOutput
 from batchllm_celery.strategies import gemini_client, openai_client
 from batchllm_celery.strategies.base import Answer, LLMCallStrategy, ProcessResources
-from batchllm_celery.strategies.failures import charged, classify, read_usage
+from batchllm_celery.strategies.failures import charged, classify
 from batchllm_celery.strategies.structured import remember_feedback, with_feedback
+from batchllm_celery.strategies.usage import read_usage
 
 # Importing pydantic_ai takes a second, and it may not be installed: type checkers alone see it.
 if TYPE_CHECKING:
@@ -34,6 +36,8 @@ class PydanticAIStrategy(LLMCallStrategy[TOutput]):
         model_name: `PROVIDER:MODEL`, for prices and the default quota; None: the agent's.
     """
 
+    _run_options: Mapping[str, Any] = {}
+
     def __init__(self, agent: Agent[Any, TOutput], model_name: str | None = None) -> None:
         self.agent = agent
         self.model_name = model_name or _model_name(agent)
@@ -44,21 +48,31 @@ class PydanticAIStrategy(LLMCallStrategy[TOutput]):
         """One run of the agent.
 
         Raises:
+            ProviderError: where the model's last answer did not come to a good end.
             Exception: PydanticAI's, carrying the tokens that the run has spent.
         """
+        library = importlib.import_module("pydantic_ai")
         spent = importlib.import_module("pydantic_ai.usage").RunUsage()
-        try:
-            result = await self.agent.run(with_feedback(prompt, state), usage=spent)
-        except Exception:
-            with charged(read_usage(spent)):
-                raise
-        return Completion(result.output, _usage_of(result, spent))
+        with library.capture_run_messages() as messages:
+            try:
+                result = await self.agent.run(
+                    with_feedback(prompt, state), usage=spent, **self._run_options
+                )
+            except Exception as error:
+                with charged(read_usage(spent)):
+                    _check_end(messages, error)
+                    raise
+            usage = _usage_of(result, spent)
+            with charged(usage):
+                finish = _check_end(messages)
+        return Completion(result.output, usage, {"finish_reason": finish})
 
     async def on_error(
         self, exception: Exception, attempt: int, state: RetryState | None = None
     ) -> None:
         """Keep a validation error for the next attempt's prompt."""
-        remember_feedback(exception, state)
+        if not _arose_in_model(exception):
+            remember_feedback(exception, state)
 
     async def dry_run(self, prompt: str) -> Answer[Any]:
         """An empty instance of the agent's output type, where that is a pydantic model."""
@@ -69,12 +83,17 @@ class PydanticAIStrategy(LLMCallStrategy[TOutput]):
         return await super().dry_run(prompt)
 
     def classify(self, exception: BaseException) -> Failure | None:
-        """By the provider's own error beneath PydanticAI's: it knows the Retry-After."""
+        """By the provider's own error beneath PydanticAI's: it knows the Retry-After. What fails
+        while an answer is read is the provider's fault, whatever Python calls it."""
         cause = exception.__cause__
-        if cause is None:
-            return None
-        translated = gemini_client.translate(cause) or openai_client.translate(cause)
-        return classify(translated) if translated is not None else None
+        if cause is not None:
+            translated = gemini_client.translate(cause) or openai_client.translate(cause)
+            if translated is not None:
+                return classify(translated)
+        failure = classify(exception)
+        if failure.kind in _OURS and _arose_in_model(exception):
+            return replace(failure, kind=FailureKind.UNKNOWN)
+        return None
 
 
 class PydanticAIModelStrategy(PydanticAIStrategy[Any]):
@@ -129,6 +148,9 @@ class PydanticAIModelStrategy(PydanticAIStrategy[Any]):
             model_settings=self._settings or None,
             retries=0,
         )
+        # It has no tools: one request is all that it needs.
+        limits = importlib.import_module("pydantic_ai.usage").UsageLimits
+        self._run_options = {"usage_limits": limits(request_limit=1)}
 
     async def close(self) -> None:
         """Close what this instance opened for itself."""
@@ -145,6 +167,45 @@ class PydanticAIModelStrategy(PydanticAIStrategy[Any]):
         provider = importlib.import_module("pydantic_ai.providers.openai").OpenAIProvider
         models = importlib.import_module("pydantic_ai.models.openai")
         return models.OpenAIChatModel(self.model, provider=provider(openai_client=client))
+
+
+#: Kinds that would lay the provider's fault at the model's or the strategy's door.
+_OURS = (FailureKind.VALIDATION, FailureKind.LOGIC_ERROR)
+
+_BAD_ENDS = {"length": FailureKind.TRUNCATED, "content_filter": FailureKind.CONTENT_BLOCKED}
+
+
+def _arose_in_model(exception: BaseException) -> bool:
+    """Whether PydanticAI's code for a provider raised it, not an agent's tool or check."""
+    step = exception.__traceback__
+    while step is not None:
+        if step.tb_frame.f_globals.get("__name__", "").startswith("pydantic_ai.models."):
+            return True
+        step = step.tb_next
+    return False
+
+
+def _check_end(messages: list[Any], error: Exception | None = None) -> str | None:
+    """How the last answer ended, by the provider's word where it is kept.
+
+    Raises:
+        ProviderError: it was empty, or did not come to a good end.
+    """
+    answers = [message for message in messages if getattr(message, "kind", None) == "response"]
+    if not answers:
+        return None
+    last = answers[-1]
+    finish, details = last.finish_reason, last.provider_details or {}
+    told = details.get("finish_reason") or finish
+    if finish in ("stop", "tool_call") or (told is None and last.parts):
+        if not last.parts:
+            raise ProviderError(f"the answer is empty ({told})", error_type="EmptyAnswer")
+        return None if told is None else str(told)
+    raise ProviderError(
+        f"the answer did not come to its end (finish_reason {str(told)[:40]})",
+        kind=_BAD_ENDS.get(finish, FailureKind.UNKNOWN),
+        error_type="UnfinishedAnswer",
+    ) from error
 
 
 def import_pydantic_ai() -> Any:

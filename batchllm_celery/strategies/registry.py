@@ -20,7 +20,10 @@ from typing import Any, TypeAlias, TypeVar
 from batchllm_celery.errors import StrategyNotFoundError, UsageError, describe
 from batchllm_celery.events import StrategyPrepared
 from batchllm_celery.models import StrategySpec
+from batchllm_celery.models.names import as_label, check_label
+from batchllm_celery.redaction import keep_secrets_of
 from batchllm_celery.strategies.base import LLMCallStrategy, ProcessResources, close_quietly
+from batchllm_celery.strategies.failures import log_bug
 
 #: Strategies built from names that a process keeps open; of more, idle ones are closed. A fleet has
 #: a handful, but items may each bring parameters of their own.
@@ -65,11 +68,13 @@ class Registration:
             raise UsageError(
                 f"strategy {self.name!r}: {error}; it takes {_parameters(self.factory)}"
             ) from error
+        keep_secrets_of(spec.params)
         try:
             built = self.factory(**spec.params)
         except UsageError:
             raise
         except Exception as error:  # a setting is missing, say: no other item fares better
+            log_bug("strategy.factory_failed", error, strategy=self.name)
             raise UsageError(
                 f"strategy {self.name!r}: its factory failed: {describe(error)}"
             ) from error
@@ -78,7 +83,18 @@ class Registration:
                 f"strategy {self.name!r}: its factory returned {type(built).__name__}, "
                 f"not an LLMCallStrategy"
             )
+        _check_async(self.name, built)
         return built
+
+
+def _check_async(name: str, strategy: Any) -> None:
+    """One word when it is registered or built, in place of asyncio's for each item."""
+    execute = getattr(strategy, "execute", None)
+    if not (inspect.iscoroutinefunction(execute) or asyncio.iscoroutinefunction(execute)):
+        raise UsageError(
+            f"strategy {name!r}: its execute() must be `async def`; "
+            f"run blocking code by `await asyncio.to_thread(...)`"
+        )
 
 
 def _parameters(factory: Factory) -> str:
@@ -96,8 +112,11 @@ class StrategyCatalog:
         """Add a name; importing its module again replaces it.
 
         Raises:
-            UsageError: if another factory has the name.
+            UsageError: for a name or a quota that can't be one, or if another factory has the name.
         """
+        check_label(registration.name, "strategy name")
+        if registration.quota is not None:
+            check_label(registration.quota, "quota name")
         known = self._registrations.get(registration.name)
         if known is not None and not _same_code(known.factory, registration.factory):
             raise UsageError(
@@ -158,10 +177,16 @@ def strategy(name: str, *, quota: str | None = None) -> Callable[[F], F]:
         quota: the quota its calls draw on; None: PROVIDER:MODEL of the strategy.
 
     Raises:
-        UsageError: if another factory has the name.
+        UsageError: for a name or a quota that can't be one, if another factory has the name, or if
+            the class has an `execute` that is not async.
     """
+    check_label(name, "strategy name")
+    if quota is not None:
+        check_label(quota, "quota name")
 
     def register(factory: F) -> F:
+        if inspect.isclass(factory):
+            _check_async(name, factory)
         catalog.register(Registration(name, factory, quota))
         return factory
 
@@ -230,7 +255,8 @@ class Registry:
         if found is None:
             registration = self._catalog.lookup(spec.name)
             found = registration.build(spec)
-            found.quota = registration.quota or found.quota or found.model_name or spec.name
+            named = registration.quota or found.quota or found.model_name or spec.name
+            found.quota = as_label(named)
             self._by_spec[key] = found
         self._by_spec.move_to_end(key)
         return found

@@ -35,4 +35,4 @@ async def open_simulated_client(resources: ProcessResources) -> Any:
             "no simulated provider: start one with `batchllm simulate` and set "
             "BATCHLLM_SIMULATED_URL to the URL it prints"
         )
-    return await gemini_client.open_client(resources, base_url=url, api_key="simulated")
+    return await gemini_client.open_client(resources, base_url=url, api_key="simulated-key")

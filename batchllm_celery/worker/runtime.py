@@ -11,17 +11,24 @@ import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from batchllm_celery.connection import Connection
-from batchllm_celery.errors import BatchNotFoundError, FailureKind, UsageError, describe
+from batchllm_celery.errors import (
+    BatchNotFoundError,
+    BatchUnreadableError,
+    FailureKind,
+    UsageError,
+    describe,
+)
 from batchllm_celery.events import Events, WorkerStarted, WorkerStopped
 from batchllm_celery.execution import ItemJob, ItemRunner, Prices, Stopped
+from batchllm_celery.execution.pricing import given_prices
 from batchllm_celery.keys import Keys
 from batchllm_celery.ledger import Beat, Claim, Heartbeat, Ledger, WorkerInfo, new_process_id
 from batchllm_celery.limiter import Estimator, Limiter
 from batchllm_celery.models import (
+    NO_TOKENS,
     BatchSpec,
     BatchState,
     Quota,
@@ -32,6 +39,7 @@ from batchllm_celery.models import (
 from batchllm_celery.settings import Settings
 from batchllm_celery.strategies import LLMCallStrategy, ProcessResources, Registry
 from batchllm_celery.worker.slots import Slots
+from batchllm_celery.worker.startup import ready_file, touch_forever
 
 logger = logging.getLogger("batchllm_celery")
 
@@ -49,6 +57,9 @@ HUNGRY_SECONDS = 0.25
 #: A shorter wait for the quota is not worth a word in a task's result.
 SHOWN_WAIT_SECONDS = 1.0
 
+#: Seconds before a time limit of Celery's at which what still runs goes back.
+CUT_OFF_BEFORE = 5.0
+
 _HALTED = frozenset({BatchState.PAUSED, BatchState.PARKED})
 
 Publish = Callable[[str, Sequence[int], str, int], None]
@@ -62,6 +73,8 @@ class Tally:
     failed: int = 0
     tokens: int = 0
     returned: int = 0
+    unknown: bool = False
+    """Whether Redis does not know the batch."""
     waited: float = 0.0
     """Seconds that the one of them waited for the quota which waited longest."""
     kinds: dict[str, int] = field(default_factory=dict)
@@ -123,6 +136,11 @@ class _Admission:
         self.leave(1)
 
 
+def _until_cut(time_limit: float) -> float:
+    """Seconds after which calls are cut off, before a time limit of Celery's does worse."""
+    return max(time_limit / 2, time_limit - CUT_OFF_BEFORE)
+
+
 class _LedgerGate:
     """Asks the ledger before each call, and keeps there what a move to another process needs.
 
@@ -152,15 +170,37 @@ class _LedgerGate:
         return await self._runtime.ledger.begin(self._claim)
 
     async def save(
-        self, attempts: int, refusals: int, state: RetryState, usage: TokenUsage
+        self,
+        attempts: int,
+        refusals: int,
+        state: RetryState,
+        usage: TokenUsage,
+        *,
+        overloads: int,
+        last_error: str,
     ) -> None:
-        await self._runtime.ledger.save_attempt(self._claim, attempts, refusals, state, usage)
+        await self._runtime.ledger.save_attempt(
+            self._claim,
+            attempts,
+            refusals,
+            state,
+            usage,
+            overloads=overloads,
+            last_error=last_error,
+        )
 
     def gave_up(self) -> None:
         self._claim.given_up += 1
 
     def calls(self, under_way: bool) -> None:
-        self._claim.calling = under_way
+        self._claim.calling, self._claim.unused = under_way, not under_way
+
+
+def _rehearsed(result: WorkItemResult[Any, Any]) -> WorkItemResult[Any, Any]:
+    """A rehearsal's result: marked as one, and without tokens that nobody spent."""
+    metadata = {**result.metadata, "dry_run": True}
+    changes = {"token_usage": NO_TOKENS, "cost": None, "metadata": metadata}
+    return result.model_copy(update=changes)
 
 
 class Runtime:
@@ -204,6 +244,7 @@ class Runtime:
         self._opening = asyncio.Lock()
         self._parts: contextlib.AsyncExitStack | None = None
         self.on_room: Callable[[], None] = lambda: None
+        self.dropped_messages: Callable[[], int] = lambda: 0
 
     # -- lifetime ---------------------------------------------------------------------------------
 
@@ -218,8 +259,12 @@ class Runtime:
         self.events.emit(WorkerStarted(self.process_id))
 
     async def _wire(self, parts: contextlib.AsyncExitStack) -> None:
-        settings, keys = self.settings, Keys(self.settings.namespace)
-        connection = await parts.enter_async_context(Connection(self._url, events=self.events))
+        settings = self.settings
+        connection = await parts.enter_async_context(
+            Connection(self._url, events=self.events, denied_seconds=settings.lease_seconds)
+        )
+        self._connection = connection
+        keys = Keys(settings.namespace, connection.database)
         await connection.patiently(connection.ping)
         self.ledger = await parts.enter_async_context(
             Ledger(
@@ -248,7 +293,8 @@ class Runtime:
         self._start_heartbeat(parts, keys)
         self._in_background(parts, self._offer_loop())
         if settings.heartbeat_file is not None:
-            self._in_background(parts, self._touch_loop(settings.heartbeat_file))
+            file, interval = ready_file(settings.heartbeat_file), settings.heartbeat_seconds
+            self._in_background(parts, touch_forever(file, interval, self._has_redis))
 
     def _start_heartbeat(self, parts: contextlib.AsyncExitStack, keys: Keys) -> None:
         loop = asyncio.get_running_loop()
@@ -273,7 +319,12 @@ class Runtime:
             running=len(self._running),
             queues=",".join(self.queues),
             started_at=self._started_at,
+            dropped_messages=self.dropped_messages(),
+            unreadable=",".join(self._unreadable()[:5]),
         )
+
+    def _unreadable(self) -> list[str]:
+        return [entry.name for entry in self._connection.broken.all() if entry.kind == "batch"]
 
     def _in_background(self, parts: contextlib.AsyncExitStack, work: Awaitable[None]) -> None:
         task = asyncio.ensure_future(work)
@@ -291,8 +342,9 @@ class Runtime:
             return
         self.draining = True
         self._hand_back(lambda running: not running.in_call)
+        seconds = self.settings.drain_seconds
         asyncio.get_running_loop().call_later(
-            self.settings.drain_seconds, self._hand_back, lambda running: True
+            seconds, self._hand_back, lambda running: True, f"drain_seconds={seconds:g}"
         )
 
     def abandon(self) -> None:
@@ -330,12 +382,22 @@ class Runtime:
         self._message_items = max(1, items)
 
     async def run_items(
-        self, batch_id: str, indexes: Sequence[int], *, offered: bool = False
+        self,
+        batch_id: str,
+        indexes: Sequence[int],
+        *,
+        offered: bool = False,
+        time_limit: float | None = None,
     ) -> Tally:
         """Claim and run the items that one message names; what others hold is left to them.
 
-        `offered`: a worker sent it for items that no message had brought.
+        Args:
+            batch_id: the batch.
+            indexes: the items.
+            offered: whether a worker sent it for items that no message had brought.
+            time_limit: seconds after which Celery ends this; what runs 5 s before goes back.
         """
+        ends = math.inf if time_limit is None else time.monotonic() + _until_cut(time_limit)
         await self.open()
         if not offered:
             self._last_delivery, self._hungry = time.monotonic(), False
@@ -346,7 +408,11 @@ class Runtime:
             try:
                 reply = await self.ledger.claim(batch_id, indexes)
             except BatchNotFoundError:
+                tally.unknown = True
+                logger.warning("batch.unknown batch_id=%s", batch_id)
                 return tally
+            except BatchUnreadableError:
+                return tally  # it has been logged; `status` names it
             if self.draining:  # since we asked: nobody else would hand them back
                 await self.ledger.release(reply.claims)
                 tally.returned = len(reply.claims)
@@ -356,6 +422,8 @@ class Runtime:
             for task in tasks:
                 task.add_done_callback(admission.leave_one)
             try:
+                if tasks and ends < math.inf:
+                    await self._run_until(ends, tasks, f"time_limit={time_limit:g}")
                 ended = await asyncio.gather(*tasks, return_exceptions=True)
             except asyncio.CancelledError:  # revoked, or a cold shutdown
                 if tasks:
@@ -366,6 +434,10 @@ class Runtime:
                 raise result  # shows in Celery; the item itself went back
             tally.add(None if isinstance(result, BaseException) else result)
         return tally
+
+    async def _run_until(self, ends: float, tasks: Sequence[asyncio.Task[Any]], why: str) -> None:
+        _, late = await asyncio.wait(tasks, timeout=max(0.0, ends - time.monotonic()))
+        self._hand_back(lambda running: running.task in late, why)
 
     @contextlib.asynccontextmanager
     async def _admission(self, items: int) -> AsyncIterator[_Admission]:
@@ -443,19 +515,27 @@ class Runtime:
         return None
 
     async def _run_one(self, spec: BatchSpec, claim: Claim) -> WorkItemResult[Any, Any] | Stopped:
+        if claim.payload.problem is not None:
+            problem = f"InvalidInput: {claim.payload.problem}"
+            return self._without_call(claim, FailureKind.INVALID_INPUT, problem)
         chosen = claim.payload.strategy or spec.strategy
         try:
             strategy = await self.registry.get(chosen)
         except UsageError as error:
-            return self._not_runnable(claim, error)
+            return self._without_call(claim, FailureKind.INVALID_REQUEST, describe(error))
         with self.registry.using(strategy):
             outcome = await self.runner.run(self._job(spec, claim, strategy))
         await self.registry.close_surplus()
+        if spec.config.dry_run and isinstance(outcome, WorkItemResult):
+            return _rehearsed(outcome)
         return outcome
 
     def _job(self, spec: BatchSpec, claim: Claim, strategy: LLMCallStrategy[Any]) -> ItemJob:
         payload = claim.payload
         quota = spec.quota or strategy.quota or spec.strategy.name
+        # Where it has its default name nobody has chosen it.
+        if strategy.full_speed and quota in (strategy.model_name, spec.strategy.name):
+            self.limiter.begin_at_full_speed(quota)
         gate = _LedgerGate(self, claim, strategy, quota)
         return ItemJob(
             batch_id=claim.batch_id,
@@ -470,9 +550,14 @@ class Runtime:
             state=claim.state,
             attempts=claim.attempts,
             refusals=claim.refusals,
+            overloads=claim.overloads,
+            last_error=claim.last_error,
             usage=claim.usage,
-            queued_seconds=claim.queued_seconds,
+            queued_seconds=claim.queued_seconds + time.monotonic() - claim.claimed_at,
             priority=spec.priority,
+            prices=given_prices(spec.prices),
+            needs_prices=spec.max_cost is not None,
+            estimate_usage=spec.token_budget is not None,
             gate=gate,
             parks=gate.parks,
         )
@@ -485,13 +570,15 @@ class Runtime:
         config: bytes | None = await connection.patiently(lambda: client.hget(key, "config"))
         return config is None or Quota.model_validate_json(config).day_exhausted == "park"
 
-    def _not_runnable(self, claim: Claim, error: UsageError) -> WorkItemResult[Any, Any]:
+    def _without_call(
+        self, claim: Claim, kind: FailureKind, error: str
+    ) -> WorkItemResult[Any, Any]:
         return WorkItemResult(
             item_id=claim.payload.item_id,
             index=claim.index,
             success=False,
-            error=describe(error),
-            error_kind=FailureKind.INVALID_REQUEST,
+            error=error,
+            error_kind=kind,
             context=claim.payload.context,
         )
 
@@ -499,9 +586,9 @@ class Runtime:
         self, claim: Claim, result: WorkItemResult[Any, Any]
     ) -> WorkItemResult[Any, Any]:
         # It arrives even if this task is cancelled now: the answer is paid for.
-        await self.ledger.record(
-            claim, result, spent_tokens=result.token_usage.total_tokens, cost=result.cost
-        )
+        result, line = await self.ledger.fitting(result)
+        tokens = result.token_usage.total_tokens
+        await self.ledger.record(claim, result, spent_tokens=tokens, cost=result.cost, line=line)
         return result
 
     # -- control ----------------------------------------------------------------------------------
@@ -522,10 +609,12 @@ class Runtime:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _hand_back(self, wanted: Callable[[_Running], bool]) -> None:
+    def _hand_back(self, wanted: Callable[[_Running], bool], why: str = "a_shutdown") -> None:
+        """Give items back; `why` is what their calls, if they are in one, were cut off by."""
         for running in list(self._running.values()):
             if wanted(running):
                 running.handed_back = True
+                running.claim.cut_by = why
                 running.task.cancel()
 
     def _is_handed_back(self, claim: Claim) -> bool:
@@ -542,10 +631,18 @@ class Runtime:
             if self.draining:
                 continue
             try:
-                for queue in self.queues:
+                await self.ledger.reconcile(self._runs)
+            except Exception as error:  # the next look may do better
+                logger.warning("reconcile.failed error=%s", describe(error))
+            for queue in self.queues:
+                try:
                     await self._offer(queue)
-            except Exception as error:  # the next look may do better; without any, work is lost
-                logger.warning("offer.failed error=%s", describe(error))
+                except Exception as error:  # without any further look, work is lost
+                    logger.warning("offer.failed queue=%s error=%s", queue, describe(error))
+
+    def _runs(self, claim: Claim) -> bool:
+        running = self._running.get((claim.batch_id, claim.index))
+        return running is not None and running.claim is claim
 
     async def _offer(self, queue: str) -> None:
         """What was lost must not wait for an idle worker; the rest is for those with free slots."""
@@ -561,10 +658,6 @@ class Runtime:
                 some = indexes[first : first + OFFERED_PER_TASK]
                 await asyncio.to_thread(self._publish, batch_id, some, queue, priority)
 
-    async def _touch_loop(self, path: Path) -> None:
-        """Tell a probe that the loop turns and that Redis has answered lately."""
-        while True:
-            age = time.monotonic() - self._heartbeat.last_beat
-            if age < self.settings.lease_seconds:
-                path.touch()  # noqa: ASYNC240 - microseconds, once a second
-            await asyncio.sleep(self.settings.heartbeat_seconds)
+    def _has_redis(self) -> bool:
+        """Whether Redis has answered lately."""
+        return time.monotonic() - self._heartbeat.last_beat < self.settings.lease_seconds

@@ -7,32 +7,52 @@ import gc
 import importlib
 import logging
 import os
+import sys
 import threading
+import traceback
+import weakref
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from celery import Celery, signals
+import redis
+from celery import Celery, bootsteps, signals
+from celery.exceptions import WorkerShutdown
+from celery.worker import state as worker_state
+from kombu.utils.imports import symbol_by_name
 
 from batchllm_celery import event_loop
+from batchllm_celery.connection import broker_url, safe_url
 from batchllm_celery.embedded import resolve_url, revive_when_lost
-from batchllm_celery.events import Events
-from batchllm_celery.observability import LogListener
+from batchllm_celery.errors import UsageError, describe
+from batchllm_celery.events import Events, Listener
+from batchllm_celery.observability import LogListener, switched_on
 from batchllm_celery.queue import (
     DEFAULT_QUEUE,
     ITEMS_HEADER,
     OFFERED,
     RUN_ITEMS,
+    is_fleet,
     make_app,
     publish,
+    redis_of,
 )
 from batchllm_celery.settings import Settings
 from batchllm_celery.worker import watchdog
-from batchllm_celery.worker.broker import fetch_together
+from batchllm_celery.worker.bad_messages import MOST_ITEMS, dropped, guarded
+from batchllm_celery.worker.broker import fetch_together, use_in
 from batchllm_celery.worker.retry_events import RetryEvents
 from batchllm_celery.worker.runtime import Runtime
+from batchllm_celery.worker.startup import touch_forever, wait_for_redis
 from batchllm_celery.worker.task_events import gather_task_events
 
 logger = logging.getLogger("batchllm_celery")
+
+REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
+
+
+#: Seconds.
+NO_TIME_LIMIT = 10**8
 
 
 class ItemsFailed(Exception):
@@ -58,12 +78,15 @@ def worker_app() -> Celery:
     Without BATCHLLM_REDIS_URL it runs on the embedded Valkey.
     """
     settings = Settings()
-    url = resolve_url(settings)
-    return install(make_app(settings, url), settings=settings, redis_url=url)
+    return install(make_app(settings, settings.redis_url), settings=settings)
 
 
 def install(
-    app: Celery, *, settings: Settings | None = None, redis_url: str | None = None
+    app: Celery,
+    *,
+    settings: Settings | None = None,
+    redis_url: str | None = None,
+    listeners: Sequence[Listener] = (),
 ) -> Celery:
     """Add the tasks and their lifetime to a Celery app, an existing one of yours included.
 
@@ -71,16 +94,39 @@ def install(
         app: its workers run batches from then on, on its default queue and every other that
             they consume; any pool will do.
         settings: default: from the environment.
-        redis_url: where ledger and limiter live; default: the settings', else the app's broker
-            if that is Redis, else the embedded Valkey.
+        redis_url: where ledger and limiter live; default: the settings', else the app's broker.
+        listeners: called with each event of a worker process (`batchllm_celery.events`), on its
+            event loop: quick ones, please. Besides them the settings may switch on Prometheus and
+            OpenTelemetry.
 
     Returns:
-        The app.
+        The app. Installing again changes nothing.
+
+    Raises:
+        UsageError: it was installed with other settings or another `redis_url`; or nothing says
+            where Redis is, and the app's broker is no single Redis.
     """
     settings = settings or Settings()
-    process = _Process(app, settings, redis_url)
+    known = _installed.get(app)
+    if known is not None:
+        if known.settings != settings or known.redis_url != redis_url:
+            raise UsageError("this app is installed already, with other settings")
+        return app
+    process = _Process(app, settings, redis_url, listeners)
+    process.check_redis()
+    _installed[app] = process
 
-    @app.task(name=RUN_ITEMS, bind=True, acks_late=True, ignore_result=True, throws=(ItemsFailed,))
+    @app.task(
+        name=RUN_ITEMS,
+        bind=True,
+        acks_late=True,
+        ignore_result=True,
+        throws=(ItemsFailed,),
+        # Out of reach: Celery reads 0 and None as the host's, and a limit shorter than a call has
+        # every item paid for again and again. The item runner has limits of its own.
+        time_limit=NO_TIME_LIMIT,
+        soft_time_limit=NO_TIME_LIMIT,
+    )
     def run_items(self: Any, batch_id: str, indexes: list[int]) -> Outcome:
         request = self.request
         return event_loop.run(process.run_items(request.id, request.hostname, batch_id, indexes))
@@ -89,26 +135,44 @@ def install(
     return app
 
 
+#: An app has one runtime in a process, however often it is installed.
+_installed: weakref.WeakKeyDictionary[Celery, _Process] = weakref.WeakKeyDictionary()
+
+
 def has_only_our_tasks(app: Celery) -> bool:
     """Whether every message of an app may be lost: a batch's items are offered again, but an
     app's other tasks would be gone."""
     return all(name == RUN_ITEMS or name.startswith("celery.") for name in app.tasks)
 
 
+def _nothing() -> None:
+    """Closes a listener that has nothing to close."""
+
+
+def _forks(pool: Any) -> bool:
+    return type(pool).__module__ == "celery.concurrency.prefork"
+
+
 class _Process:
     """The runtime of this process, whichever pool it is of. Signals differ by pool: `worker_ready`
     comes to the parent, `worker_process_init` to each child of prefork (and to solo)."""
 
-    def __init__(self, app: Celery, settings: Settings, redis_url: str | None) -> None:
+    def __init__(
+        self, app: Celery, settings: Settings, redis_url: str | None, listeners: Sequence[Listener]
+    ) -> None:
         self._app = app
-        self._settings = settings
-        self._redis_url = redis_url
+        self.settings = settings
+        self.redis_url = redis_url
+        self._is_worker = False
         self._lock = threading.Lock()
         self._runtime: Runtime | None = None
-        self._pid = 0
+        self._pid = self._probed = 0
         self._pool: Any = None
         self._slots: int | None = None
         self._task_events = False
+        self._listeners = list(listeners)
+        self._openers: list[switched_on.Opener] = []
+        self._opened: list[Listener] = []
         self._retry_events = RetryEvents(app, lambda: self._task_events)
 
     async def run_items(
@@ -116,13 +180,33 @@ class _Process:
     ) -> Outcome:
         runtime = self._current()
         async with self._retry_events.of(task_id, hostname) as retries:
-            tally = await runtime.run_items(batch_id, indexes, offered=task_id.startswith(OFFERED))
+            tally = await runtime.run_items(
+                batch_id,
+                indexes,
+                offered=task_id.startswith(OFFERED),
+                time_limit=self._time_limit(),
+            )
+        if tally.unknown:
+            raise ItemsFailed(
+                f"batch {batch_id!r} is unknown to this worker's Redis; is its producer's another?"
+            )
         if tally.failed:
             raise ItemsFailed(f"{tally}{retries}")
         return Outcome(f"{tally}{retries}")
 
     def connect(self) -> None:
         """Listen to the worker's signals, which reach this process only if it is a worker."""
+        start = self._on_pool_started
+
+        class AfterPool(bootsteps.StartStopStep):
+            """Between the pool and Celery's consumer, which connects to the broker."""
+
+            requires = ("celery.worker.components:Pool",)
+
+            def start(self, worker: Any) -> None:
+                start(worker)
+
+        self._app.steps["worker"].add(AfterPool)
         for signal, receiver in (
             (signals.worker_init, self._on_init),
             (signals.worker_ready, self._on_ready),
@@ -144,31 +228,49 @@ class _Process:
             return self._runtime
 
     def _make(self) -> Runtime:
+        self._opened = list(self._open_listeners())
         runtime = Runtime(
-            self._settings,
-            self._redis_url or self._own_redis(),
+            self.settings,
+            self.redis(),
             self._publish,
             slots=self._slots,
-            events=Events(LogListener(), self._retry_events),
+            events=Events(LogListener(), self._retry_events, *self._listeners, *self._opened),
             queues=self._lanes(),
         )
+        runtime.dropped_messages = lambda: dropped.count
         if self._pool is not None:
             runtime.on_room = self._pool.look_again
         watchdog.events.listen(runtime.events.emit)
         revive_when_lost(runtime.events)
         return runtime
 
-    def _own_redis(self) -> str:
-        if self._settings.redis_url is None:
-            broker = str(self._app.conf.broker_url or "")
-            if broker.startswith(("redis://", "rediss://")):
-                return broker
-        return resolve_url(self._settings)
+    def _open_listeners(self) -> Iterator[Listener]:
+        for opener in self._openers:
+            try:
+                yield opener()
+            except UsageError as error:  # no reason to leave the items alone
+                logger.error("listener.not_opened error=%s", error)
+
+    def redis(self) -> str:
+        """Where ledger and limiter live; of our own app without a URL: the embedded Valkey."""
+        if self.redis_url is None and self.settings.redis_url is None and is_fleet(self._app):
+            return resolve_url(self.settings)
+        return redis_of(self._app, self.settings, self.redis_url)
+
+    def check_redis(self) -> None:
+        """Say at once what `redis` would say, where that needs no look at our own app's broker,
+        which would start the embedded Valkey.
+
+        Raises:
+            UsageError: the broker of a host's app is no single Redis.
+        """
+        if not is_fleet(self._app) and self._app.conf.broker_url:  # else it is still to come
+            self.redis()
 
     def _lanes(self) -> list[str]:
         """The lanes that this worker consumes; the app's default queue is the lane `default`."""
         default = self._app.conf.task_default_queue
-        consumed = list(self._app.amqp.queues.consume_from) or self._settings.queues
+        consumed = list(self._app.amqp.queues.consume_from) or self.settings.queues
         return [DEFAULT_QUEUE if name == default else name for name in consumed]
 
     def _publish(self, batch_id: str, indexes: Any, queue: str, priority: int) -> None:
@@ -177,17 +279,61 @@ class _Process:
     # -- signals ----------------------------------------------------------------------------------
 
     def _on_init(self, sender: Any, **_: Any) -> None:
-        """Import the modules that register strategies, before the first message comes."""
+        """Import the modules that register strategies, before the first message comes; under
+        prefork, before the fork."""
+        self._is_worker = sender.app is self._app
+        if not self._is_worker:
+            return
+        use_in(self._app)
+        sender.consumer_cls = guarded(
+            symbol_by_name(sender.consumer_cls), only_ours=lambda: has_only_our_tasks(self._app)
+        )
+        try:
+            self.redis()
+        except UsageError as error:
+            raise SystemExit(f"Error: {error}") from error
         self._task_events = bool(sender.task_events)
-        for name in filter(None, (self._settings.app or "").split(",")):
-            try:
-                importlib.import_module(name.strip())
-            except ImportError as error:
-                raise SystemExit(f"Error: --app {name.strip()!r}: {error}") from error
+        try:
+            self._openers = switched_on.openers(self.settings)
+        except UsageError as error:
+            raise SystemExit(f"Error: {error}") from error
+        limit = self._time_limit()
+        if limit is not None:
+            logger.warning(
+                "worker.time_limit seconds=%g: Celery's time limit for %s cuts calls off; "
+                "leave it out of task_annotations",
+                limit,
+                RUN_ITEMS,
+            )
+        for name in filter(None, (self.settings.app or "").split(",")):
+            _import_or_end(name.strip())
+
+    def _on_pool_started(self, worker: Any) -> None:
+        if not _forks(worker.pool):
+            self._tell_probes()
+        url = self.redis()
+        # An app with another broker has other work to do meanwhile.
+        if self._app.conf.broker_url != broker_url(url) or not url.startswith(REDIS_SCHEMES):
+            return
+        if self._app.conf.broker_connection_retry_on_startup is False:
+            return
+        try:
+            wait_for_redis(url, worker_state.maybe_shutdown)
+        except redis.RedisError as error:
+            logger.critical("Redis at %s can't be used: %s", safe_url(url), describe(error))
+            raise WorkerShutdown(1) from error
+
+    def _tell_probes(self) -> None:
+        """Touch the heartbeat file from this process' loop, whether Redis is there or not."""
+        file = self.settings.heartbeat_file
+        if file is not None and self._probed != os.getpid():
+            self._probed = os.getpid()
+            touching = touch_forever(file, self.settings.heartbeat_seconds)
+            asyncio.run_coroutine_threadsafe(touching, event_loop.loop())
 
     def _on_ready(self, sender: Any, **_: Any) -> None:
         pool = sender.pool
-        if type(pool).__module__ == "celery.concurrency.prefork":
+        if not self._is_worker or _forks(pool):
             return  # its children open their own; a thread or a loop before a fork is trouble
         gather_task_events(sender)
         if hasattr(pool, "admit"):
@@ -201,11 +347,23 @@ class _Process:
             gc.freeze()
         asyncio.run_coroutine_threadsafe(self._current().open(), event_loop.loop())
 
+    def _time_limit(self) -> float | None:
+        """Seconds that Celery lets the task run, where the host has set a limit for it after all
+        (by `task_annotations`, say)."""
+        task = self._app.tasks[RUN_ITEMS]
+        limits = [one for one in (task.time_limit, task.soft_time_limit) if one]
+        shortest = min(limits, default=NO_TIME_LIMIT)
+        return None if shortest >= NO_TIME_LIMIT else float(shortest)
+
     def _seen(self, headers: dict[str, Any]) -> None:
-        if headers.get("task") == RUN_ITEMS:
-            self._current().expect(int(headers.get(ITEMS_HEADER) or 1))
+        items = headers.get(ITEMS_HEADER)
+        if headers.get("task") == RUN_ITEMS and type(items) is int:
+            self._current().expect(min(items, MOST_ITEMS))
 
     def _on_process_init(self, **_: Any) -> None:
+        if not self._is_worker:
+            return
+        self._tell_probes()
         asyncio.run_coroutine_threadsafe(self._current().open(), event_loop.loop())
 
     def _on_shutting_down(self, how: str, **_: Any) -> None:
@@ -220,3 +378,23 @@ class _Process:
         if runtime is not None and self._pid == os.getpid():
             event_loop.run(runtime.close())
             event_loop.close()
+            for listener in self._opened:
+                getattr(listener, "close", _nothing)()
+
+
+def _import_or_end(module: str) -> None:
+    """Import a module that registers strategies; without it every item here would fail.
+
+    Celery logs and swallows what a signal's receiver raises, but for SystemExit.
+    """
+    try:
+        importlib.import_module(module)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a module may call sys.exit
+        frames = traceback.extract_tb(error.__traceback__)
+        at = next((frame for frame in frames if frame.name == "<module>"), frames[-1])
+        quiet = isinstance(error, ImportError | SyntaxError)  # they name it themselves
+        place = "" if quiet else f" ({at.filename}:{at.lineno})"
+        print(f"Error: --app {module!r}: {describe(error)}{place}", file=sys.stderr, flush=True)
+        raise SystemExit(os.EX_CONFIG) from error

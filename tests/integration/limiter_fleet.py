@@ -194,7 +194,7 @@ class Fleet:
             self.epoch, self.epoch_began = reply.epoch, now
             self.bounds = {
                 name: Bound(rate / 60, self.quota.burst_seconds)
-                for name, rate in self.limits.given().items()
+                for name, rate in self.limits.finite().items()
                 if name.endswith("_per_minute")
             }
         else:

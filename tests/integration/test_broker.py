@@ -13,6 +13,7 @@ import redis
 from kombu import Consumer, Message, Producer, Queue
 
 from batchllm_celery.connection import broker_url
+from batchllm_celery.worker import redis_transport
 from batchllm_celery.worker.broker import MOST_TOGETHER, Amqp, fetch_together
 
 WAITING = 40
@@ -71,6 +72,12 @@ def opened(url: str, namespace: str, **options: Any) -> Iterator[Reader]:
                 client.delete(key)
 
 
+@pytest.fixture(autouse=True)
+def _always_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow this machine is, a message that came had others behind it."""
+    monkeypatch.setattr(redis_transport, "BUSY_SECONDS", 60.0)
+
+
 @pytest.fixture
 def reader(redis_url: str, namespace: str) -> Iterator[Reader]:
     with opened(redis_url, namespace) as reader:
@@ -122,17 +129,28 @@ def test_what_turns_out_to_be_too_much_goes_back_to_its_place(reader: Reader) ->
     assert reader.got == list(range(WAITING))
 
 
-def test_a_broken_message_takes_no_other_with_it(reader: Reader) -> None:
-    """It raises, as with kombu; those behind it are still in the queue."""
-    reader.client.lset(f"{reader.prefix}q", -6, "{not json")
+@pytest.mark.parametrize("broken", ["{not json", "[]", '{"properties": {}}', "1" * 5000])
+def test_a_broken_message_takes_no_other_with_it(reader: Reader, broken: str) -> None:
+    """It is dropped, wherever among them it comes; the others arrive in their order."""
+    reader.client.lset(f"{reader.prefix}q", -6, broken)
+    reader.client.lset(f"{reader.prefix}q", -1, broken)
     reader.consume()
     fetch_together(lambda: 1000)
-    with pytest.raises(ValueError, match=r"Expecting|property"):
+    while reader.left:
         reader.fetch()
-    assert reader.got == list(range(5))
-    assert reader.left == WAITING - 6
-    reader.fetch()
-    assert reader.got[5] == 6
+    assert reader.got == [n for n in range(WAITING) if n not in (0, 5)]
+    assert reader.unacknowledged == len(reader.got)
+
+
+def test_what_a_consumer_raises_is_raised(reader: Reader) -> None:
+    """Only what can't be read is dropped: errors of whoever reads are their own."""
+
+    def refuse(message: Message) -> None:
+        raise ValueError("mine")
+
+    reader.consume(refuse)
+    with pytest.raises(ValueError, match="mine"):
+        reader.fetch()
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,8 @@ async def test_a_prompt_is_answered_with_its_tokens() -> None:
     )
     assert completion.usage.output_tokens > 7
     assert completion.metadata == {
-        "safety_ratings": {"HARM_CATEGORY_DANGEROUS_CONTENT": "NEGLIGIBLE"}
+        "finish_reason": "STOP",
+        "safety_ratings": {"HARM_CATEGORY_DANGEROUS_CONTENT": "NEGLIGIBLE"},
     }
 
 
@@ -400,7 +401,7 @@ FREE = "generativelanguage.googleapis.com/generate_content_free_tier_requests"
         ((200, answer(finishReason="RECITATION")), BLOCKED),
         ((200, answer(finishReason="PROHIBITED_CONTENT")), BLOCKED),
         ((200, {"promptFeedback": {"blockReason": "OTHER"}}), BLOCKED),
-        ((200, answer(finishReason="MALFORMED_FUNCTION_CALL")), FailureKind.VALIDATION),
+        ((200, answer(finishReason="MALFORMED_FUNCTION_CALL")), UNKNOWN),
         ((200, answer(finishReason="OTHER", content={})), UNKNOWN),
         ((200, answer(content={"parts": [{"text": "hm", "thought": True}]})), UNKNOWN),
         ((200, {**GOOD, "candidates": []}), UNKNOWN),
@@ -411,7 +412,8 @@ FREE = "generativelanguage.googleapis.com/generate_content_free_tier_requests"
         ),
         ((403, api_error(403, "x", {"@type": "ErrorInfo", "reason": "BILLING_DISABLED"})), BILLING),
         ((400, api_error(400, "Please enable billing on the project")), BILLING),
-        ((403, api_error(403, "Permission denied")), FailureKind.AUTHENTICATION),
+        ((403, api_error(403, "Permission denied")), BLOCKED),
+        ((403, api_error(403, "API key was leaked")), FailureKind.AUTHENTICATION),
         ((429, api_error(429, "check your plan and billing details")), MINUTE),
         ((429, api_error(429, "x", violation(quotaId="RequestsPerMinutePerProject"))), MINUTE),
         ((429, api_error(429, "x", violation(quotaId="RequestsPerDayPerProject"))), DAY),

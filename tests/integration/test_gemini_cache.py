@@ -222,14 +222,14 @@ async def test_a_cache_that_vanishes_again_at_once_is_a_failure(
 
 
 async def test_a_403_about_anything_else_replaces_nothing(namespace: str) -> None:
-    """A key without the permission is a matter for its owner."""
+    """It fails as what it is: the cache is not to blame."""
     config = {"error_rate": 1.0, "error_statuses": (403,)}
     async with fleet(None, namespace, processes=1) as running:
         [strategy] = await running.prepare()
         running.provider.change(**config)
         with pytest.raises(ProviderError) as caught:
             await strategy.execute("q", 1, 9)
-        assert caught.value.kind is FailureKind.AUTHENTICATION
+        assert caught.value.kind is FailureKind.CONTENT_BLOCKED
         assert running.counts == (1, 0)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from batchllm_celery.errors import (
     BatchConflictError,
     BatchNotFoundError,
     FailureKind,
+    RedisDeniedError,
     UsageError,
 )
 from batchllm_celery.keys import Keys
@@ -31,6 +32,8 @@ from batchllm_celery.ledger.heartbeat import Beat
 from batchllm_celery.ledger.observer import Observer
 from batchllm_celery.models import (
     BatchState,
+    ProcessorConfig,
+    RetryConfig,
     RetryState,
     StrategySpec,
     TokenUsage,
@@ -166,6 +169,74 @@ async def test_only_deaths_in_mid_call_convict(one: Ledger) -> None:
     error = json.loads(outcome.line)["error"]
     assert error["kind"] == "worker_lost"
     assert (await one.progress(BATCH)).maybe_billed == 5
+
+
+async def test_what_a_living_process_does_not_run_goes_back(one: Ledger, two: Ledger) -> None:
+    """Its heartbeat renews what it holds: an item whose task has ended without a word would be held
+    for ever. Two looks, for what has just been claimed runs in a moment."""
+    await feed_all(one, 3)
+    claims = await take(one, 0, 1, 2)
+    for _ in range(2):
+        await one.heartbeat()
+        assert await take(two, 0, 1, 2) == []
+        await one.reconcile(lambda claim: claim.index == 0)
+    assert [claim.index for claim in await take(two, 0, 1, 2)] == [1, 2]
+    await one.reconcile(lambda claim: False)
+    claims[0].settled = True  # its outcome is on its way
+    await one.reconcile(lambda claim: False)
+    assert await take(two, 0) == []
+
+
+@pytest.mark.parametrize("failing", ["claim.lua", "record.lua", "release.lua"])
+async def test_what_a_failed_call_left_behind_goes_back(
+    one: Ledger, two: Ledger, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    """Redis did what was asked, and its answer was an error all the same: neither side may go on
+    believing that the living process has the item."""
+    await feed_all(one, 2)
+    (other,) = await take(one, 1)  # so that it has a heartbeat
+    claim = (await take(one, 0))[0] if failing != "claim.lua" else None
+    real = one._run
+    done = failing == "claim.lua"
+
+    async def run(script: Any, batch_id: str, args: Any = ()) -> Any:
+        if script.name == failing:
+            if done:
+                await real(script, batch_id, args)
+            raise RedisDeniedError("denied")
+        return await real(script, batch_id, args)
+
+    monkeypatch.setattr(one, "_run", run)
+    asked: Awaitable[object]
+    if claim is None:
+        asked = one.claim(BATCH, [0])
+    elif failing == "record.lua":
+        asked = one.record(claim, answer(claim), spent_tokens=0, cost=None)
+    else:
+        asked = one.release([claim])
+    with pytest.raises(RedisDeniedError):
+        await asked
+    monkeypatch.undo()
+    for _ in range(2):
+        await one.heartbeat()
+        await one.reconcile(lambda held: held is other)
+    assert [claim.index for claim in await take(two, 0, 1)] == [0]
+
+
+async def test_each_lease_redis_is_asked_what_it_believes(
+    connection: Connection, namespace: str
+) -> None:
+    """Whatever went wrong: what nobody has noticed goes back within a lease too."""
+    async with ledger(connection, namespace, lease_seconds=0.05) as worker:
+        await feed_all(worker, 2)
+        stray, kept = await take(worker, 0, 1)
+        worker.holding.discard(stray)
+
+        async def reconciled() -> bool:
+            await worker.reconcile(lambda claim: claim is kept)
+            return [claim.index for claim in await take(worker, 0)] == [0]
+
+        await wait_until_async(reconciled)
 
 
 async def test_a_killer_among_a_thousand_convicts_nobody_else(one: Ledger) -> None:
@@ -850,3 +921,68 @@ def test_every_key_of_a_batch_is_named_on_one_page() -> None:
     keys = Keys("ns").batch("b")
     assert keys.meta == "ns:{batch:b}:meta"
     assert keys.stopped == "ns:{batch:b}:stopped"
+
+
+# -- the bound
+
+
+async def _calls(of: Ledger) -> list[str]:
+    client: Any = of._connection.client
+    entry = await client.hget(of._keys.batch(BATCH).calls, "0")
+    return entry.decode().split() if entry else []
+
+
+async def test_an_items_calls_are_counted_and_the_last_one_is_refused(
+    one: Ledger, two: Ledger
+) -> None:
+    """Here and elsewhere, whatever was saved or not; the round after begins anew."""
+    config = ProcessorConfig(retry=RetryConfig(max_attempts=2), max_rate_limit_retries=1)
+    await feed_all(one, 1, config=config)
+    most = config.most_calls + Settings().max_deliveries + 1
+    for made in range(most):
+        process = (one, two)[made % 2]
+        [claim] = await take(process, 0)
+        assert await process.begin(claim) is None
+        claim.calling = False  # answered, and given back without a word
+        await process.release([claim])
+    [claim] = await take(one, 0)
+    assert await one.begin(claim) is FailureKind.EXHAUSTED
+    result = failure(claim, FailureKind.EXHAUSTED)
+    assert await one.record(claim, result, spent_tokens=0, cost=None)
+    assert await _calls(one) == []
+    await one.retry_failed(BATCH)
+    [claim] = await take(one, 0)
+    assert await one.begin(claim) is None
+
+
+async def test_a_begin_without_a_call_is_not_counted(one: Ledger) -> None:
+    """Its permit went stale, its wait was saved, it was given back, its reply was lost."""
+    await feed_all(one, 1)
+    [claim] = await take(one, 0)
+    assert await one.begin(claim) is None
+    assert await one.begin(claim) is None
+    assert (await _calls(one))[0] == "1"
+    claim.calling, claim.unused = False, True
+    await one.save_attempt(claim, 0, 0, RetryState(), TokenUsage())
+    assert (await _calls(one))[0] == "0"
+    assert await one.begin(claim) is None
+    claim.calling, claim.unused = False, True
+    await one.release([claim])
+    assert (await _calls(one))[0] == "0"
+    assert (await one.progress(BATCH)).maybe_billed == 0
+
+
+async def test_calls_cut_off_end_an_item_by_their_own_name(one: Ledger) -> None:
+    """Together with deaths in mid-call; its neighbours are no suspects for it."""
+    await feed_all(one, 1)
+    for _ in range(Settings().max_deliveries):
+        [claim] = await take(one, 0)
+        assert claim.losses == 0
+        assert await one.begin(claim) is None
+        claim.cut_by = "drain_seconds=60"
+        await one.release([claim])
+    assert (await one.claim(BATCH, [0])).gone == [0]
+    [outcome] = await one.results(BATCH)
+    line = WorkItemResult.from_json(json.loads(outcome.line))
+    assert line.error_kind is FailureKind.CUT_OFF
+    assert "drain seconds=60" in (line.error or "")

@@ -6,6 +6,7 @@ Random histories are in test_limiter_properties.py.
 from __future__ import annotations
 
 import heapq
+import math
 import random
 import struct
 import uuid
@@ -36,6 +37,7 @@ class Scripts:
         self.keys = [keys.state, keys.procs, keys.waiting, keys.channel]
         self.sequence = 0
         self.epoch = 0
+        self.full_speed = False
         self.configure(quota)
 
     def configure(self, quota: Quota) -> None:
@@ -67,6 +69,7 @@ class Scripts:
             "sequence": self.sequence,
             "wanted": len(wants),
             "known_epoch": self.epoch,
+            "full_speed": self.full_speed,
             "refused_epoch": self.epoch if refused else -1,
             "retry_after_us": -1 if retry_after is None else round(retry_after * 1e6),
             "day_exhausted_us": -1 if day_exhausted is None else round(day_exhausted * 1e6),
@@ -483,7 +486,7 @@ def test_a_late_refusal_opens_no_second_cooldown(server: VirtualRedis) -> None:
 def allowed(scripts: Scripts) -> float:
     """The pace: requests a minute of an unknown quota, a share of a known one."""
     state = scripts.state()
-    return state.rate_factor if state.limits.given() else state.allowed_per_minute or 0.0
+    return state.rate_factor if state.limits.finite() else state.allowed_per_minute or 0.0
 
 
 def load(scripts: Scripts, seconds: float, *, successes: int = 0) -> list[float]:
@@ -552,6 +555,56 @@ def test_refusals_before_any_success_do_not_end_the_search(server: VirtualRedis)
         scripts.ask("a", [1] * 9, successes=4)
         server.now += 0.5
     assert allowed(scripts) >= 0.8 * first
+
+
+@pytest.mark.parametrize("said", ["by the process", "by the quota"])
+def test_full_speed_starts_all_at_once_until_a_call_is_refused(
+    server: VirtualRedis, said: str
+) -> None:
+    """Nobody's quota: no start waits. A refusal sets the rate to what came through before it."""
+    limits = QuotaLimits.unlimited() if said == "by the quota" else QuotaLimits()
+    scripts = Scripts(server, Quota(name="q", limits=limits))
+    scripts.full_speed = said == "by the process"
+    for _ in range(20):
+        given = scripts.ask("a", [1] * 50, successes=50)
+        assert len(given.starts_us) == 50
+        assert max(given.starts_us) < 1_000
+        server.now += 1.0
+    scripts.ask("a", [], refused=True, retry_after=1.0)
+    assert 20 <= allowed(scripts) / 60 / 0.75 <= 50
+    server.now += 1.1
+    starts = [delay for _ in range(3) for delay in scripts.ask("a", [1] * 200).starts_us]
+    assert len(starts) < 60  # of the 200, in the half second ahead
+
+
+def test_full_speed_that_is_refused_at_once_starts_as_any_quota_does(server: VirtualRedis) -> None:
+    """Before any success there is nothing to go by."""
+    scripts = Scripts(server, Quota(name="q", limits=QuotaLimits.unlimited()))
+    assert len(scripts.ask("a", [1] * 50).starts_us) == 50
+    scripts.ask("a", [], refused=True, retry_after=1.0)
+    other = Scripts(server, Quota(name="q"))
+    assert len(other.ask("a", [1] * 50).starts_us) < 10
+    assert 0 < allowed(scripts) < allowed(other)
+
+
+def test_a_known_rate_beside_unlimited_tokens_limits(server: VirtualRedis) -> None:
+    """Unlimited is said of one dimension, not of the others."""
+    limits = QuotaLimits(requests_per_minute=60, tokens_per_minute=math.inf)
+    scripts = Scripts(server, Quota(name="q", limits=limits))
+    scripts.full_speed = True
+    assert len(scripts.ask("a", [1] * 50).starts_us) <= 2
+
+
+def test_a_quota_set_to_unlimited_is_so_at_once(server: VirtualRedis) -> None:
+    """And back again: what the search had found, or its absence, is not kept."""
+    scripts = Scripts(server, Quota(name="q"))
+    assert len(scripts.ask("a", [1] * 50).starts_us) < 10
+    scripts.configure(Quota(name="q", limits=QuotaLimits.unlimited()))
+    assert len(scripts.ask("a", [1] * 50).starts_us) == 50
+    scripts.configure(Quota(name="q", limits=QuotaLimits(requests_per_minute=600)))
+    scripts.configure(Quota(name="q"))
+    server.now += 10
+    assert len(scripts.ask("a", [1] * 50).starts_us) < 10
 
 
 def test_a_spent_window_tells_the_quota(server: VirtualRedis) -> None:

@@ -19,6 +19,11 @@ class Napping(LLMCallStrategy[str]):
         return prompt, TokenUsage(input_tokens=5, output_tokens=5, total_tokens=10)
 
 
+@strategy("unmetered")
+def unmetered() -> LLMCallStrategy[Any]:
+    return Napping(0.0)
+
+
 @strategy("napping", quota="naps")
 def napping(seconds: float = 0.01) -> LLMCallStrategy[Any]:
     return Napping(seconds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -10,17 +11,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner
 
-from batchllm_celery.cli import _COMMANDS, cli, estimate, job, main
+from batchllm_celery.cli import _COMMANDS, cli, estimate, job, main, options
 from batchllm_celery.cli.doctor import check_server
-from batchllm_celery.cli.fleet import Fleet, FleetError, environment_of
+from batchllm_celery.cli.fleet import environment_of
+from batchllm_celery.cli.quota_view import limits_words
 from batchllm_celery.cli.run import default_out, resume_command
 from batchllm_celery.errors import FailureKind, UsageError
 from batchllm_celery.models import QuotaLimits
 from batchllm_celery.settings import Settings
-from tests.support import wait_until
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +71,22 @@ SIMULATED = (*RUN, "--model", "simulated")
         ((*SIMULATED, "--rpm", "0"), "--rpm"),
         ((*SIMULATED, "--fail-fast", "nonsense"), "unknown kind 'nonsense'"),
         ((*SIMULATED, "--batch-id", "a b"), "--batch-id 'a b'"),
+        ((*SIMULATED, "--batch-id", ".."), "--batch-id '..'"),
+        ((*SIMULATED, "--batch-id", "."), "--batch-id '.'"),
+        ((*SIMULATED, "--batch-id", ""), "--batch-id ''"),
+        ((*SIMULATED, "--batch-id", "-x"), "--batch-id '-x'"),
+        ((*SIMULATED, "--batch-id", "--help"), "--batch-id '--help'"),
+        ((*SIMULATED, "--batch-id", "../other"), "--batch-id '../other'"),
+        ((*SIMULATED, "--batch-id", "a\n"), "--batch-id 'a\\n'"),
+        ((*SIMULATED, "--batch-id", "x" * 10_000), "--batch-id 'xxx"),
+        ((*SIMULATED, "--quota", "a{b}c"), "--quota 'a{b}c'"),
+        ((*SIMULATED, "--quota", "-x"), "--quota '-x'"),
+        ((*SIMULATED, "--queue", "../x"), "lane '../x'"),
+        (("results", ".."), "batch id '..'"),
+        (("cancel", "--", "-x"), "batch id '-x'"),
+        (("status", "a/b"), "batch id 'a/b'"),
+        (("quota", "set", "a b", "--rpm", "5"), "quota name 'a b'"),
+        ((*RUN, "--strategy", "summarise reviews"), "--strategy 'summarise reviews'"),
         ((*SIMULATED, "--prompt", "the same for all"), "names no field"),
         ((*SIMULATED, "-o", "other.jsonl"), "--overwrite"),
         ((*SIMULATED, "-o", "rows.jsonl"), "the input itself"),
@@ -81,8 +99,16 @@ SIMULATED = (*RUN, "--model", "simulated")
         (("quota", "set", "q"), "say what to set"),
         (("simulate", "--error-rate", "2"), "error_rate"),
         (("flower", "--address", "0.0.0.0"), "not loopback"),
+        (("flower", "--basic-auth", "ann"), "USER:PASSWORD"),
+        (("flower", "--basic-auth", "ann:"), "USER:PASSWORD"),
+        (("flower", "--basic-auth", "ann:half,other:half"), "without a comma"),
+        (("flower", "--basic-auth", "ann:pässword"), "ASCII"),
+        (("flower", "--basic-auth", "ann:a b"), "a space"),
+        (("status", "--redis-url", "redis://:a#b@h"), "percent-encode"),
+        (("status", "--redis-url", "redis://h?socket_timeout=5"), "leave out ?socket_timeout="),
+        (("worker", "--redis-url", "redis://h/mydb"), "a number"),
+        ((*SIMULATED, "--redis-url", "redis://a/5;redis://b/5"), "one server"),
         (("status", "--redis-url", "redis://127.0.0.1:1/0"), "127.0.0.1:1"),
-        (("worker", "--app", "no_such_module"), "--app no_such_module"),
     ],
 )
 def test_a_wrong_request_is_one_line_and_exit_2(
@@ -200,6 +226,36 @@ def test_options_become_models() -> None:
     assert quota.policy.kind == "slow_start"
 
 
+@pytest.mark.parametrize(
+    "option", ["rpm", "tpm", "input-tpm", "output-tpm", "rpd", "max-concurrency"]
+)
+def test_unlimited_can_be_said_of_every_limit(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an option and in the environment; what is no number and not that word is refused."""
+    seen: list[Any] = []
+
+    @click.command()
+    @options.limits
+    def command(**chosen: Any) -> None:
+        seen.append(job.limits_of(chosen).given())
+
+    assert CliRunner().invoke(command, [f"--{option}", "unlimited"]).exit_code == 0
+    variable = "BATCHLLM_" + option.replace("-", "_").upper()
+    assert CliRunner().invoke(command, env={variable: "Unlimited"}).exit_code == 0
+    assert CliRunner().invoke(command, [f"--{option}", "7"]).exit_code == 0
+    assert [list(one.values()) for one in seen] == [[math.inf], [math.inf], [7]]
+    for wrong in ("0", "none", "-1"):
+        assert CliRunner().invoke(command, [f"--{option}", wrong]).exit_code == 2
+
+
+def test_limits_are_shown_in_words() -> None:
+    """What is limited, else what was said, else that nothing was."""
+    assert (
+        limits_words(QuotaLimits(requests_per_minute=600, tokens_per_minute=math.inf)) == "600 rpm"
+    )
+    assert limits_words(QuotaLimits.unlimited()) == "unlimited"
+    assert limits_words(QuotaLimits()) == "no quota"
+
+
 def test_no_limit_given_leaves_the_quota_as_it_is() -> None:
     """A run without --rpm and the like configures nothing."""
     assert job.quota_of({}, "q") is None
@@ -223,19 +279,6 @@ def test_workers_hear_settings_through_the_environment() -> None:
     assert environment["BATCHLLM_QUEUE"] == "run.b"
     assert environment["BATCHLLM_SLOTS"] == "7"
     assert "BATCHLLM_REDIS_URL" not in environment
-
-
-def test_workers_that_never_get_ready_are_given_up(tmp_path: Path) -> None:
-    """A set-up that can't work ends after a few tries, with the worker's last words."""
-    bad = dict(os.environ) | {"BATCHLLM_SLOTS": "none at all"}
-    fleet = Fleet(2, lambda _: bad, log_dir=tmp_path / "logs")
-    try:
-        fleet.start()
-        with pytest.raises(FleetError, match=r"worker-\d.log"):
-            wait_until(fleet.poll, timeout=60)
-    finally:
-        fleet.kill()
-    assert fleet.ended()
 
 
 def test_the_doctor_knows_settings_of_redis_that_lose_batches() -> None:

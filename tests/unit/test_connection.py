@@ -9,11 +9,18 @@ from collections.abc import Callable, Sequence
 import pytest
 import redis.exceptions as redis_errors
 
-from batchllm_celery.connection import Coalescer, Connection, Script, broker_url, safe_url
+from batchllm_celery.connection import (
+    Coalescer,
+    Connection,
+    Reminder,
+    Script,
+    broker_url,
+    safe_url,
+)
 from batchllm_celery.connection.redis_connection import passes_by_itself
-from batchllm_celery.errors import RedisUnavailableError, UsageError
+from batchllm_celery.errors import RedisDeniedError, RedisUnavailableError, UsageError
 from batchllm_celery.events import ConnectionLost, ConnectionRestored, Event, Events
-from tests.support import wait_until_async
+from tests.support import Clock, wait_until_async
 
 
 @pytest.mark.parametrize(
@@ -40,7 +47,7 @@ def test_a_url_is_shown_without_its_password(url: str, shown: str) -> None:
     ("url", "celerys"),
     [
         ("redis://:pw@host:6379/3", "redis://:pw@host:6379/3"),
-        ("rediss://host", "rediss://host"),
+        ("rediss://host", "rediss://host:6379/0"),
         ("unix:///run/v.sock", "redis+socket:///run/v.sock?virtual_host=0"),
         ("unix:///run/v.sock?db=2", "redis+socket:///run/v.sock?virtual_host=2"),
         ("unix://:pw@/run/v.sock", "redis+socket://:pw@/run/v.sock?virtual_host=0"),
@@ -74,6 +81,10 @@ def test_an_included_file_stands_where_it_is_named() -> None:
     assert text.index("local first = 1") < text.index("local second = 2") < text.index("return")
 
 
+#: What Redis 6.2 puts before the answer that a command in a script got.
+BEFORE_7 = "Error running script (call to f_2248ea7f10): @user_script:1: @user_script: 1: "
+
+
 @pytest.mark.parametrize(
     ("error", "passes"),
     [
@@ -87,6 +98,13 @@ def test_an_included_file_stands_where_it_is_named() -> None:
         (ConnectionResetError("reset"), True),
         (redis_errors.AuthenticationError("wrong password"), False),
         (redis_errors.AuthorizationError("no permission"), False),
+        (redis_errors.NoPermissionError("may not"), False),
+        (redis_errors.ResponseError(BEFORE_7 + "-OOM command not allowed when used"), True),
+        (redis_errors.ResponseError(BEFORE_7 + "-MISCONF Redis is configured to"), True),
+        (redis_errors.ResponseError(BEFORE_7 + "-READONLY You can't write against a"), True),
+        (redis_errors.ResponseError(BEFORE_7 + "-WRONGTYPE Operation against a key"), False),
+        (redis_errors.ResponseError("ERR the prompt says: OOM here"), False),
+        (redis_errors.ResponseError("ACL failure in script: User u has no permissions"), False),
         (redis_errors.ResponseError("ERR unknown command"), False),
         (redis_errors.DataError("not a string"), False),
         (ValueError("ours"), False),
@@ -113,6 +131,88 @@ async def test_an_outage_is_told_once_and_its_end_once() -> None:
         assert not connection.lost
     assert answers == ["answer"] * 3
     assert [type(event) for event in heard] == [ConnectionLost, ConnectionRestored]
+
+
+DENIALS = [
+    redis_errors.NoPermissionError("this user has no permissions to run the 'eval' command"),
+    redis_errors.AuthenticationError("invalid username-password pair or user is disabled."),
+    redis_errors.ResponseError("ACL failure in script: No permissions to access a channel"),
+    redis_errors.ResponseError(
+        "The user executing the script can't run this command or subcommand script: 80c9, on @user"
+    ),
+    redis_errors.ResponseError(BEFORE_7 + "The user executing the script can't run this command"),
+]
+
+
+@pytest.mark.parametrize("denial", DENIALS, ids=lambda error: type(error).__name__)
+async def test_a_denial_is_one_line_that_says_where_the_rights_are(denial: Exception) -> None:
+    """A right or a password that is missing is told at once, without the password that was used."""
+
+    async def call() -> None:
+        raise denial
+
+    async with Connection("redis://me:secret@localhost:1") as connection:
+        with pytest.raises(RedisDeniedError, match=r"me:\*\*\*@localhost:1 denies") as caught:
+            await connection.patiently(call)
+    assert "docs/deploy.md" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("denial", DENIALS, ids=lambda error: type(error).__name__)
+async def test_a_worker_waits_out_a_denial_in_mid_run(denial: Exception) -> None:
+    """Rights and passwords change in more than one step: what is paid for is not dropped for it."""
+    answers = iter([None, denial, denial, None])
+
+    async def call() -> str:
+        if (answer := next(answers)) is not None:
+            raise answer
+        return "answer"
+
+    heard: list[Event] = []
+    events = Events(heard.append)
+    async with Connection("redis://localhost:1", events=events, denied_seconds=30) as connection:
+        assert [await connection.patiently(call) for _ in range(2)] == ["answer"] * 2
+    assert [type(event) for event in heard] == [ConnectionLost, ConnectionRestored]
+
+
+async def test_a_denial_that_lasts_ends_the_wait_though_other_calls_succeed() -> None:
+    """One right that is missing for good is no outage."""
+
+    async def call(error: Exception | None) -> None:
+        if error is not None:
+            raise error
+
+    async with Connection("redis://localhost:1", denied_seconds=0.2) as connection:
+        await connection.patiently(lambda: call(None))
+        denied = asyncio.ensure_future(connection.patiently(lambda: call(DENIALS[0])))
+        while not denied.done():
+            await connection.patiently(lambda: call(None))
+            await asyncio.sleep(0.01)
+        with pytest.raises(RedisDeniedError):
+            await denied
+
+
+async def test_a_denial_at_the_start_is_no_outage() -> None:
+    """Who was never served has no rights or no password: waiting would not help."""
+
+    async def call() -> None:
+        raise DENIALS[1]
+
+    async with Connection("redis://localhost:1", denied_seconds=30) as connection:
+        with pytest.raises(RedisDeniedError):
+            await asyncio.wait_for(connection.patiently(call), timeout=5)
+
+
+def test_a_wait_is_said_after_seconds_and_then_rarely() -> None:
+    """Three seconds, a minute, ten minutes; each word once."""
+    clock = Clock()
+    reminder = Reminder(clock)
+    said = []
+    for second in range(2_000):
+        clock.now = 100.0 + second
+        if reminder.due():
+            said.append(second)
+    assert said == [3, 63, 663, 1263, 1863]
 
 
 async def test_what_waiting_can_not_cure_is_raised_at_once() -> None:

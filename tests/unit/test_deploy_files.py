@@ -20,6 +20,7 @@ import yaml
 
 from batchllm_celery.cli import main
 from batchllm_celery.settings import Settings
+from batchllm_celery.worker.startup import ready_file
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "tests" / "data"
@@ -151,14 +152,17 @@ def probe_command() -> str:
     return command[2]
 
 
-def test_all_probes_of_a_worker_are_the_same() -> None:
-    """Compose and Kubernetes run one and the same check."""
+def test_what_restarts_a_worker_does_not_depend_on_redis() -> None:
+    """Liveness, start and compose's check look at the loop's file; readiness at that of Redis."""
     container = worker_pod()["containers"][0]
     in_kubernetes = {
-        container[probe]["exec"]["command"][2]
-        for probe in ("startupProbe", "readinessProbe", "livenessProbe")
+        container[probe]["exec"]["command"][2] for probe in ("startupProbe", "livenessProbe")
     }
     assert in_kubernetes == {compose()["services"]["worker"]["healthcheck"]["test"][1]}
+    file = Path("/run/batchllm/heartbeat")
+    assert f"find {file} " in probe_command()
+    ready = container["readinessProbe"]["exec"]["command"][2]
+    assert ready == probe_command().replace(str(file), str(ready_file(file)))
 
 
 @pytest.mark.parametrize(("age", "healthy"), [(0, True), (30, True), (150, False), (None, False)])

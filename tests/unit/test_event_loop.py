@@ -186,3 +186,25 @@ def test_a_forked_child_starts_its_own_loop() -> None:
     _, status = os.waitpid(child, 0)
     assert status == 0
     assert event_loop.run(_where())[0] is parents
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()])
+def test_a_task_that_exits_ends_itself_and_not_the_loop(
+    error: BaseException, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever awaits it hears of it; everybody else's loop goes on, and the log says so."""
+
+    async def leave() -> None:
+        raise error
+
+    async def await_it() -> str:
+        task = asyncio.ensure_future(leave())
+        try:
+            await task
+        except BaseException as raised:
+            return type(raised).__name__
+        return "nothing"
+
+    assert event_loop.run(await_it()) == type(error).__name__
+    assert event_loop.run(_where())[1] == "batchllm-loop"
+    assert "exit_ignored" in caplog.text

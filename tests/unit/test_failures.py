@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import logging
+import math
 import socket
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from http import HTTPStatus
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -62,7 +65,11 @@ CASES: list[tuple[BaseException, FailureKind]] = [
     (StatusError(400), K.INVALID_REQUEST),
     (StatusError(401), K.AUTHENTICATION),
     (StatusError(402), K.BILLING),
-    (StatusError(403), K.AUTHENTICATION),
+    (StatusError(403), K.CONTENT_BLOCKED),
+    (StatusError(403, "Sorry, you have been blocked"), K.CONTENT_BLOCKED),
+    (StatusError(403, "Your API key lacks the scope"), K.AUTHENTICATION),
+    (StatusError(403, "invalid credentials"), K.AUTHENTICATION),
+    (StatusError(403, "The access token has expired"), K.AUTHENTICATION),
     (StatusError(404), K.INVALID_REQUEST),
     (StatusError(408), K.PROVIDER_TIMEOUT),
     (StatusError(409), K.OVERLOADED),
@@ -119,9 +126,12 @@ def test_every_exception_has_one_kind(error: BaseException, kind: FailureKind) -
 
 
 def test_the_message_names_the_provider_s_own_exception() -> None:
-    """A translated error is shown under the SDK's name, cut to 200 characters."""
-    error = ProviderError("x" * 300, error_type="ClientError")
-    assert classify(error).message == "ClientError: " + "x" * 200
+    """A translated error is shown under the SDK's name. Of a long message both ends are kept,
+    because many put the reason last."""
+    error = ProviderError("a" * 150 + "b" * 350 + "the reason", error_type="ClientError")
+    kept = "a" * 120 + " .. " + "b" * 66 + "the reason"
+    assert classify(error).message == f"ClientError: {kept}"
+    assert len(kept) == 200
     translated = ProviderError("down")
     translated.__cause__ = OSError("cause")
     assert classify(translated).message == "OSError: down"
@@ -151,6 +161,16 @@ def test_retry_after_is_read_in_every_form(headers: dict[str, str], seconds: flo
     """Milliseconds are the finer word; nonsense counts as absent."""
     assert retry_after_of(headers) == seconds
     assert classify(StatusError(429, headers=headers)).retry_after == seconds
+
+
+@pytest.mark.parametrize(
+    ("told", "seconds"),
+    [(2.5, 2.5), (None, None), (math.inf, None), (math.nan, None), (-1.0, None)],
+)
+def test_a_wait_that_is_none_is_not_told(told: float | None, seconds: float | None) -> None:
+    """Whatever a user's strategy has computed."""
+    error = ProviderError("busy", kind=FailureKind.OVERLOADED, retry_after=told)
+    assert classify(error).retry_after == seconds
 
 
 def test_retry_after_may_be_a_date() -> None:
@@ -284,3 +304,82 @@ def test_the_docs_show_the_table_that_the_code_follows() -> None:
     shown = {line[0]: (line[0], *line[2:6]) for line in cells}
     assert set(FAILURE_POLICIES) == set(FailureKind)
     assert shown == {f"`{kind.value}`": row(kind, one) for kind, one in FAILURE_POLICIES.items()}
+
+
+class ServiceError(Exception):
+    """As botocore's ClientError: what the service said is a dict."""
+
+    def __init__(self, code: str, status: int, headers: dict[str, str] | None = None) -> None:
+        super().__init__(f"An error occurred ({code}) when calling the Converse operation")
+        metadata = {"HTTPStatusCode": status, "HTTPHeaders": headers or {}}
+        self.response = {"Error": {"Code": code}, "ResponseMetadata": metadata}
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "kind"),
+    [
+        ("ThrottlingException", 429, K.RATE_LIMITED),
+        ("ThrottlingException", 400, K.RATE_LIMITED),
+        ("ServiceUnavailableException", 503, K.OVERLOADED),
+        ("ModelTimeoutException", 408, K.PROVIDER_TIMEOUT),
+        ("ModelErrorException", 424, K.OVERLOADED),
+        ("ExpiredTokenException", 403, K.AUTHENTICATION),
+        ("AccessDeniedException", 403, K.AUTHENTICATION),
+        ("ValidationException", 400, K.INVALID_REQUEST),
+        ("InternalServerException", 500, K.OVERLOADED),
+    ],
+)
+def test_an_aws_error_is_read_by_its_code_then_its_status(code: str, status: int, kind: K) -> None:
+    """Its status is in a dict; some throttlings have the status 400."""
+    failure = classify(ServiceError(code, status, {"retry-after": "6"}))
+    assert (failure.kind, failure.retry_after) == (kind, 6.0)
+
+
+class RpcError(Exception):
+    """As grpc's: the code is an enum that a method answers."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__("the channel's words")
+        self.name = name
+
+    def code(self) -> Any:
+        return SimpleNamespace(name=self.name, value=(8, self.name.lower()))
+
+
+class ApiCallError(Exception):
+    """As google.api_core's: the code is an `HTTPStatus`."""
+
+    code = HTTPStatus.TOO_MANY_REQUESTS
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("RESOURCE_EXHAUSTED", K.RATE_LIMITED),
+        ("UNAVAILABLE", K.OVERLOADED),
+        ("DEADLINE_EXCEEDED", K.PROVIDER_TIMEOUT),
+        ("UNAUTHENTICATED", K.AUTHENTICATION),
+        ("PERMISSION_DENIED", K.CONTENT_BLOCKED),
+        ("INVALID_ARGUMENT", K.INVALID_REQUEST),
+        ("CANCELLED", K.CONNECTION),
+        ("A_CODE_STILL_TO_COME", K.UNKNOWN),
+    ],
+)
+def test_a_grpc_code_is_read_as_the_http_status_that_means_it(name: str, kind: K) -> None:
+    """google.rpc.Code says which."""
+    assert classify(RpcError(name)).kind is kind
+    assert classify(ApiCallError("slow down")).kind is K.RATE_LIMITED
+
+
+def test_an_answer_that_is_no_http_is_a_broken_connection() -> None:
+    """aiohttp says "400" of it; the standard library and requests have words of their own."""
+    from aiohttp import ClientResponseError, http_exceptions
+
+    request: Any = SimpleNamespace(real_url="http://server")
+    broken = ClientResponseError(request, (), status=400, message="Bad status line")
+    broken.__cause__ = http_exceptions.BadStatusLine("HTP/1.1")
+    said = ClientResponseError(request, (), status=400, message="Bad Request")
+    assert classify(broken).kind is K.CONNECTION
+    assert classify(said).kind is K.INVALID_REQUEST
+    assert classify(http.client.BadStatusLine("HTP/1.1")).kind is K.CONNECTION
+    assert classify(http.client.IncompleteRead(b"")).kind is K.CONNECTION

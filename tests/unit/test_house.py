@@ -1,18 +1,13 @@
-"""What is shipped and pinned: the wheel, the lock, the rules of the house."""
+"""What is shipped: the wheel, the rules of the house."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 import sys
-import tomllib
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 SKIPPED = {".git", ".venv", "demo", "dist", "build", ".bench"}
@@ -23,13 +18,6 @@ def _files() -> Iterator[Path]:
     for top in ROOT.iterdir():
         if top.name not in SKIPPED and not top.name.endswith("_cache"):
             yield from (path for path in [top, *top.rglob("*")] if path.is_file())
-
-
-@pytest.fixture(scope="module")
-def lock() -> dict[str, str]:
-    """Each pinned package and its block of the lock."""
-    blocks = re.split(r"\n(?=[a-z0-9])", (ROOT / "requirements.lock").read_text(), flags=re.I)
-    return {canonicalize_name(re.split(r"[=\[ ]", block)[0]): block for block in blocks}
 
 
 def test_no_file_names_a_package_index() -> None:
@@ -45,28 +33,6 @@ def test_no_file_names_a_package_index() -> None:
     assert guilty == []
 
 
-def test_every_pin_has_a_version_and_hashes(lock: dict[str, str]) -> None:
-    """`pip install --require-hashes` refuses what is not pinned completely."""
-    loose = [
-        name
-        for name, block in lock.items()
-        if not re.match(r"[^\s=]+==\S+", block) or "--hash=sha256:" not in block
-    ]
-    assert loose == []
-
-
-def test_what_pyproject_asks_for_is_pinned_within_its_bounds(lock: dict[str, str]) -> None:
-    """The lock was made anew after the last change of the dependencies."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    groups = [project["dependencies"], *project["optional-dependencies"].values()]
-    for requirement in (Requirement(text) for group in groups for text in group):
-        if (name := canonicalize_name(requirement.name)) == "batchllm-celery":
-            continue
-        pinned = re.match(r"[^\s=]+==([^\s;]+)", lock.get(name, ""))
-        assert pinned, f"{name} is not in requirements.lock: make lock"
-        assert requirement.specifier.contains(pinned[1], prereleases=True), name
-
-
 def test_the_wheel_holds_the_scripts_and_the_types(tmp_path: Path) -> None:
     """Lua files and py.typed are shipped; tests and examples are not."""
     build = "import sys; from hatchling.build import build_wheel; build_wheel(sys.argv[1])"
@@ -79,3 +45,18 @@ def test_the_wheel_holds_the_scripts_and_the_types(tmp_path: Path) -> None:
     assert "batchllm_celery/py.typed" in shipped
     assert {name.split("/")[0].partition("-")[0] for name in shipped} == {"batchllm_celery"}
     assert any(name.endswith("licenses/LICENSE") for name in shipped)
+
+
+def test_every_link_to_a_file_leads_somewhere() -> None:
+    """Pictures, guides and sources that the README and the guides point at are in the tree."""
+    code = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "deploy").rglob("*.md")]
+    broken = [
+        f"{page.relative_to(ROOT)}: {target}"
+        for page in pages
+        for target in re.findall(
+            r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", code.sub("", page.read_text(encoding="utf-8"))
+        )
+        if not (page.parent / target).exists()
+    ]
+    assert broken == []

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchllm_celery.cli import inputs
 from batchllm_celery.cli.inputs import Rows, check_all, spooled
-from batchllm_celery.cli.item_ids import SeenIds
 from batchllm_celery.cli.template import MissingFieldError, PromptTemplate
 from batchllm_celery.errors import InputError, UsageError
 from batchllm_celery.models import BadRow, LLMWorkItem, StrategySpec
+from batchllm_celery.producer.item_ids import SeenIds
 
 SPEC = StrategySpec(name="gemini", params={"model": "m"})
 TEMPLATE = "Say {text}, please"
@@ -300,7 +300,12 @@ def test_a_template_without_fields_is_refused() -> None:
         PromptTemplate("Hello")
 
 
-@given(st.lists(st.one_of(st.none(), st.integers(0, 60).map(str), st.text(max_size=3))))
+@settings(max_examples=50)
+@given(
+    st.lists(
+        st.one_of(st.none(), st.integers(0, 60).map(str), st.text("a0é", max_size=3)), max_size=30
+    )
+)
 def test_seen_ids_are_a_set(ids: list[str | None]) -> None:
     """Given ids and row numbers are told apart exactly as a set would."""
     seen, expected = SeenIds(), set[str]()

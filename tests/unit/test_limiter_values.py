@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import math
 import struct
+from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from batchllm_celery.limiter import (
     CallOutcome,
@@ -24,7 +26,20 @@ from batchllm_celery.limiter.quota_client import ServerClock
 from batchllm_celery.limiter.quota_state import LiveState, QuotaSetup
 from batchllm_celery.limiter.records import lua_reader, pack, unpack
 from batchllm_celery.limiter.settlements import Settlements
-from batchllm_celery.models import Quota, RateLimitConfig, TokenUsage
+from batchllm_celery.models import Quota, QuotaLimits, RateLimitConfig, TokenUsage
+from batchllm_celery.strategies import (
+    CallableStrategy,
+    EscalatingStrategy,
+    GeminiStrategy,
+    LLMCallStrategy,
+    OpenAICompatibleStrategy,
+    SimulatedStrategy,
+    StructuredStrategy,
+)
+
+
+async def _ask(prompt: str) -> str:
+    return prompt
 
 
 def permit(epoch: int = 1, **more: object) -> Permit:
@@ -40,6 +55,68 @@ def settle(*calls: SettledCall, epoch: int = 1, now: float = 11.0) -> dict[str, 
     nothing = Settlements().request_fields(epoch, now)
     fields = settlements.request_fields(epoch, now)
     return {name: value for name, value in fields.items() if value != nothing[name]}
+
+
+@pytest.mark.parametrize("said", [math.inf, "unlimited", " Unlimited "])
+def test_unlimited_is_said_and_kept(said: Any) -> None:
+    """It is another word than none: a limit that is named stays named in JSON."""
+    limits = QuotaLimits(requests_per_minute=said, max_concurrency=4, requests_per_day=said)
+    assert limits.finite() == {"max_concurrency": 4}
+    assert limits.full_speed
+    text = limits.model_dump_json()
+    assert '"requests_per_minute":"unlimited"' in text
+    assert '"max_concurrency":4}' in text
+    assert QuotaLimits.model_validate_json(text) == limits
+    assert QuotaLimits.unlimited().given() == dict.fromkeys(QuotaLimits.model_fields, math.inf)
+
+
+@pytest.mark.parametrize(
+    ("limits", "full_speed"),
+    [
+        (QuotaLimits(), False),
+        (QuotaLimits.unlimited(), True),
+        (QuotaLimits(tokens_per_minute=math.inf), True),
+        (QuotaLimits(requests_per_minute=60, tokens_per_minute=math.inf), False),
+        (QuotaLimits(max_concurrency=math.inf), False),
+        (QuotaLimits(requests_per_day=math.inf, max_concurrency=8), False),
+    ],
+)
+def test_full_speed_is_for_those_who_say_that_no_rate_limits(
+    limits: QuotaLimits, full_speed: bool
+) -> None:
+    """A known rate limits whatever else is unlimited; slots and days say nothing of the rate."""
+    assert limits.full_speed is full_speed
+
+
+@pytest.mark.parametrize("wrong", [0, -1, math.nan, "infinite", "none"])
+def test_a_limit_is_a_number_above_0_or_unlimited(wrong: Any) -> None:
+    """Anything else is refused by name."""
+    for name in QuotaLimits.model_fields:
+        with pytest.raises(ValidationError, match=name):
+            QuotaLimits(**{name: wrong})
+    with pytest.raises(ValidationError, match="max_concurrency"):
+        QuotaLimits(max_concurrency=2.5)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "full_speed"),
+    [
+        (CallableStrategy(_ask), True),
+        (CallableStrategy(_ask, model_name="openai:gpt-4.1-mini"), False),
+        (StructuredStrategy(CallableStrategy(_ask), schema={"type": "object"}), True),
+        (EscalatingStrategy([CallableStrategy(_ask), CallableStrategy(_ask)]), True),
+        (EscalatingStrategy([CallableStrategy(_ask), GeminiStrategy("gemini-2.5-flash")]), False),
+        (OpenAICompatibleStrategy("qwen3", base_url="http://localhost:8000/v1"), True),
+        (OpenAICompatibleStrategy("gpt-5", base_url="https://api.openai.com/v1"), False),
+        (SimulatedStrategy("simulated-1"), False),
+    ],
+)
+def test_what_has_no_provider_begins_at_full_speed(
+    strategy: LLMCallStrategy[Any], full_speed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Local functions and servers of one's own; a provider's rate is found from below."""
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    assert strategy.full_speed is full_speed
 
 
 def test_the_default_strategy_is_batch_llms() -> None:

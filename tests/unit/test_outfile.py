@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 from dataclasses import dataclass
@@ -263,3 +264,18 @@ def test_ordered_output_is_the_input_order(
     file.finish()
     assert indexes(path) == list(range(12))
     assert last == "11"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_only_a_terminal_gets_control_characters_escaped(terminal: bool) -> None:
+    """The value is the same; a pipe gets the bytes that a file would."""
+
+    class Stream(io.BytesIO):
+        def isatty(self) -> bool:
+            return terminal
+
+    stream, odd = Stream(), "\x9b31m\u202e\x7f\x1b"
+    StreamSink(stream).write([result(0, odd)])
+    written = stream.getvalue().decode()
+    assert json.loads(written)["output"] == odd
+    assert ("\u202e" in written) is not terminal

@@ -20,7 +20,7 @@ from batchllm_celery.cli.quota_view import doing, quota_words
 from batchllm_celery.cli.summary import Failures, Summary, exit_code, print_summary
 from batchllm_celery.cli.wording import duration, money, rate, short
 from batchllm_celery.limiter import QuotaState
-from batchllm_celery.models import BatchProgress, BatchState
+from batchllm_celery.models import BatchProgress, BatchState, QuotaLimits
 
 
 class Clock:
@@ -111,7 +111,8 @@ def test_quiet_says_nothing() -> None:
     ("changes", "words"),
     [
         ({}, ""),
-        ({"waiting": 2}, "at the quota's speed"),
+        ({"waiting": 2, "limits": QuotaLimits(requests_per_minute=6)}, "at the quota's speed"),
+        ({"waiting": 2}, "finding the provider's rate"),
         ({"waiting": 2, "rate_factor": 0.7}, "at 70% of the quota"),
         ({"cooldown_remaining": 12.0, "consecutive": 1}, "cooling down for 12 s after a refusal"),
         ({"cooldown_remaining": 13.0}, "for 13 s after a restart of Redis"),

@@ -37,7 +37,9 @@ class Stand:
     def request(self, now: float) -> SentRequest:
         return self.queue.make_request(1, now)
 
-    def reply(self, sent: SentRequest, starts: list[float], now: float) -> None:
+    def reply(
+        self, sent: SentRequest, starts: list[float], now: float, sent_at: float | None = None
+    ) -> None:
         reply = AcquireReply(
             epoch=self.epoch,
             now_us=0,
@@ -53,7 +55,8 @@ class Stand:
             held_up=len(starts) < self.queue.waiting,
             starts_us=tuple(round((start - now) * 1e6) for start in starts),
         )
-        self.queue.accept(sent, reply, sent_at=now, replied_at=now, now=now)
+        sent_at = now if sent_at is None else sent_at
+        self.queue.accept(sent, reply, sent_at=sent_at, replied_at=now, now=now)
 
     def fetch(self, starts: list[float], now: float) -> SentRequest:
         sent = self.request(now)
@@ -177,6 +180,49 @@ async def test_a_permit_ends_with_its_freshness_its_time_and_its_epoch(stand: St
     assert not queue.may_start(permit, 10.36)
     queue.begin_epoch(2, 10.3)
     assert not queue.may_start(permit, 10.3)
+
+
+# -- announcements
+
+
+async def test_an_announced_epoch_stops_but_is_not_passed_on(stand: Stand) -> None:
+    """Redis is asked at once, and never learns what only a message said; it says what is so."""
+    waiter = stand.join(50)
+    stand.fetch([10.1], now=10.0)
+    stand.queue.announce_epoch(10**18, 10.05)
+    stand.queue.grant_due(10.1)
+    assert not waiter.permit.done()
+    assert stand.queue.next_request() < 10.1
+    sent = stand.request(10.1)
+    assert sent.request.known_epoch == 1
+    stand.reply(sent, [10.2], now=10.1)  # in epoch 1 still: the message was false
+    stand.queue.grant_due(10.2)
+    assert stand.queue.may_start(waiter.permit.result(), 10.2)
+
+
+async def test_after_a_false_announcement_none_is_believed_for_a_second(stand: Stand) -> None:
+    """Whoever floods the channel slows nobody down."""
+    stand.join(50)
+    stand.fetch([10.1], now=10.0)
+    stand.queue.announce_epoch(7, 10.01)
+    stand.fetch([10.1], now=10.02)
+    stand.queue.announce_epoch(8, 10.03)
+    assert len(stand.queue.reservations) == 1
+    stand.queue.announce_epoch(9, 11.03)
+    assert len(stand.queue.reservations) == 0
+
+
+async def test_a_reply_on_its_way_does_not_make_an_announcement_false(stand: Stand) -> None:
+    """It was asked for before; its starts are released, and Redis is asked again."""
+    stand.join(50)
+    stand.fetch([], now=9.9)
+    sent = stand.request(10.0)
+    stand.queue.announce_epoch(2, 10.01)
+    stand.reply(sent, [10.12], now=10.02, sent_at=10.0)
+    assert len(stand.queue.reservations) == 0
+    stand.epoch = 2
+    stand.fetch([10.14], now=10.04)
+    assert (stand.queue.epoch, len(stand.queue.reservations)) == (2, 1)
 
 
 # -- priority

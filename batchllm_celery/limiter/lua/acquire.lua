@@ -45,7 +45,7 @@
 --
 -- Records are tables of numbers. Their fields stand once, with units: `request`, `report` and
 -- `reply` in limiter/protocol.py, `setup` and `live` in limiter/quota_state.py. limiter/scripts.py
--- puts their `read_NAME` and `pack_NAME` before this text, with PROTOCOL and BREAKER_FAILURES.
+-- puts their `read_NAME` and `pack_NAME` before this text, with the constants that Python knows too.
 --
 -- A request that is repeated (same process and sequence) gets the same reply: nothing is done twice.
 --
@@ -75,6 +75,9 @@ end
 
 local stored = redis.call('HMGET', QUOTA, 'setup', 'live')
 local setup, live = read_setup(stored[1]), read_live(stored[2])
+if not stored[2] and (setup.full_speed == 1 or request.full_speed == 1) then
+  live.search_rate = FULL_SPEED
+end
 
 -- Dimensions, wherever they are numbered: 1 requests, 2 tokens, 3 input tokens, 4 output tokens.
 local rates = {

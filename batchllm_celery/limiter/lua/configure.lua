@@ -37,6 +37,7 @@ if found[3] then
   end
   live.w_max, live.curve_time_s, live.rate_limited_until_us, live.successes_since_cut = 0, 0, 0, 0
   live.exhausted_until_us = 0
+  live.search_rate = new.full_speed == 1 and FULL_SPEED or START_RATE
   live.epoch = math.max(live.epoch + 1, now_us)
   redis.call('HSET', QUOTA, 'live', pack_live(live))
   redis.call('PUBLISH', CHANNEL, string.format('epoch:%.0f', live.epoch))

@@ -12,7 +12,7 @@ local C = 1e-5                    -- per cubic second
 local K_S = ((1 - BETA) / C) ^ (1 / 3)
 
 -- What is allowed now: a share of the rates, where they are known, else starts per second.
--- (The one function among the steps: this step needs it twice, the next one once.)
+-- (A function, though it costs: this step needs it twice, the next one once.)
 local function allowed_pace()
   if setup.adaptive == 0 then return rates_known and 1 or 0 end
   if live.w_max == 0 then return rates_known and 1 or live.search_rate end
@@ -27,6 +27,19 @@ if request.refused_epoch >= live.epoch and not new_epoch then
   local FEW_CALLS = 5             -- the fewest successes by which a window is judged
   local FIRST_CUT = 0.6           -- the share of a searched rate that the provider seems to allow
   local DEFAULT_COOLDOWNS_S = '1,2,4,8,16,32,60'   -- of a quota that nobody configured
+
+  -- How many calls succeeded in the last `span_us`, and how much of it is on record.
+  local function succeeded_in(span_us)
+    local history = redis.call('HGET', QUOTA, 'history') or ''
+    local count, at, since_us = live.slice_successes, 1, live.slice_since_us
+    while since_us > now_us - span_us and at < #history do
+      local until_us, more = since_us, 0
+      since_us, more, at = struct.unpack(SLICE, history, at)
+      local share = (until_us - now_us + span_us) / max(until_us - since_us, 1)
+      count = count + more * min(share, 1)
+    end
+    return count, min(now_us - since_us, span_us)
+  end
 
   live.consecutive_cooldowns = live.consecutive_cooldowns + 1
   live.failures_in_a_row = live.failures_in_a_row + 1
@@ -53,6 +66,12 @@ if request.refused_epoch >= live.epoch and not new_epoch then
   -- nothing new.
   if setup.adaptive == 1 and live.success_since_cut == 1 then
     local rate = allowed_pace()
+    if not rates_known and live.w_max == 0 and live.search_rate >= FULL_SPEED then
+      -- The first refusal at full speed: what came through so far is the rate to begin with.
+      local count, recorded_us = succeeded_in(WINDOW_US)
+      live.search_rate = max(count * 1000000 / max(recorded_us, 1000000), START_RATE)
+      rate = live.search_rate
+    end
     local few = live.successes_since_cut < FEW_CALLS
     live.success_since_cut = 0
     if not rates_known and live.w_max == 0 and few then
@@ -67,17 +86,10 @@ if request.refused_epoch >= live.epoch and not new_epoch then
           average = live.successes_since_cut / (live.curve_time_s + cooldown_us / 1000000)
         else
           local span_us = WINDOW_US - cooldown_us       -- how much of the window has passed
-          local history = redis.call('HGET', QUOTA, 'history') or ''
-          local count, at, since_us = live.slice_successes, 1, live.slice_since_us
-          while since_us > now_us - span_us and at < #history do
-            local until_us, more = since_us, 0
-            since_us, more, at = struct.unpack(SLICE, history, at)
-            local share = (until_us - now_us + span_us) / max(until_us - since_us, 1)
-            count = count + more * min(share, 1)
-          end
+          local count, recorded_us = succeeded_in(span_us)
           -- Of the wait, as much counts as of the span is on record. (At the first cut all of it
           -- counts: the rate was growing, and all that was ever sent is on record.)
-          local recorded_us, wait_us = min(now_us - since_us, span_us), cooldown_us
+          local wait_us = cooldown_us
           if live.w_max > 0 then wait_us = wait_us * recorded_us / span_us end
           average = count * 1000000 / (recorded_us + wait_us)
         end
