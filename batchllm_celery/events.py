@@ -89,10 +89,10 @@ class RateLimitHit(Event):
 
 @dataclass(frozen=True, slots=True)
 class CooldownStarted(Event):
-    """The fleet cools down; emitted once per process and generation."""
+    """The fleet cools down; emitted once per process and epoch."""
 
     quota: str
-    generation: int
+    epoch: int
     seconds: float
     consecutive: int
 
@@ -100,7 +100,7 @@ class CooldownStarted(Event):
 @dataclass(frozen=True, slots=True)
 class CooldownEnded(Event):
     quota: str
-    generation: int
+    epoch: int
     seconds: float
 
 

@@ -13,10 +13,10 @@ NS:{batch:ID}:out     stream  outcomes, until the consumer has them (or the batc
 NS:{batch:ID}:stopped bitmap  failures that a control decision caused: a resume runs them again
 NS:batches            zset    batch id -> time of submission
 NS:queue:{Q}          zset    active batches of a queue
-NS:{quota:NAME}       hash    configuration, clock, cooldown, buckets, curve
-NS:{quota:NAME}:procs hash    process -> sequence | reply | in flight | lease
+NS:{quota:NAME}       hash    configuration, live state (clock, cooldown, rates), history
+NS:{quota:NAME}:procs hash    process -> sequence | lease clock | permits | last reply
 NS:{quota:NAME}:wait  zset    process -> waiting since
-NS:{quota:NAME}:ch:DB channel generation and free slots; channels know no database, so they name it
+NS:{quota:NAME}:ch:DB channel new epochs and free slots; channels know no database, so they name it
 NS:quotas             zset    quota names -> last use
 NS:worker:ID          hash    one worker process: host, pid, slots, running, last seen
 NS:workers            zset    worker id -> last seen

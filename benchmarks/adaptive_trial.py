@@ -18,10 +18,11 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from batchllm_celery.keys import Keys
-from batchllm_celery.limiter.limiter import script_fields
-from batchllm_celery.limiter.pending import Pending, Unused
-from batchllm_celery.limiter.permit import CallOutcome, Estimate, Permit
-from batchllm_celery.limiter.wire import Reply, pack_question
+from batchllm_celery.limiter.permit import CallOutcome, Estimate, Permit, SettledCall
+from batchllm_celery.limiter.protocol import AcquireReply, AcquireRequest, acquire_arguments
+from batchllm_celery.limiter.quota_state import configure_arguments
+from batchllm_celery.limiter.scripts import ACQUIRE, CONFIGURE
+from batchllm_celery.limiter.settlements import Settlements, Unused
 from batchllm_celery.models import Quota
 from tests.integration.virtual_redis import VirtualRedis
 from tests.support import ValkeyServer
@@ -120,7 +121,7 @@ class Run:
 
 
 class Sender:
-    """One process in virtual time: asks as `Line` does, starts when told, settles the answers."""
+    """One process in virtual time: asks as `WaitQueue` does, starts on time, settles calls."""
 
     def __init__(
         self,
@@ -140,13 +141,13 @@ class Sender:
         self.offset = server.now
         self.events: list[tuple[float, int, str, Permit | None, float]] = []
         self.order = itertools.count()
-        self.generation, self.sequence, self.pending = 0, 0, Pending()
-        self.tickets: collections.deque[float] = collections.deque()
+        self.epoch, self.sequence, self.settlements = 0, 0, Settlements()
+        self.reservations: collections.deque[float] = collections.deque()
         self.in_flight, self.asks, self.ask_at, self.earned = 0, 0, 0.0, 0.0
         self.run = Run()
         if quota is not None:
-            arguments = [quota.model_dump_json(), 1, *script_fields(quota)]
-            server.call("configure.lua", [keys.state, keys.channel], arguments)
+            arguments = configure_arguments(quota, update=True)
+            server.call(CONFIGURE, [keys.state, keys.channel], arguments)
 
     def until(self, end: float, scale_at: dict[float, float] | None = None) -> Run:
         for at, factor in (scale_at or {}).items():
@@ -165,9 +166,9 @@ class Sender:
 
     def _start(self, now: float, permit: Permit | None, value: float) -> None:
         assert permit is not None
-        if not self.tickets or permit.generation != self.generation:
+        if not self.reservations or permit.epoch != self.epoch:
             return  # void: the fleet cooled down meanwhile
-        self.tickets.popleft()
+        self.reservations.popleft()
         self.in_flight += 1
         wait = self.provider.refuse(now + self.latency / 2)
         self.run.calls.append((now, wait > 0))
@@ -179,8 +180,8 @@ class Sender:
         assert permit is not None
         self.in_flight -= 1
         outcome = CallOutcome.REFUSED if wait else CallOutcome.SUCCEEDED
-        self.pending.add(permit, outcome, now, retry_after=wait or None)
-        if wait and permit.generation == self.generation:
+        self.settlements.add(SettledCall(permit, outcome, retry_after=wait or None), now)
+        if wait and permit.epoch == self.epoch:
             self._ask(now, None, -1.0)
 
     def _wanted(self, now: float) -> int:
@@ -193,39 +194,36 @@ class Sender:
 
     def _ask(self, now: float, permit: Permit | None, value: float) -> None:
         if value >= 0 and value < self.asks:
-            return  # another question went out meanwhile
+            return  # another request went out meanwhile
         self.sequence += 1
         self.asks += 1
         self.server.now = self.offset + now
-        held, want = len(self.tickets), self._wanted(now)
+        wanted = self._wanted(now)
         self.ask_at = now
-        numbers = [
-            self.sequence,
-            held,
-            self.in_flight + held,
-            want,
-            0,
-            *self.pending.arguments(self.generation, now),
-            0,
-            0,
-        ]
-        self.pending = Pending(generation=self.generation)
-        arguments = pack_question("p1", numbers, [])
-        reply = Reply.parse(self.server.call("acquire.lua", self.keys, arguments))
-        if reply.generation > self.generation:
-            void = (Unused(start, self.generation, NOTHING) for start in self.tickets)
-            self.pending.unused.extend(void)
-            self.generation = reply.generation
-            self.tickets.clear()
-        for delay in reply.starts_in:
-            start = now + delay
-            self.tickets.append(start)
-            permit = Permit("q", self.generation, start, 0, NOTHING, reply.probing)
+        request = AcquireRequest(
+            sequence=self.sequence,
+            reserved=len(self.reservations),
+            in_flight=self.in_flight,
+            wanted=wanted,
+            **self.settlements.request_fields(self.epoch, now),
+        )
+        self.settlements = Settlements(epoch=self.epoch)
+        arguments = acquire_arguments("p1", request)
+        reply = AcquireReply.parse(self.server.call(ACQUIRE, self.keys, arguments))
+        if reply.epoch > self.epoch:
+            void = (Unused(start, self.epoch, NOTHING) for start in self.reservations)
+            self.settlements.unused.extend(void)
+            self.epoch = reply.epoch
+            self.reservations.clear()
+        for start_us in reply.starts_us:
+            start = now + start_us * 1e-6
+            self.reservations.append(start)
+            permit = Permit("q", self.epoch, start, 0, NOTHING, reply.probing)
             self._at(start, "start", permit)
-        if self.tickets:
-            again = max(now + 0.01, min(now + 0.19, self.tickets[-1] - 0.05))
+        if self.reservations:
+            again = max(now + 0.01, min(now + 0.19, self.reservations[-1] - 0.05))
         else:
-            again = now + max(0.01, min(reply.again_in, 0.19 if want == 0 else 0.9))
+            again = now + max(0.01, min(reply.ask_again_us * 1e-6, 0.9 if wanted else 0.19))
         self._at(again, "ask", None, self.asks)
 
 

@@ -14,9 +14,9 @@ import redis
 from batchllm_celery.connection import Connection
 from batchllm_celery.keys import Keys
 from batchllm_celery.limiter import CallOutcome, Estimate, Limiter
-from batchllm_celery.limiter.limiter import ACQUIRE, CONFIGURE, script_fields
-from batchllm_celery.limiter.pending import Pending
-from batchllm_celery.limiter.wire import Reply, pack_question
+from batchllm_celery.limiter.protocol import AcquireReply, AcquireRequest, acquire_arguments
+from batchllm_celery.limiter.quota_state import configure_arguments
+from batchllm_celery.limiter.scripts import ACQUIRE, CONFIGURE
 from batchllm_celery.models import Quota, QuotaLimits, TokenUsage
 from tests.support import ValkeyServer
 
@@ -42,28 +42,32 @@ def server_time(url: str) -> None:
     for name, limits in QUOTAS.items():
         quota = Quota(name=name.replace(" ", "-"), limits=limits)
         keys = Keys("cost").quota(quota.name)
-        client.eval(CONFIGURE.text, 2, keys.state, keys.channel, quota.model_dump_json(), 0,
-                    *script_fields(quota))  # fmt: skip
+        client.eval(CONFIGURE.text, 2, keys.state, keys.channel, *configure_arguments(quota))
         sha = client.script_load(ACQUIRE.text)
         head = [4, keys.state, keys.procs, keys.waiting, keys.channel]
-        nothing = [*Pending().arguments(0, 0.0), 0, 0]
-        first = client.evalsha(sha, *head, *pack_question("p1", [0, 0, 0, 0, 0, *nothing], []))
-        generation = Reply.parse(first).generation
-        for tickets in (1, 16, 200):
-            estimates = [ONE] * tickets if name != "requests" else []
-            ended = Pending(generation, tickets, input_tokens=-tickets, output_tokens=tickets)
-            settled = ended.arguments(generation, 0.0)
+        first = client.evalsha(sha, *head, *acquire_arguments("p1", AcquireRequest()))
+        epoch = AcquireReply.parse(first).epoch
+        for starts in (1, 16, 200):
+            estimates = [ONE] * starts if name != "requests" else []
+            request = AcquireRequest(
+                wanted=starts,
+                known_epoch=epoch,
+                successes=starts,
+                debt_input=-starts,
+                debt_output=starts,
+            )
             measured = []
             for sequence in range(ROUNDS * CALLS):
                 if sequence % CALLS == 0:
                     client.config_resetstat()
-                numbers = [1e6 * tickets + sequence, 0, 0, tickets, 0, *settled, 0, 0]
-                reply = client.evalsha(sha, *head, *pack_question("p1", numbers, estimates))
-                assert len(Reply.parse(reply).starts_in) == tickets  # all of them were granted
+                request.sequence = 1_000_000 * starts + sequence
+                arguments = acquire_arguments("p1", request, estimates)
+                reply = AcquireReply.parse(client.evalsha(sha, *head, *arguments))
+                assert len(reply.starts_us) == starts  # all of them were granted
                 if sequence % CALLS == CALLS - 1:
                     measured.append(client.info("commandstats")["cmdstat_evalsha"]["usec_per_call"])
             print(
-                f"  {name:16} {tickets:4d} tickets: {min(measured):6.1f} us in the server "
+                f"  {name:16} {starts:4d} starts: {min(measured):6.1f} us in the server "
                 f"(median {statistics.median(measured):.1f})"
             )
 

@@ -1,6 +1,6 @@
 """A known quota of tokens with requests of 1:20, in virtual time: hours of a fleet in a minute.
 
-The real waiting lines and estimators of four processes, and the real acquire.lua on a real Valkey;
+The real wait queues and estimators of four processes, and the real acquire.lua on a real Valkey;
 ours are the clock, the network and the provider, which has a bucket of one second and charges at
 arrival. What a run of ten minutes shows as one refusal or none is a rate here.
 
@@ -22,9 +22,11 @@ from dataclasses import dataclass, field
 
 from batchllm_celery.keys import Keys
 from batchllm_celery.limiter import CallOutcome, Estimate, Estimator, Permit
-from batchllm_celery.limiter.limiter import script_fields
-from batchllm_celery.limiter.line import Line, Waiter
-from batchllm_celery.limiter.wire import Reply
+from batchllm_celery.limiter.permit import SettledCall
+from batchllm_celery.limiter.protocol import AcquireReply, acquire_arguments
+from batchllm_celery.limiter.quota_state import configure_arguments
+from batchllm_celery.limiter.scripts import ACQUIRE, CONFIGURE
+from batchllm_celery.limiter.wait_queue import Waiter, WaitQueue
 from batchllm_celery.models import Quota, QuotaLimits, TokenUsage
 from batchllm_celery.simulation.quotas import Bucket
 from tests.integration.virtual_redis import VirtualRedis
@@ -37,12 +39,12 @@ PROCESSES = 4
 SKIP = 5.0
 #: Redis there and back; how late a channel's message comes.
 ROUND_TRIP, CHANNEL = 0.001, 0.003
-#: Until a refused call stands in line again.
+#: Until a refused call waits again.
 HANDLED = 0.003
 
 
 class Granted:
-    """What `Line` needs of a future."""
+    """What `WaitQueue` needs of a future."""
 
     def __init__(self, then: Callable[[Permit], None]) -> None:
         self._then = then
@@ -81,7 +83,7 @@ class World:
             act()
 
     def delay(self) -> float:
-        """From a ticket's time to the provider's door."""
+        """From a reserved start to the provider's door."""
         return self.draw.expovariate(1 / self.options.jitter)
 
     def answer_length(self) -> int:
@@ -96,71 +98,73 @@ class World:
 
 
 class Process:
-    """One worker: 120 items wait or are in flight; what `_Desk` does with asyncio's clock."""
+    """One worker: 120 items wait or are in flight; what `QuotaClient` does with asyncio's clock."""
 
     def __init__(self, world: World, name: str) -> None:
         self.world, self.name = world, name
-        self.line = Line("q")
+        self.queue = WaitQueue("q")
         self.estimator = Estimator()
         self.sequence = 0
-        self.asking = False
+        self.requesting = False
         self.timer = 0
         for _ in range(SLOTS):
             self.next_item()
 
     def next_item(self) -> None:
-        self.wait("x" * 4 * self.world.draw.randint(25, self.world.options.largest), again=False)
+        self.wait("x" * 4 * self.world.draw.randint(25, self.world.options.largest), retry=False)
 
-    def wait(self, prompt: str, *, again: bool) -> None:
+    def wait(self, prompt: str, *, retry: bool) -> None:
         def guess() -> Estimate:
             return self.estimator.estimate("s", prompt)
 
         granted = Granted(lambda permit: self.send(prompt, permit))
-        self.line.join(Waiter(guess, granted), first=again)  # type: ignore[arg-type]  # all it needs
+        waiter = Waiter(guess, granted, is_retry=retry)  # type: ignore[arg-type]  # all it needs
+        self.queue.join(waiter)
         self.wake()
 
     def wake(self) -> None:
         self.timer += 1
         timer = self.timer
-        at = min(self.line.next_ask(), self.line.next_start())
+        at = min(self.queue.next_request(), self.queue.next_start())
         self.world.at(at, lambda: self.tick() if timer == self.timer else None)
 
     def tick(self) -> None:
-        now = self.world.now
-        self.line.release(now)
-        if not self.asking and self.line.next_ask() <= now + 1e-4:
+        now, queue = self.world.now, self.queue
+        queue.grant_due(now)
+        if not self.requesting and queue.next_request() <= now + 1e-4:
             self.ask()
-        at = self.line.next_start() if self.asking else self.line.next_ask()
-        if now - self.line.proof <= 0.25 or self.line.next_start() > now:
-            at = min(at, self.line.next_start())
+        at = queue.next_start() if self.requesting else queue.next_request()
+        if queue.is_fresh(now) or queue.next_start() > now:
+            at = min(at, queue.next_start())
         self.timer += 1
         timer = self.timer
         self.world.at(max(at, now + 1e-4), lambda: self.tick() if timer == self.timer else None)
 
     def ask(self) -> None:
         world, sent = self.world, self.world.now
-        self.asking = True
+        self.requesting = True
         self.sequence += 1
-        question = self.line.question(self.name, self.sequence, sent)
+        request = self.queue.make_request(self.sequence, sent)
+        arguments = acquire_arguments(self.name, request.request, request.estimates)
 
         def serve() -> None:
             world.server.now = world.offset + world.now
-            raw = world.server.call("acquire.lua", world.keys, question.arguments)
+            raw = world.server.call(ACQUIRE, world.keys, arguments)
             at = world.now
-            world.at(at + ROUND_TRIP / 2, lambda: hear(Reply.parse(raw), at))
+            world.at(at + ROUND_TRIP / 2, lambda: accept(AcquireReply.parse(raw), at))
 
-        def hear(reply: Reply, at: float) -> None:
-            self.asking = False
-            if reply.generation > self.line.generation:
+        def accept(reply: AcquireReply, at: float) -> None:
+            self.requesting = False
+            if reply.epoch > self.queue.epoch:
                 for process in world.processes:
-                    world.at(at + CHANNEL, lambda p=process: p.cool(reply.generation))  # type: ignore[misc]
-            self.line.take(question, reply, sent, at, world.now)
+                    world.at(at + CHANNEL, lambda p=process: p.cool(reply.epoch))  # type: ignore[misc]
+            self.queue.accept(request, reply, sent_at=sent, replied_at=at, now=world.now)
             self.wake()
 
         world.at(sent + ROUND_TRIP / 2, serve)
 
-    def cool(self, generation: int) -> None:
-        self.line.saw_generation(generation, self.world.now)
+    def cool(self, epoch: int) -> None:
+        self.queue.begin_epoch(epoch, self.world.now)
         self.wake()
 
     def send(self, prompt: str, permit: Permit) -> None:
@@ -176,16 +180,14 @@ class Process:
             world.at(world.now + (0.005 if wait else LATENCY), lambda: answer(wait))
 
         def answer(wait: float) -> None:
-            line, now = self.line, world.now
+            queue, now = self.queue, world.now
             if wait:
-                line.pending.add(permit, CallOutcome.REFUSED, now, None, wait)
-                line.settle(permit, CallOutcome.REFUSED)
+                queue.settle(SettledCall(permit, CallOutcome.REFUSED, retry_after=wait), now)
                 self.wake()
-                world.at(now + HANDLED, lambda: self.wait(prompt, again=True))
+                world.at(now + HANDLED, lambda: self.wait(prompt, retry=True))
                 return
             self.estimator.observe("s", prompt, usage)
-            line.pending.add(permit, CallOutcome.SUCCEEDED, now, usage)
-            line.settle(permit, CallOutcome.SUCCEEDED)
+            queue.settle(SettledCall(permit, CallOutcome.SUCCEEDED, usage), now)
             self.next_item()
 
         world.at(world.now + world.delay(), arrive)
@@ -194,11 +196,7 @@ class Process:
 def trial(server: VirtualRedis, seed: int, seconds: float, options: argparse.Namespace) -> World:
     quota = Quota(name="q", limits=QuotaLimits(tokens_per_minute=TOKENS_PER_MINUTE))
     keys = Keys(f"tokens-{seed}").quota(quota.name)
-    server.call(
-        "configure.lua",
-        [keys.state, keys.channel],
-        [quota.model_dump_json(), 1, *script_fields(quota)],
-    )
+    server.call(CONFIGURE, [keys.state, keys.channel], configure_arguments(quota, update=True))
     world = World(
         server,
         [keys.state, keys.procs, keys.waiting, keys.channel],

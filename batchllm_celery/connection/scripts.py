@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
+from importlib.resources.abc import Traversable
 from typing import Any, Self
 
 from redis.asyncio import Redis
 from redis.exceptions import NoScriptError, ResponseError
 
+#: A line that stands for the text of another file, whose path is relative to the script's folder.
+_INCLUDE = re.compile(r"^--#include (\S+)\n", re.MULTILINE)
 #: Clients whose server does not know a first line `#!lua`: Redis before 7.0.
 _before_7: weakref.WeakSet[Redis] = weakref.WeakSet()
 
@@ -20,7 +24,7 @@ _before_7: weakref.WeakSet[Redis] = weakref.WeakSet()
 class Script:
     """A Lua script; call it with a client, its keys and its arguments.
 
-    ACQUIRE = Script.load("batchllm_celery.limiter", "acquire.lua", shared="live.lua")
+    ACQUIRE = Script.load("batchllm_celery.limiter", "lua/acquire.lua")
     reply = await ACQUIRE(connection.client, [key], [process, sequence])
     """
 
@@ -32,16 +36,19 @@ class Script:
 
     @classmethod
     def load(
-        cls, package: str, name: str, *, shared: str, head: str = "", head_before_7: str = ""
+        cls, package: str, name: str, *, shared: str = "", head: str = "", head_before_7: str = ""
     ) -> Self:
         """The script in file `name` of `package`, after what it shares with others (`shared`).
 
-        `head` goes before both: a line `#!lua flags=...`. Redis before 7.0 refuses such a line and
-        gets `head_before_7` in its place.
+        A line `--#include FILE` in it stands for the text of that file, in the script's folder.
+        `head` goes before all. Redis before 7.0 refuses a first line `#!lua flags=...` and gets
+        `head_before_7` in place of such a head.
         """
-        files = [resources.files(package).joinpath(file) for file in (shared, name)]
-        body = "\n".join(file.read_text(encoding="utf-8") for file in files)
-        return cls.of(name, head + body, head_before_7 + body if head else None)
+        *folders, file = name.split("/")
+        folder = resources.files(package).joinpath(*folders)
+        body = "\n".join(_read(folder, one) for one in (shared, file) if one)
+        first_line = head.startswith("#!")
+        return cls.of(name, head + body, head_before_7 + body if first_line else None)
 
     @classmethod
     def of(cls, name: str, text: str, before_7: str | None = None) -> Self:
@@ -79,3 +86,8 @@ class Script:
 def refuses_first_line(error: Exception) -> bool:
     """Whether a server did not run a script because of its first line `#!lua`."""
     return "1: unexpected symbol near '#'" in str(error)
+
+
+def _read(folder: Traversable, name: str) -> str:
+    text = folder.joinpath(*name.split("/")).read_text(encoding="utf-8")
+    return _INCLUDE.sub(lambda line: _read(folder, line[1]), text)

@@ -32,7 +32,6 @@ from batchllm_celery.errors import (
 from batchllm_celery.events import AttemptFailed, AttemptStarted, Events, ItemFinished, ItemStarted
 from batchllm_celery.execution.pricing import ModelPrices, Prices
 from batchllm_celery.execution.retry import delay_before_next, refused_too_often
-from batchllm_celery.execution.turns import Turns
 from batchllm_celery.limiter import CallOutcome, Estimator, Limiter, Permit
 from batchllm_celery.limiter.estimator import plain_tokens
 from batchllm_celery.models import (
@@ -234,7 +233,6 @@ class ItemRunner:
         json_output: bool = True,
     ) -> None:
         self.limiter = limiter
-        self.turns = Turns(limiter)
         self.estimator = estimator
         self.events = events
         self.prices = prices
@@ -440,7 +438,9 @@ class _Run:
         estimate = partial(
             runner.estimator.estimate, _estimate_key(job), job.prompt, strategy.max_output_tokens
         )
-        return await runner.turns.acquire(job.quota, estimate, job.priority, again=self.had_turn)
+        return await runner.limiter.acquire(
+            job.quota, estimate, priority=job.priority, retry=self.had_turn
+        )
 
     async def _ask_gate(self, permit: Permit) -> Failure | Stopped | None:
         try:

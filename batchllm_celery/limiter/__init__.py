@@ -2,14 +2,20 @@
 
 from batchllm_celery.limiter.estimator import Estimator
 from batchllm_celery.limiter.limiter import Limiter
-from batchllm_celery.limiter.permit import CallOutcome, Estimate, Permit
+from batchllm_celery.limiter.permit import (
+    CallOutcome,
+    Estimate,
+    Permit,
+    ReportedLimit,
+    ReportedLimits,
+)
 from batchllm_celery.limiter.policies import (
     ExponentialBackoffStrategy,
     FixedDelayStrategy,
     RateLimitStrategy,
     policy_from,
 )
-from batchllm_celery.limiter.state import QuotaState
+from batchllm_celery.limiter.quota_state import QuotaState
 
 __all__ = [
     "CallOutcome",
@@ -21,5 +27,7 @@ __all__ = [
     "Permit",
     "QuotaState",
     "RateLimitStrategy",
+    "ReportedLimit",
+    "ReportedLimits",
     "policy_from",
 ]

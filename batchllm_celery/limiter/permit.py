@@ -1,9 +1,11 @@
-"""What a caller asks for, gets, and gives back."""
+"""What a caller asks for, gets, and settles."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+
+from batchllm_celery.models import TokenUsage
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,24 +25,78 @@ class CallOutcome(StrEnum):
     FAILED = "failed"
     """Neither refused nor overloaded: says nothing about the quota."""
     REFUSED = "refused"
+    """Rate limited (429): the whole fleet cools down."""
     DAY_EXHAUSTED = "day_exhausted"
     OVERLOADED = "overloaded"
+    """The provider has no room (503): counts towards the breaker."""
     UNUSED = "unused"
-    """The call was never made: its place is given back."""
+    """The call was never made: its start is given to others."""
 
 
 @dataclass(slots=True)
 class Permit:
     """One call may start now. Settle it exactly once.
 
-    `generation` is the cooldown count it was given under, `start` the local monotonic time from
-    which the call was allowed; `estimate` is what was reserved.
+    Args:
+        quota: the quota it was given by.
+        epoch: the quota's epoch at that time; a cooldown or changed limits begin a new one.
+        start: local monotonic time (seconds) from which the call was allowed.
+        id: counts the permits of this process and quota.
+        estimate: the tokens that were reserved.
+        probe: the breaker is open, and this is its one call.
+        settled: `Limiter.settle` has counted it.
     """
 
     quota: str
-    generation: int
+    epoch: int
     start: float
     id: int
     estimate: Estimate
     probe: bool = False
     settled: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ReportedLimit:
+    """What a provider's headers said of one dimension; all zero: nothing.
+
+    Args:
+        limit: units that the dimension's window allows.
+        remaining: units left in it.
+        reset: seconds until all of them are there again.
+    """
+
+    limit: float = 0.0
+    remaining: float = 0.0
+    reset: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ReportedLimits:
+    """What a provider's headers said of its limits."""
+
+    requests: ReportedLimit = ReportedLimit()
+    tokens: ReportedLimit = ReportedLimit()
+    input_tokens: ReportedLimit = ReportedLimit()
+    output_tokens: ReportedLimit = ReportedLimit()
+
+
+@dataclass(frozen=True, slots=True)
+class SettledCall:
+    """How one permitted call ended: everything that the limiter may learn from it.
+
+    Args:
+        permit: has the epoch and the reserved tokens.
+        outcome: whether the provider refused it, and how.
+        usage: the tokens it used; None: not known.
+        retry_after: seconds that the provider asks to wait; None: it did not say.
+        latency: seconds from the call's start to its end; 0: not measured.
+        limits: what the provider's headers said.
+    """
+
+    permit: Permit
+    outcome: CallOutcome
+    usage: TokenUsage | None = None
+    retry_after: float | None = None
+    latency: float = 0.0
+    limits: ReportedLimits = ReportedLimits()

@@ -23,7 +23,6 @@ from batchllm_celery import (
     RetryState,
     strategy,
 )
-from batchllm_celery.execution.turns import Turns
 from batchllm_celery.limiter import Limiter
 from batchllm_celery.models import (
     MAX_OVERLOADS,
@@ -179,7 +178,6 @@ async def runtime(redis_url: str, namespace: str) -> AsyncIterator[Runtime]:
     await opened.open()
     # The real one waits for minutes while nobody succeeds.
     opened.runner.limiter = cast(Limiter, FakeLimiter())
-    opened.runner.turns = Turns(opened.runner.limiter)
     yield opened
     await opened.close()
 

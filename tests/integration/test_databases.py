@@ -43,21 +43,21 @@ async def test_a_refusal_stops_its_own_database_only(redis_url: str, namespace: 
         in_database(redis_url, namespace, 1) as (_, here),
         in_database(redis_url, namespace, 2) as (connection, there),
     ):
-        before = (await there.state("q")).generation
+        before = (await there.state("q")).epoch
         await asyncio.gather(refuse(here), there.acquire("q", ONE))
-        await wait_until_async(lambda: _generation_grew(here))
+        await wait_until_async(lambda: _epoch_grew(here))
         permit = await there.acquire("q", ONE)
         assert there.may_start(permit)
         after = await there.state("q")
         assert after.cooldown_remaining == 0
-        assert before in (0, after.generation)
+        assert before in (0, after.epoch)
         channels: Any = await connection.client.pubsub_channels(f"{namespace}:*")
         assert {name.decode() for name in channels} == {
             Keys(namespace, number).quota("q").channel for number in (1, 2)
         }
 
 
-async def _generation_grew(limiter: Limiter) -> bool:
+async def _epoch_grew(limiter: Limiter) -> bool:
     return (await limiter.state("q")).consecutive == 1
 
 
@@ -70,7 +70,7 @@ async def test_whoever_writes_to_the_channel_starts_no_storm(
         client: Any = connection.client
         channel = Keys(namespace, 3).quota("q").channel
         await limiter.acquire("q", ONE)
-        generation = (await limiter.state("q")).generation
+        epoch = (await limiter.state("q")).epoch
         async with connection.pubsub(ignore_subscribe_messages=True) as heard:
             await heard.subscribe(channel)
             foreign = [b"g:%d" % (10**18 + n) for n in range(200)]
@@ -85,7 +85,7 @@ async def test_whoever_writes_to_the_channel_starts_no_storm(
                 if found := await heard.get_message(timeout=5):
                     said.append(found["data"])
         assert len(said) == len(foreign) + 6 + 1  # nobody else has said anything
-        assert (await limiter.state("q")).generation == generation
+        assert (await limiter.state("q")).epoch == epoch
         await limiter.acquire("q", ONE)
 
 

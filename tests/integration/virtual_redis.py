@@ -6,12 +6,12 @@ Only `TIME`, `INFO` and `LASTSAVE` are ours: a few lines before the unchanged sc
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import redis
 
-from batchllm_celery.limiter.limiter import ACQUIRE, CONFIGURE, STATE
+from batchllm_celery.connection import Script
 
 PRELUDE = """
 local real, clock, run_id = redis, tonumber(ARGV[#ARGV - 1]), ARGV[#ARGV]
@@ -36,18 +36,12 @@ class VirtualRedis:
         self.client = redis.Redis.from_url(url)
         self.now = start
         self.run_id = "first"
-        self._scripts: dict[str, str] = {}
-        self.replace: tuple[tuple[str, str], ...] = ()
+        self._loaded: dict[str, str] = {}
 
-    def call(self, name: str, keys: list[str], args: list[Any]) -> Any:
-        """Run `name` (a file of the limiter package) at the present virtual moment."""
-        sha = self._scripts.get(name)
+    def call(self, script: Script, keys: list[str], args: Sequence[Any] = ()) -> Any:
+        """Run a script at the present virtual moment."""
+        sha = self._loaded.get(script.sha)
         if sha is None:
-            text = next(one.text for one in (ACQUIRE, CONFIGURE, STATE) if one.name == name)
-            for old, new in self.replace:
-                text = text.replace(old, new)
-            sha = self.client.script_load(PRELUDE + text)
-            assert sha == hashlib.sha1((PRELUDE + text).encode()).hexdigest()
-            self._scripts[name] = sha
+            sha = self._loaded[script.sha] = self.client.script_load(PRELUDE + script.text)
         arguments = [*args, round(self.now * 1e6), self.run_id]
         return self.client.execute_command("EVALSHA", sha, len(keys), *keys, *arguments)

@@ -74,6 +74,13 @@ def test_a_script_is_read_from_the_package_that_holds_it() -> None:
     assert script.text.count("-- answer.lua") == 2
 
 
+def test_an_included_file_stands_where_it_is_named() -> None:
+    """Steps of a script are files of their own, and share its locals."""
+    text = Script.load("tests.unit", "steps/sum.lua").text
+    assert "--#include" not in text
+    assert text.index("local first = 1") < text.index("local second = 2") < text.index("return")
+
+
 #: What Redis 6.2 puts before the answer that a command in a script got.
 BEFORE_7 = "Error running script (call to f_2248ea7f10): @user_script:1: @user_script: 1: "
 

@@ -67,7 +67,7 @@ class FakeLimiter:
     open: int = 0
     stale: int = 0
     void: bool = False
-    agains: list[bool] = field(default_factory=list)
+    retries: list[bool] = field(default_factory=list)
 
     def may_start(self, permit: FakePermit) -> bool:
         self.stale -= 1
@@ -76,8 +76,8 @@ class FakeLimiter:
     def is_void(self, permit: FakePermit) -> bool:
         return self.void
 
-    async def acquire(self, quota: str, estimate: Any, *, again: bool = False) -> FakePermit:
-        self.agains.append(again)
+    async def acquire(self, quota: str, estimate: Any, *, priority: int, retry: bool) -> FakePermit:
+        self.retries.append(retry)
         if self.wait:
             await asyncio.sleep(self.wait)
         if self.error is not None:
@@ -497,7 +497,7 @@ async def test_a_slow_gate_delays_a_call_and_never_makes_it_late() -> None:
     gate = ToldGate(FailureKind.CANCELLED, when=2)  # the second question would end it
     assert (await bench.result(strategy, gate=gate)).success
     assert bench.limiter.settled == [CallOutcome.UNUSED] * 50 + [CallOutcome.SUCCEEDED]
-    assert bench.limiter.agains == [False] + [True] * 50
+    assert bench.limiter.retries == [False] + [True] * 50
 
 
 async def test_an_item_that_waits_out_a_cooldown_is_in_no_call() -> None:
@@ -524,7 +524,7 @@ async def test_a_refused_item_goes_before_those_that_had_no_turn() -> None:
     """Its first place is at the end of the line, the later ones are at its head."""
     bench, strategy = Bench(), Scripted(refused(), refused(), ("ok", {}))
     assert (await bench.result(strategy)).success
-    assert bench.limiter.agains == [False, True, True]
+    assert bench.limiter.retries == [False, True, True]
 
 
 @pytest.mark.parametrize("known", [False, True])

@@ -1,4 +1,4 @@
-"""The limiter's pure parts: policies as data, estimates, sums of outcomes, the server's clock."""
+"""The limiter's pure parts: policies as data, estimates, sums of calls, records, the clock."""
 
 from __future__ import annotations
 
@@ -20,9 +20,13 @@ from batchllm_celery.limiter import (
     RateLimitStrategy,
     policy_from,
 )
-from batchllm_celery.limiter.pending import Pending, Unused
-from batchllm_celery.limiter.wire import Reply, ServerClock
-from batchllm_celery.models import QuotaLimits, RateLimitConfig, TokenUsage
+from batchllm_celery.limiter.permit import ReportedLimit, ReportedLimits, SettledCall
+from batchllm_celery.limiter.protocol import AcquireReply, CallReport
+from batchllm_celery.limiter.quota_client import ServerClock
+from batchllm_celery.limiter.quota_state import LiveState, QuotaSetup
+from batchllm_celery.limiter.records import lua_reader, pack, unpack
+from batchllm_celery.limiter.settlements import Settlements
+from batchllm_celery.models import Quota, QuotaLimits, RateLimitConfig, TokenUsage
 from batchllm_celery.strategies import (
     CallableStrategy,
     EscalatingStrategy,
@@ -38,9 +42,19 @@ async def _ask(prompt: str) -> str:
     return prompt
 
 
-def permit(generation: int = 1, **more: object) -> Permit:
+def permit(epoch: int = 1, **more: object) -> Permit:
     values = {"start": 0.0, "id": 1, "estimate": Estimate(100, 50)}
-    return Permit(quota="q", generation=generation, **{**values, **more})  # type: ignore[arg-type]  # a test's shorthand
+    return Permit(quota="q", epoch=epoch, **{**values, **more})  # type: ignore[arg-type]  # a test's shorthand
+
+
+def settle(*calls: SettledCall, epoch: int = 1, now: float = 11.0) -> dict[str, int]:
+    """What a request would carry for these calls, if it differs from nothing."""
+    settlements = Settlements()
+    for call in calls:
+        settlements.add(call, now)
+    nothing = Settlements().request_fields(epoch, now)
+    fields = settlements.request_fields(epoch, now)
+    return {name: value for name, value in fields.items() if value != nothing[name]}
 
 
 @pytest.mark.parametrize("said", [math.inf, "unlimited", " Unlimited "])
@@ -187,80 +201,141 @@ def test_what_is_reserved_for_many_sums_up_to_what_they_use() -> None:
     assert reserved == pytest.approx(sum(sizes.values()), rel=0.06)
 
 
-def test_sums_replace_estimates_by_actual_tokens() -> None:
-    """A success refunds what it did not use; an unused permit gives everything back."""
-    pending = Pending()
+def test_actual_tokens_replace_the_estimate() -> None:
+    """A success returns what it did not use; an unused permit returns everything."""
     usage = TokenUsage(input_tokens=80, output_tokens=70)
-    pending.add(permit(), CallOutcome.SUCCEEDED, 11.0, usage)
-    pending.add(permit(start=12.0), CallOutcome.UNUSED, 11.0)
-    assert pending.arguments(1, 11.0)[:9] == [1, 1, 0, 1, 1, 100, 50, -20, 20]
+    succeeded = SettledCall(permit(), CallOutcome.SUCCEEDED, usage)
+    assert settle(succeeded) == {"successes": 1, "debt_input": -20, "debt_output": 20}
+    unused = SettledCall(permit(start=12.0), CallOutcome.UNUSED)
+    assert settle(unused) == {
+        "unused": 1,
+        "reusable": 1,
+        "reusable_input": 100,
+        "reusable_output": 50,
+    }
 
 
-def test_what_first_guesses_reserved_too_much_is_told_apart() -> None:
-    """Beside it: what they reserved too little, and what a refused one gives back whole."""
+def test_what_first_guesses_reserved_too_much_is_forfeited() -> None:
+    """Not what they reserved too little, and not what a refused one returns."""
     guess = Estimate(100, 50, guessed=True)
-    pending = Pending()
     usage = TokenUsage(input_tokens=80, output_tokens=70)
-    pending.add(permit(estimate=guess), CallOutcome.SUCCEEDED, 11.0, usage)
-    assert (pending.guessed_input, pending.guessed_output) == (-20, 0)
-    assert (pending.input_tokens, pending.output_tokens) == (0, 20)
-    pending.add(permit(estimate=guess), CallOutcome.REFUSED, 11.0)
-    assert (pending.input_tokens, pending.output_tokens) == (-100, 20 - 50)
-    assert pending.arguments(0, 11.0)[7:11] == [-100, -30, -20, 0]
+    succeeded = SettledCall(permit(estimate=guess), CallOutcome.SUCCEEDED, usage)
+    assert settle(succeeded) == {"successes": 1, "forfeited_input": -20, "debt_output": 20}
+    refused = SettledCall(permit(estimate=guess), CallOutcome.REFUSED)
+    assert settle(refused) == {"refused_epoch": 1, "debt_input": -100, "debt_output": -50}
 
 
 def test_of_unused_starts_only_those_ahead_go_to_others() -> None:
     """A start of the past made up for later would come on top of the rate; so would its tokens."""
-    pending = Pending()
-    for start, tokens in ((9.0, 100), (9.9, 10), (10.1, 7)):
-        pending.unused.append(Unused(start, 2, Estimate(tokens, 1)))
-    assert pending.arguments(2, now=10.0)[3:11] == [3, 1, 7, 1, 0, 0, -110, -2]
-    assert pending.arguments(3, now=10.0)[3:11] == [3, 0, 0, 0, 0, 0, 0, 0]  # void since
+    unused = [
+        SettledCall(permit(2, start=start, estimate=Estimate(tokens, 1)), CallOutcome.UNUSED)
+        for start, tokens in ((9.0, 100), (9.9, 10), (10.1, 7))
+    ]
+    assert settle(*unused, epoch=2, now=10.0) == {
+        "unused": 3,
+        "reusable": 1,
+        "reusable_input": 7,
+        "reusable_output": 1,
+        "forfeited_input": -110,
+        "forfeited_output": -2,
+    }
+    assert settle(*unused, epoch=3, now=10.0) == {"unused": 3}  # void since
 
 
 @pytest.mark.parametrize(
     ("seconds", "sent"),
     [(math.inf, 32 * 86_400 * 10**6), (1e300, 32 * 86_400 * 10**6), (math.nan, -1), (-3.0, -1)],
 )
-def test_a_wait_that_nobody_can_wait_for_is_told_as_one_that_can(seconds: float, sent: int) -> None:
-    """What a user's strategy raises must not break every question after it."""
-    pending = Pending()
-    pending.add(permit(), CallOutcome.REFUSED, 11.0, retry_after=seconds)
-    assert pending.arguments(1, 11.0)[12] == sent
-    pending.add(permit(), CallOutcome.DAY_EXHAUSTED, 11.0, retry_after=seconds)
-    assert pending.arguments(1, 11.0)[14] == max(sent, 0)
+def test_a_wait_that_nobody_can_wait_for_is_passed_on_as_one_that_can(
+    seconds: float, sent: int
+) -> None:
+    """What a user's strategy raises must not break every request after it."""
+    fields = settle(SettledCall(permit(), CallOutcome.REFUSED, retry_after=seconds))
+    assert fields.get("retry_after_us", -1) == sent
+    fields = settle(SettledCall(permit(), CallOutcome.DAY_EXHAUSTED, retry_after=seconds))
+    assert fields["day_exhausted_us"] == max(sent, 0)
 
 
-def test_a_success_of_an_older_generation_is_late() -> None:
+def test_a_success_of_an_older_epoch_is_late() -> None:
     """It counts as throughput, never as the success that ends an escalation."""
-    pending = Pending()
-    pending.add(permit(1), CallOutcome.SUCCEEDED, 11.0)
-    pending.add(permit(2), CallOutcome.SUCCEEDED, 11.0)
-    pending.add(permit(1), CallOutcome.SUCCEEDED, 11.0)
-    assert (pending.successes, pending.late_successes) == (1, 2)
-    assert pending.arguments(3, 0.0)[:3] == [3, 0, 3]
+    calls = [SettledCall(permit(epoch), CallOutcome.SUCCEEDED) for epoch in (1, 2, 1)]
+    assert settle(*calls, epoch=2) == {"successes": 1, "late_successes": 2}
+    assert settle(*calls, epoch=3) == {"late_successes": 3}
 
 
-def test_the_longest_retry_after_of_the_newest_generation_counts() -> None:
+def test_the_longest_retry_after_of_the_newest_epoch_counts() -> None:
     """Refusals of one burst are one event."""
-    pending = Pending()
-    pending.add(permit(2), CallOutcome.REFUSED, 11.0, retry_after=3.0)
-    pending.add(permit(2), CallOutcome.REFUSED, 11.0)
-    pending.add(permit(1), CallOutcome.REFUSED, 11.0, retry_after=9.0)
-    assert (pending.refused_generation, pending.retry_after) == (2, 3.0)
+    refused = [
+        SettledCall(permit(epoch), CallOutcome.REFUSED, retry_after=wait)
+        for epoch, wait in ((2, 3.0), (2, None), (1, 9.0))
+    ]
+    fields = settle(*refused)
+    assert (fields["refused_epoch"], fields["retry_after_us"]) == (2, 3_000_000)
+
+
+def test_overloads_and_other_failures_are_told_apart() -> None:
+    """Only the former say something about the provider's room."""
+    outcomes = (CallOutcome.OVERLOADED, CallOutcome.FAILED, CallOutcome.OVERLOADED)
+    fields = settle(*(SettledCall(permit(), outcome) for outcome in outcomes))
+    assert fields == {"overloads": 2, "other_failures": 1}
+
+
+def test_what_calls_report_is_summed_and_the_newest_headers_count() -> None:
+    """Nothing travels where nothing was reported."""
+    settlements = Settlements()
+    settlements.add(SettledCall(permit(), CallOutcome.SUCCEEDED), 11.0)
+    assert settlements.report is None
+    for remaining in (9.0, 8.0):
+        limits = ReportedLimits(requests=ReportedLimit(limit=10, remaining=remaining, reset=1.5))
+        usage = TokenUsage(output_tokens=7)
+        call = SettledCall(permit(), CallOutcome.SUCCEEDED, usage, latency=0.25, limits=limits)
+        settlements.add(call, 11.0)
+    report = settlements.report
+    assert report == CallReport(
+        calls=2,
+        latency_us=500_000,
+        output_tokens=14,
+        limit_requests=10,
+        remaining_requests=8.0,
+        reset_requests_us=1_500_000,
+    )
+    assert unpack(CallReport, pack(report)) == report
 
 
 def test_a_reply_is_read() -> None:
-    """Times come in microseconds; flags say what the quota limits."""
-    numbers = (17, 1_000_000, 3_000_000, 250_000, 0, 33, 2, 1, 0, 100_000)
-    reply = Reply.parse(struct.pack("<5d3I2I", *numbers))
-    assert reply.generation == 17
+    """Numbers, flags, and the starts that follow them."""
+    sent = AcquireReply(
+        epoch=17,
+        now_us=1_000_000,
+        cooldown_until_us=3_000_000,
+        ask_again_us=250_000.5,
+        exhausted_until_us=0,
+        consecutive_cooldowns=2,
+        tokens_limited=True,
+        slots_limited=False,
+        probing=False,
+        may_prefetch=True,
+        oversize=False,
+        held_up=True,
+    )
+    reply = AcquireReply.parse(pack(sent) + struct.pack("<2I", 0, 100_000))
+    assert reply.starts_us == (0, 100_000)
+    assert (reply.epoch, reply.ask_again_us, reply.consecutive_cooldowns) == (17, 250_000.5, 2)
+    assert (reply.tokens_limited, reply.slots_limited, reply.held_up) == (True, False, True)
     assert reply.cooldown == 2.0
-    assert reply.again_in == 0.25
-    assert reply.starts_in == pytest.approx((0.0, 0.1))
-    assert reply.by_tokens
-    assert reply.limited
-    assert not reply.by_slots
+
+
+def test_a_record_keeps_numbers_and_strings() -> None:
+    """Also where a newer version has added to it."""
+    live = LiveState(epoch=7, search_rate=2.5, success_since_cut=False, run_id="abc")
+    assert unpack(LiveState, pack(live)) == live
+    assert unpack(LiveState, pack(live) + struct.pack("<d", 1.0)) == live
+
+
+def test_lua_reads_the_defaults_of_a_quota_that_nobody_configured() -> None:
+    """They are those of a `Quota` with nothing but a name."""
+    assert QuotaSetup.of(Quota(name="q")) == QuotaSetup()
+    assert "adaptive = 1.0" in lua_reader("setup", QuotaSetup)
 
 
 def test_a_slow_reply_does_not_shift_starts() -> None:

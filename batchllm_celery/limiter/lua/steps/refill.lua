@@ -1,0 +1,45 @@
+-- 4 refill: what one request and one token cost in time, and what ended calls owe or return.
+--
+-- A refund moves `tat_us` back (the next start comes sooner), a debt moves it on. `tat_us` never
+-- lies more than a burst before now: what nobody used for longer than that is gone.
+-- Leaves: limited (the limited dimensions), unit_us (cost of one request or token in a dimension).
+
+-- Of a known rate so much is used: what is left lets the provider's own bucket fill up again.
+local HEADROOM = 0.995
+
+local limited, unit_us = {}, {}
+do
+  local pace = allowed_pace()
+  live.pace = pace
+  if not rates_known then rates[1] = pace end
+  local share = rates_known and pace * HEADROOM or 1
+
+  -- Reservations that nobody used and whose start lies ahead can be given to others, unless a new
+  -- epoch has voided them: then they are returned already.
+  local starts, input, output = request.reusable, request.reusable_input, request.reusable_output
+  if request.known_epoch ~= live.epoch or new_epoch then starts, input, output = 0, 0, 0 end
+  local debt_input, debt_output = request.debt_input - input, request.debt_output - output
+  local debts = {-starts, debt_input + debt_output, debt_input, debt_output}
+
+  -- Forfeited tokens (negative) were reserved by first guesses, or for starts that came too late.
+  -- While they held the fleet up the provider's bucket of a second was full and took in no more:
+  -- returned at once, they would be refused. So they come back only beyond the reserved starts and
+  -- a second.
+  local forfeited = {
+    0, request.forfeited_input + request.forfeited_output,
+    request.forfeited_input, request.forfeited_output,
+  }
+  local far_us = now_us + lookahead_us + 1000000
+
+  for d = 1, 4 do
+    if rates[d] > 0 then
+      local unit, earliest_us = 1000000 / (rates[d] * share), now_us - setup.burst_us
+      limited[#limited + 1], unit_us[d] = d, unit
+      local tat = tat_us[d]
+      tat = max(tat > 0 and tat or now_us, earliest_us)
+      tat = max(tat + debts[d] * unit, earliest_us)
+      if forfeited[d] < 0 then tat = max(tat + forfeited[d] * unit, min(tat, far_us)) end
+      tat_us[d] = tat
+    end
+  end
+end

@@ -1,0 +1,233 @@
+"""What Redis keeps of a quota, as records of the scripts, and as a person looks at it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import Field
+
+from batchllm_celery.limiter.records import pack, unpack
+from batchllm_celery.models import CooldownPolicy, Model, Quota, QuotaLimits
+
+#: The number of refusals and overloads in a row that opens the breaker: one call at a time.
+BREAKER_FAILURES = 5
+#: Starts a second at which the search for an unknown rate begins.
+START_RATE = 10
+#: Starts a second that are no limit: of a quota that begins at full speed.
+FULL_SPEED = 1_000_000
+
+
+@dataclass(slots=True)
+class QuotaSetup:
+    """A quota's configuration as acquire.lua reads it; the defaults are those of a `Quota`.
+
+    Rates are per second, 0: not limited. Times end in `_us` and are microseconds.
+    """
+
+    requests_per_second: float = 0.0
+    tokens_per_second: float = 0.0
+    input_tokens_per_second: float = 0.0
+    output_tokens_per_second: float = 0.0
+    requests_per_day: int = 0
+    max_concurrency: int = 0
+    burst_us: int = 100_000
+    """How much time's worth of a rate may start at once."""
+    horizon_us: int = 2_000_000
+    """How far ahead starts may lie; nothing starts for so long, and a second, after a restart."""
+    adaptive: bool = True
+    """Whether refusals cut the rate (CUBIC); else a slow start follows a cooldown."""
+    max_cooldown_us: int = 600_000_000
+    ramp_length: int = 0
+    """Number of spacings of the slow start."""
+    ramp_repeats: bool = False
+    """Whether the last spacing stays for good."""
+    full_speed: bool = False
+    """No rate limits it, until the provider refuses a call."""
+
+    @classmethod
+    def of(cls, quota: Quota) -> QuotaSetup:
+        """The setup of a quota."""
+        limits, policy = quota.limits.finite(), quota.policy
+        return cls(
+            requests_per_second=limits.get("requests_per_minute", 0) / 60,
+            tokens_per_second=limits.get("tokens_per_minute", 0) / 60,
+            input_tokens_per_second=limits.get("input_tokens_per_minute", 0) / 60,
+            output_tokens_per_second=limits.get("output_tokens_per_minute", 0) / 60,
+            requests_per_day=int(limits.get("requests_per_day", 0)),
+            max_concurrency=int(limits.get("max_concurrency", 0)),
+            burst_us=int(quota.burst_seconds * 1e6),
+            horizon_us=int(quota.horizon_seconds * 1e6),
+            adaptive=policy.kind == "adaptive",
+            max_cooldown_us=int(policy.max_cooldown * 1e6),
+            ramp_length=len(policy.ramp),
+            ramp_repeats=policy.ramp_repeats,
+            full_speed=quota.limits.full_speed,
+        )
+
+
+@dataclass(slots=True)
+class LiveState:
+    """What moves in a quota: read and written by each acquire request.
+
+    Times end in `_us` and are microseconds: moments on Redis' clock since 1970, or durations. A
+    newer version may add fields at the end: an older one reads those that it knows.
+    """
+
+    now_us: int = 0
+    """The moment of the latest request."""
+    epoch: int = 0
+    """Grows with each cooldown, change of limits and loss of data: older reservations are void."""
+    last_save_s: int = 0
+    """What LASTSAVE said, seconds."""
+
+    cooldown_until_us: int = 0
+    consecutive_cooldowns: int = 0
+    """Cooldowns in a row without a success."""
+    failures_in_a_row: int = 0
+    """Refusals and overloads without a success; `BREAKER_FAILURES` open the breaker."""
+    probe_from_us: int = 0
+    """When the open breaker lets the next call through."""
+    ramp_position: int = -1
+    """Starts of the slow start so far; -1: there was no cooldown yet."""
+    ramp_previous_us: int = 0
+    """The start before the next one of the slow start; at first the cooldown's end."""
+
+    tat_requests_us: float = 0.0
+    """GCRA's theoretical arrival time: when all started requests are paid for; 0: none was."""
+    tat_tokens_us: float = 0.0
+    tat_input_us: float = 0.0
+    tat_output_us: float = 0.0
+
+    day_used: int = 0
+    day_resets_at_us: int = 0
+    exhausted_until_us: int = 0
+    """The provider said that the day is over: until then nothing starts."""
+
+    pace: float = 0.0
+    """What is allowed now: a share of known rates, else starts per second."""
+    search_rate: float = START_RATE
+    """Starts per second of a quota whose rate nobody knows, until its first cut; `FULL_SPEED`: no
+    call was refused yet."""
+    w_max: float = 0.0
+    """CUBIC's W_max: the pace at the last cut; 0: there was none."""
+    curve_time_s: float = 0.0
+    """CUBIC's t: seconds since the last cut in which the rate held somebody up."""
+    success_since_cut: bool = True
+    """Only then another refusal cuts the pace again."""
+    successes_since_cut: int = 0
+    rate_limited_until_us: float = 0.0
+    """Until then the rate holds somebody up; 0: it never did."""
+    busy_since_us: int = 0
+    """Since when starts have lain ahead of now without a gap."""
+    slice_since_us: int = 0
+    """Since when `slice_successes` are counted."""
+    slice_successes: int = 0
+    """Successes that are not in the quota's `history` yet."""
+
+    in_flight: int = 0
+    """Calls in flight and reservations of all processes."""
+    lease_clock_us: int = 0
+    """A clock that stands still while everybody is silent: leases end on it."""
+    leases_checked_us: int = 0
+    """When leases were checked, on that clock."""
+
+    probing_process: str = ""
+    """Who has the breaker's one call."""
+    run_id: str = ""
+    """Redis' own: another one means that it was restarted."""
+
+
+def configure_arguments(quota: Quota, *, update: bool = False) -> list[str | bytes | int]:
+    """ARGV of configure.lua."""
+    lists = (quota.policy.cooldowns, quota.policy.ramp)
+    cooldowns, ramp = (",".join(map(repr, seconds)) for seconds in lists)
+    return [quota.model_dump_json(), int(update), pack(QuotaSetup.of(quota)), cooldowns, ramp]
+
+
+class QuotaState(Model):
+    """One moment of a quota. Moments are seconds since 1970 (Redis' clock), durations seconds.
+
+    Args:
+        allowed_per_minute: requests a minute now (after cuts); None: not limited. None too for
+            quotas that are limited by tokens only: see `rate_factor`.
+        configured: whether somebody has set it; else its rate is found by itself.
+        rate_factor: share of the configured rates that is allowed now (1.0: all of it).
+        owed_seconds: by dimension, how far starts lie ahead of now: 0 means room.
+        waiting: processes with waiters.
+        in_flight: calls in flight and reserved starts of all processes.
+        epoch: grows with each cooldown, change of limits and loss of data.
+        cooldown_remaining: seconds until the cooldown ends; 0 without one.
+        consecutive: cooldowns in a row without a success.
+        failures_in_a_row: refusals and overloads without a success.
+        probing: the breaker is open: one call at a time.
+        ramp_position: starts since the last cooldown; None when no slow start is under way.
+        day_used: requests of the day; 0 where the day is not limited.
+        day_resets_at: when the day's requests are counted from 0 again.
+        exhausted_until: until when the day's quota is used up, as the provider said.
+    """
+
+    name: str
+    limits: QuotaLimits = QuotaLimits()
+    policy: CooldownPolicy = CooldownPolicy()
+    configured: bool = True
+    allowed_per_minute: float | None = None
+    rate_factor: float = 1.0
+    owed_seconds: dict[str, float] = Field(default_factory=dict)
+    waiting: int = 0
+    in_flight: int = 0
+    epoch: int = 0
+    cooldown_remaining: float = 0.0
+    consecutive: int = 0
+    failures_in_a_row: int = 0
+    probing: bool = False
+    ramp_position: int | None = None
+    day_used: int = 0
+    day_resets_at: float | None = None
+    exhausted_until: float | None = None
+
+
+def read_state(name: str, now_us: int, waiting: int, config: bytes, live: bytes) -> QuotaState:
+    """The state from what state.lua returns."""
+    quota = Quota.model_validate_json(config) if config else Quota(name=name)
+    setup = QuotaSetup.of(quota)
+    state = unpack(LiveState, live) if live else LiveState()
+    dimensions = {
+        "requests": (setup.requests_per_second, state.tat_requests_us),
+        "tokens": (setup.tokens_per_second, state.tat_tokens_us),
+        "input_tokens": (setup.input_tokens_per_second, state.tat_input_us),
+        "output_tokens": (setup.output_tokens_per_second, state.tat_output_us),
+    }
+    known = any(rate for rate, _ in dimensions.values())
+    pace = state.pace if live else float(known)
+    per_second = setup.requests_per_second * pace if known else pace
+    if per_second >= FULL_SPEED:
+        per_second = 0.0
+    in_ramp = not setup.adaptive and 0 <= state.ramp_position < setup.ramp_length
+    values: dict[str, Any] = {
+        "name": name,
+        "limits": quota.limits,
+        "policy": quota.policy,
+        "configured": bool(config),
+        "allowed_per_minute": per_second * 60 or None,
+        "rate_factor": pace if known else 1.0,
+        "owed_seconds": {
+            label: max(tat_us - now_us, 0) / 1e6
+            for label, (rate, tat_us) in dimensions.items()
+            if rate or (label == "requests" and not known)
+        },
+        "waiting": waiting,
+        "in_flight": state.in_flight,
+        "epoch": state.epoch,
+        "cooldown_remaining": max(state.cooldown_until_us - now_us, 0) / 1e6,
+        "consecutive": state.consecutive_cooldowns,
+        "failures_in_a_row": state.failures_in_a_row,
+        "probing": state.failures_in_a_row >= BREAKER_FAILURES,
+        "ramp_position": state.ramp_position if in_ramp else None,
+        "day_used": state.day_used if now_us < state.day_resets_at_us else 0,
+        "day_resets_at": state.day_resets_at_us / 1e6 or None,
+        "exhausted_until": (
+            state.exhausted_until_us / 1e6 if state.exhausted_until_us > now_us else None
+        ),
+    }
+    return QuotaState(**values)

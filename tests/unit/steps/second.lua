@@ -1,0 +1,1 @@
+local second = 2
