@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from batchllm_celery.embedded import guardian
+from batchllm_celery.embedded import supervisor
 from batchllm_celery.errors import EmbeddedServerError
 from batchllm_celery.events import ConnectionLost, Event, Events
 from batchllm_celery.settings import Settings
@@ -59,7 +59,7 @@ class EmbeddedServer:
             _refuse_strange(folder)
             folder.chmod(0o700)  # prompts and answers are in there
             address = _socket_path(folder)
-            users_fd = guardian.open_lock(folder / "users.lock")
+            users_fd = supervisor.open_lock(folder / "users.lock")
         except OSError as error:
             raise _error(folder, error.strerror or str(error)) from error
         server = cls(folder, address, users_fd)
@@ -81,7 +81,7 @@ class EmbeddedServer:
         Raises:
             EmbeddedServerError: it does not answer.
         """
-        found = re.search(rb"process_id:(\d+)", guardian.ask(self._address, "INFO server"))
+        found = re.search(rb"process_id:(\d+)", supervisor.ask(self._address, "INFO server"))
         if found is None:
             raise _error(self._folder, "it does not answer")
         return int(found[1])
@@ -104,7 +104,7 @@ class EmbeddedServer:
             return
         os.close(fd)  # not LOCK_UN: that would let go for our forked children as well
         with contextlib.suppress(OSError):
-            guardian.wait_for(self._is_settled, RELEASE_SECONDS)
+            supervisor.wait_for(self._is_settled, RELEASE_SECONDS)
 
     @property
     def released(self) -> bool:
@@ -114,23 +114,23 @@ class EmbeddedServer:
         """Become a user; waits while a guardian that holds the lock alone is on its way out."""
         fd = self._users_fd
         assert fd is not None
-        if not guardian.wait_for(lambda: guardian.try_lock(fd, shared=True), START_SECONDS):
+        if not supervisor.wait_for(lambda: supervisor.try_lock(fd, shared=True), START_SECONDS):
             raise _error(self._folder, "its last server does not stop")
 
     def _wait_until_up(self) -> None:
         """A guardian and a PING are the truth; a server that says it loads may take its time."""
         heard = time.monotonic()
         self._start_if_needed()  # waits for a start under way: an orphan's PONG means nothing
-        while not (reply := guardian.ask(self._address, "PING")).startswith(b"+PONG"):
+        while not (reply := supervisor.ask(self._address, "PING")).startswith(b"+PONG"):
             if reply:
                 heard = time.monotonic()
             elif time.monotonic() > heard + START_SECONDS:
-                raise _error(self._folder, guardian.last_line(self._folder / "valkey.log", 0))
+                raise _error(self._folder, supervisor.last_line(self._folder / "valkey.log", 0))
             time.sleep(_POLL)
             self.ensure()
 
     def _is_guarded(self) -> bool:
-        return guardian.is_locked(self._folder / "guardian.lock")
+        return supervisor.is_locked(self._folder / "guardian.lock")
 
     def _start_if_needed(self) -> None:
         with _alone(self._folder):
@@ -141,12 +141,12 @@ class EmbeddedServer:
         """Whether the server has stopped or has other users."""
         if not self._is_guarded():
             return True
-        fd = guardian.open_lock(self._folder / "users.lock")
+        fd = supervisor.open_lock(self._folder / "users.lock")
         try:
-            stopping = not guardian.try_lock(fd, shared=True)
-            return not stopping and not guardian.try_lock(fd)
+            stopping = not supervisor.try_lock(fd, shared=True)
+            return not stopping and not supervisor.try_lock(fd)
         finally:
-            guardian.let_go(fd)
+            supervisor.let_go(fd)
 
 
 def resolve_url(settings: Settings) -> str:
@@ -195,10 +195,10 @@ def _release_all() -> None:
 
 def _start(folder: Path, address: str) -> None:
     """Start a guardian; returns when its server answers, or another guardian was faster."""
-    command = [sys.executable, "-I", "-S", guardian.__file__, str(folder), address, _binary(folder)]
+    script = [supervisor.__file__, str(folder), address, _binary(folder)]
     try:
         done = subprocess.run(
-            command,
+            [sys.executable, "-I", "-S", *script],
             cwd="/",
             env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
             stdin=subprocess.DEVNULL,
@@ -250,12 +250,12 @@ def _socket_path(folder: Path) -> str:
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """One starter at a time; the others attach to what it started."""
-    fd = guardian.open_lock(folder / "start.lock")
+    fd = supervisor.open_lock(folder / "start.lock")
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
         yield
     finally:
-        guardian.let_go(fd)
+        supervisor.let_go(fd)
 
 
 def _error(folder: Path, reason: str) -> EmbeddedServerError:

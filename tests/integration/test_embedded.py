@@ -16,7 +16,7 @@ import pytest
 import redis
 
 from batchllm_celery import embedded
-from batchllm_celery.embedded import EmbeddedServer, guardian
+from batchllm_celery.embedded import EmbeddedServer, supervisor
 from batchllm_celery.errors import EmbeddedServerError
 from batchllm_celery.settings import Settings
 from tests.support import wait_until
@@ -389,13 +389,13 @@ def test_a_redis_url_needs_no_embedded_server(state_dir: Path) -> None:
 def test_the_last_words_of_a_server_are_its_last_line(tmp_path: Path) -> None:
     """Of a log only the last line counts, without process number and date, from this start on."""
     log = tmp_path / "valkey.log"
-    assert guardian.last_line(log, 0) == "it said nothing"
+    assert supervisor.last_line(log, 0) == "it said nothing"
     log.write_text("old\n1:M 22 Nov 2026 21:00:29.772 # Bad file format: a # b\n\n")
-    assert guardian.last_line(log, 4) == "Bad file format: a # b"
+    assert supervisor.last_line(log, 4) == "Bad file format: a # b"
 
 
 def _answers(url: str) -> bool:
-    return guardian.ask(url.removeprefix("unix://"), "PING").startswith(b"+PONG")
+    return supervisor.ask(url.removeprefix("unix://"), "PING").startswith(b"+PONG")
 
 
 def _kill_and_await_restart(server: EmbeddedServer) -> None:
@@ -407,7 +407,7 @@ def _kill_and_await_restart(server: EmbeddedServer) -> None:
 def _kill_guardian(state_dir: Path) -> None:
     (watcher,) = guardians(state_dir)
     os.kill(watcher, signal.SIGKILL)
-    wait_until(lambda: not guardian.is_locked(state_dir / "valkey" / "guardian.lock"))
+    wait_until(lambda: not supervisor.is_locked(state_dir / "valkey" / "guardian.lock"))
 
 
 def _aof(state_dir: Path) -> Path:

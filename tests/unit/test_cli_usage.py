@@ -15,11 +15,13 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from batchllm_celery.cli import _COMMANDS, cli, estimate, job, main, options
-from batchllm_celery.cli.doctor import check_server
-from batchllm_celery.cli.fleet import environment_of
-from batchllm_celery.cli.quota_view import limits_words
-from batchllm_celery.cli.run import default_out, resume_command
+from batchllm_celery.cli import _COMMANDS, cli, main, options
+from batchllm_celery.cli import request as job
+from batchllm_celery.cli.commands import estimate
+from batchllm_celery.cli.commands.doctor import check_server
+from batchllm_celery.cli.commands.run import default_out, resume_command
+from batchllm_celery.cli.display.quota_view import limits_words
+from batchllm_celery.cli.processes import environment_of
 from batchllm_celery.errors import FailureKind, UsageError
 from batchllm_celery.models import QuotaLimits
 from batchllm_celery.settings import Settings

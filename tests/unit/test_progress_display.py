@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from batchllm_celery.cli.progress_display import (
+from batchllm_celery.cli.display.progress import (
     LiveDisplay,
     PlainDisplay,
     QuietDisplay,
@@ -16,9 +16,9 @@ from batchllm_celery.cli.progress_display import (
     View,
     open_display,
 )
-from batchllm_celery.cli.quota_view import doing, quota_words
-from batchllm_celery.cli.summary import Failures, Summary, exit_code, print_summary
-from batchllm_celery.cli.wording import duration, money, rate, short
+from batchllm_celery.cli.display.quota_view import doing, quota_words
+from batchllm_celery.cli.display.summary import Failures, Summary, exit_code, print_summary
+from batchllm_celery.cli.display.wording import duration, money, rate, short
 from batchllm_celery.limiter import QuotaState
 from batchllm_celery.models import BatchProgress, BatchState, QuotaLimits
 

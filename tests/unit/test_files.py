@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchllm_celery.cli import inputs
-from batchllm_celery.cli.inputs import Rows, check_all, spooled
-from batchllm_celery.cli.template import MissingFieldError, PromptTemplate
 from batchllm_celery.errors import InputError, UsageError
+from batchllm_celery.files import readers
+from batchllm_celery.files.item_ids import SeenIds
+from batchllm_celery.files.prompt_template import MissingFieldError, PromptTemplate
+from batchllm_celery.files.readers import Rows, check_all, spooled
 from batchllm_celery.models import BadRow, LLMWorkItem, StrategySpec
-from batchllm_celery.producer.item_ids import SeenIds
 
 SPEC = StrategySpec(name="gemini", params={"model": "m"})
 TEMPLATE = "Say {text}, please"
@@ -195,7 +195,7 @@ def test_a_bad_row_is_named_by_its_line_and_stops_nothing(
 
 def test_a_huge_line_is_a_bad_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A line that no provider would take is skipped without being held."""
-    monkeypatch.setattr(inputs, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 1000)
     rows = read(write(tmp_path, "a.txt", "one\n" + "x" * 5000 + "\nthree\n"))
     assert [type(row) for row in rows] == [LLMWorkItem, BadRow, LLMWorkItem]
 

@@ -14,8 +14,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchllm_celery.cli import outfile
-from batchllm_celery.cli.outfile import IndexSet, OutputError, ResultFile, StreamSink, open_sink
+from batchllm_celery.files import result_file
+from batchllm_celery.files.result_file import (
+    IndexSet,
+    OutputError,
+    ResultFile,
+    StreamSink,
+    open_sink,
+)
 
 
 @dataclass(frozen=True)
@@ -188,7 +194,7 @@ def test_a_full_disk_leaves_whole_lines_and_acknowledges_nothing(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(outfile, "_write_all", full)
+        patch.setattr(result_file, "_write_all", full)
         with pytest.raises(OutputError, match="No space left on device"):
             file.write([result(1)])
     assert indexes(path) == [0]

@@ -9,9 +9,10 @@ from typing import Any
 
 import click
 
-from batchllm_celery.cli import exit_codes, job, options
-from batchllm_celery.cli.fleet import Fleet, environment_of
-from batchllm_celery.cli.session import Interrupts
+from batchllm_celery.cli import exit_codes, options
+from batchllm_celery.cli import request as job
+from batchllm_celery.cli.batch_follower import Interrupts
+from batchllm_celery.cli.processes import Fleet, environment_of
 from batchllm_celery.errors import RedisUnavailableError
 from batchllm_celery.observability.switched_on import openers
 from batchllm_celery.settings import Settings

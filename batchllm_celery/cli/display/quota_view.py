@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from batchllm_celery.cli.wording import count, duration, short
+from batchllm_celery.cli.display.wording import count, duration, short
 from batchllm_celery.models import BatchProgress, BatchState, QuotaLimits
 
 if TYPE_CHECKING:

@@ -13,12 +13,13 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from batchllm_celery.cli import exit_codes, job, options
-from batchllm_celery.cli.console import print_json, to_stdout
-from batchllm_celery.cli.progress_display import RateMeter
-from batchllm_celery.cli.quota_view import doing, limits_words, quota_words
-from batchllm_celery.cli.session import Interrupts
-from batchllm_celery.cli.wording import count, duration, money, rate, short
+from batchllm_celery.cli import exit_codes, options
+from batchllm_celery.cli import request as job
+from batchllm_celery.cli.batch_follower import Interrupts
+from batchllm_celery.cli.display.console import print_json, to_stdout
+from batchllm_celery.cli.display.progress import RateMeter
+from batchllm_celery.cli.display.quota_view import doing, limits_words, quota_words
+from batchllm_celery.cli.display.wording import count, duration, money, rate, short
 
 if TYPE_CHECKING:
     from batchllm_celery.connection import BrokenEntry

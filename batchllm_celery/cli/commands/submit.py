@@ -10,11 +10,12 @@ from typing import Any
 
 import click
 
-from batchllm_celery.cli import exit_codes, job, options
-from batchllm_celery.cli.console import log_to, say, to_stderr
-from batchllm_celery.cli.run import open_rows, resume_command
-from batchllm_celery.cli.session import Interrupts, Job
-from batchllm_celery.cli.wording import plural
+from batchllm_celery.cli import exit_codes, options
+from batchllm_celery.cli import request as job
+from batchllm_celery.cli.batch_follower import Interrupts, Job
+from batchllm_celery.cli.commands.run import open_rows, resume_command
+from batchllm_celery.cli.display.console import log_to, say, to_stderr
+from batchllm_celery.cli.display.wording import plural
 from batchllm_celery.errors import UsageError
 from batchllm_celery.models import BatchSpec, Quota
 from batchllm_celery.settings import Settings

@@ -14,8 +14,9 @@ import click
 from rich.console import Console
 from rich.text import Text
 
-from batchllm_celery.cli import exit_codes, job, options
-from batchllm_celery.cli.console import print_json, to_stdout
+from batchllm_celery.cli import exit_codes, options
+from batchllm_celery.cli import request as job
+from batchllm_celery.cli.display.console import print_json, to_stdout
 from batchllm_celery.errors import BatchLLMError
 from batchllm_celery.keys import Keys
 from batchllm_celery.settings import Settings

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from batchllm_celery.cli import exit_codes
-from batchllm_celery.cli.wording import count, duration, money, plural, rate
+from batchllm_celery.cli.display.wording import count, duration, money, plural, rate
 from batchllm_celery.models import BatchProgress, BatchState
 
 

@@ -16,11 +16,17 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
-from batchllm_celery.cli import exit_codes, job, options
-from batchllm_celery.cli.console import log_to, print_json, say, to_stderr, to_stdout
-from batchllm_celery.cli.fleet import Fleet, SimulatedProviderProcess, environment_of
-from batchllm_celery.cli.inputs import STDIN, Rows, check_all, spooled
-from batchllm_celery.cli.outfile import (
+from batchllm_celery.cli import exit_codes, options
+from batchllm_celery.cli import request as job
+from batchllm_celery.cli.batch_follower import End, Interrupts, RedisWatch, Session
+from batchllm_celery.cli.display.console import log_to, print_json, say, to_stderr, to_stdout
+from batchllm_celery.cli.display.progress import open_display
+from batchllm_celery.cli.display.summary import Summary, exit_code, print_summary
+from batchllm_celery.cli.processes import Fleet, SimulatedProviderProcess, environment_of
+from batchllm_celery.errors import InputError, UsageError
+from batchllm_celery.events import Events
+from batchllm_celery.files.readers import STDIN, Rows, check_all, spooled
+from batchllm_celery.files.result_file import (
     OutputError,
     ResultFile,
     Sink,
@@ -28,11 +34,6 @@ from batchllm_celery.cli.outfile import (
     open_sink,
     refuse_real_results,
 )
-from batchllm_celery.cli.progress_display import open_display
-from batchllm_celery.cli.session import End, Interrupts, RedisWatch, Session
-from batchllm_celery.cli.summary import Summary, exit_code, print_summary
-from batchllm_celery.errors import InputError, UsageError
-from batchllm_celery.events import Events
 from batchllm_celery.models import BatchProgress, BatchSpec, BatchState, Quota, StrategySpec
 from batchllm_celery.observability.switched_on import openers
 from batchllm_celery.redaction import safe_url, without_secrets

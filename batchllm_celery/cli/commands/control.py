@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from batchllm_celery.cli import exit_codes, job, options
-from batchllm_celery.cli.wording import plural
+from batchllm_celery.cli import exit_codes, options
+from batchllm_celery.cli import request as job
+from batchllm_celery.cli.display.wording import plural
 
 if TYPE_CHECKING:
     from batchllm_celery.models import BatchProgress

@@ -15,7 +15,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from batchllm_celery.cli.wording import count, duration, money, rate, short
+from batchllm_celery.cli.display.wording import count, duration, money, rate, short
 from batchllm_celery.models import BatchProgress
 
 RATE_WINDOW_SECONDS = 30.0

@@ -49,7 +49,7 @@ class Tether:
     ) -> subprocess.Popen[bytes]:
         """Start `python -m MODULE`, in its own session so that Ctrl-C is ours alone to handle."""
         return subprocess.Popen(
-            [sys.executable, "-m", "batchllm_celery.cli.tethered", module, *arguments],
+            [sys.executable, "-m", "batchllm_celery.cli.parent_death_watch", module, *arguments],
             stdin=self._read,
             stdout=stdout,
             stderr=stderr,

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from batchllm_celery.cli import exit_codes, job, options
-from batchllm_celery.cli.console import to_stderr
-from batchllm_celery.cli.outfile import OutputError, Sink, open_sink
-from batchllm_celery.cli.progress_display import Display, RateMeter, View, open_display
-from batchllm_celery.cli.session import Interrupts, no_more
-from batchllm_celery.cli.summary import exit_code
+from batchllm_celery.cli import exit_codes, options
+from batchllm_celery.cli import request as job
+from batchllm_celery.cli.batch_follower import Interrupts, no_more
+from batchllm_celery.cli.display.console import to_stderr
+from batchllm_celery.cli.display.progress import Display, RateMeter, View, open_display
+from batchllm_celery.cli.display.summary import exit_code
+from batchllm_celery.files.result_file import OutputError, Sink, open_sink
 
 if TYPE_CHECKING:
     from batchllm_celery.models import BatchProgress

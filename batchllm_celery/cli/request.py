@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from batchllm_celery.cli.inputs import STDIN, Rows
-from batchllm_celery.cli.template import PromptTemplate
 from batchllm_celery.errors import FailureKind, StrategyNotFoundError, UsageError
+from batchllm_celery.files.prompt_template import PromptTemplate
+from batchllm_celery.files.readers import STDIN, Rows
 from batchllm_celery.models import (
     BatchSpec,
     CooldownPolicy,

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from batchllm_celery.cli import exit_codes, job, options
-from batchllm_celery.cli.console import print_json, to_stdout
+from batchllm_celery.cli import exit_codes, options
+from batchllm_celery.cli import request as job
+from batchllm_celery.cli.display.console import print_json, to_stdout
 from batchllm_celery.errors import UsageError
 from batchllm_celery.models import Quota, QuotaLimits
 
@@ -30,7 +31,7 @@ def quota(ctx: click.Context) -> int | None:
 @options.connection
 def show(name: str | None = None, as_json: bool = False, **chosen: Any) -> int:
     """Show all quotas, or NAME alone: limits, what is used, cooldown."""
-    from batchllm_celery.cli.status import quota_table
+    from batchllm_celery.cli.commands.status import quota_table
     from batchllm_celery.producer import Producer
 
     with Producer(job.settings_of(chosen)) as producer:
@@ -70,7 +71,7 @@ def set_(name: str, **chosen: Any) -> int:
         changed = producer.set_quota(
             _changed(name, producer.quota(name), given, chosen), update=True
         )
-    from batchllm_celery.cli.quota_view import limits_words
+    from batchllm_celery.cli.display.quota_view import limits_words
 
     click.echo(f"{changed.name}: {limits_words(changed.limits)}", err=True)
     return exit_codes.OK

@@ -11,10 +11,11 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from batchllm_celery.cli import exit_codes, job, options
-from batchllm_celery.cli.console import print_json, to_stdout
-from batchllm_celery.cli.inputs import Row
-from batchllm_celery.cli.wording import count, duration, money, plural
+from batchllm_celery.cli import exit_codes, options
+from batchllm_celery.cli import request as job
+from batchllm_celery.cli.display.console import print_json, to_stdout
+from batchllm_celery.cli.display.wording import count, duration, money, plural
+from batchllm_celery.files.readers import Row
 from batchllm_celery.models import BadRow, LLMWorkItem, QuotaLimits, TokenUsage
 
 #: A token is about three bytes of UTF-8: English, Chinese and JSON within a factor of 1.5.

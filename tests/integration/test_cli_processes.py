@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from batchllm_celery.cli.fleet import Fleet, FleetError
+from batchllm_celery.cli.processes import Fleet, FleetError
 from tests.support import wait_until
 
 

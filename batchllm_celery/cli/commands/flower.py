@@ -10,8 +10,9 @@ from typing import Any
 
 import click
 
-from batchllm_celery.cli import job, options
-from batchllm_celery.cli.fleet import environment_of
+from batchllm_celery.cli import options
+from batchllm_celery.cli import request as job
+from batchllm_celery.cli.processes import environment_of
 from batchllm_celery.errors import UsageError
 
 #: What the list of tasks shows; Flower's own choice leaves out the arguments and the result.

@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from batchllm_celery.cli.fleet import Fleet
-from batchllm_celery.cli.inputs import Rows
-from batchllm_celery.cli.outfile import Sink
-from batchllm_celery.cli.progress_display import Display, RateMeter, View
-from batchllm_celery.cli.quota_view import doing
-from batchllm_celery.cli.summary import Failures
+from batchllm_celery.cli.display.progress import Display, RateMeter, View
+from batchllm_celery.cli.display.quota_view import doing
+from batchllm_celery.cli.display.summary import Failures
+from batchllm_celery.cli.processes import Fleet
 from batchllm_celery.events import ConnectionLost, ConnectionRestored, Event
+from batchllm_celery.files.readers import Rows
+from batchllm_celery.files.result_file import Sink
 from batchllm_celery.models import BatchProgress
 
 if TYPE_CHECKING:

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, TypeVar, cast
 
-from batchllm_celery.cli.openai_rows import is_openai_row, read_openai_row
-from batchllm_celery.cli.template import MissingFieldError, PromptTemplate
 from batchllm_celery.errors import InputError
+from batchllm_celery.files.item_ids import SeenIds
+from batchllm_celery.files.openai_rows import is_openai_row, read_openai_row
+from batchllm_celery.files.prompt_template import MissingFieldError, PromptTemplate
 from batchllm_celery.models import BadRow, LLMWorkItem, StrategySpec
-from batchllm_celery.producer.item_ids import SeenIds
 
 T = TypeVar("T")
 
