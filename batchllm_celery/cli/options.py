@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 
 import click
 
-F = TypeVar("F", bound=Callable[..., Any])
+from batchllm_celery.files.readers import FORMATS
 
-FORMATS = ("auto", "jsonl", "csv", "text", "parquet", "openai")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def option(*names: str, **settings: Any) -> Callable[[F], F]:
@@ -92,7 +92,6 @@ rows = group(
     option("--prompt", metavar="TEMPLATE", help="'Summarise: {text}': fields of the row."),
     option(
         "--format",
-        "format_",
         type=click.Choice(FORMATS),
         default="auto",
         help="Of the input; default: by its name, then by its first line.",

@@ -1,4 +1,7 @@
-"""Options of `run`, `submit` and `estimate` as models, checked before anything is enqueued."""
+"""The options of a command as one frozen object, and the models that they stand for.
+
+Everything is checked here, before anything is enqueued.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,13 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from batchllm_celery.errors import FailureKind, StrategyNotFoundError, UsageError
 from batchllm_celery.files.prompt_template import PromptTemplate
-from batchllm_celery.files.readers import STDIN, Rows
+from batchllm_celery.files.readers import STDIN, Format, Rows
 from batchllm_celery.models import (
     BatchSpec,
     CooldownPolicy,
@@ -30,8 +33,6 @@ from batchllm_celery.models import (
 from batchllm_celery.models.names import as_label, check_batch_id, check_label
 from batchllm_celery.settings import Settings
 
-Options = Mapping[str, Any]
-
 #: Providers that `--model` reaches -> the environment variables that may hold their key.
 PROVIDER_KEYS: dict[str, tuple[str, ...]] = {
     "gemini": ("GEMINI_API_KEY", "GOOGLE_API_KEY"),
@@ -42,38 +43,101 @@ _KEY_PAGES = {
     "gemini": "https://aistudio.google.com/apikey",
     "openai": "https://platform.openai.com/api-keys",
 }
-#: A dry run's id begins so: it never meets a real batch.
-REHEARSAL = "dry-"
-_MODEL_PARAMS = ("system", "temperature", "max_output_tokens")
+#: Prefix of the batch ids of dry runs, so that none is the id of a real batch.
+DRY_RUN_PREFIX = "dry-"
 SIMULATED_MODEL = "simulated-1"
 
 
-def settings_of(options: Options) -> Settings:
-    """This process' settings: the environment's, overridden by what options say."""
-    named = {
-        name: options.get(name)
-        for name in ("redis_url", "namespace", "state_dir", "app", "slots", "queue")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """The options that several commands share, under their own names.
+
+    A command fills the fields that it offers; the others keep their defaults. None and False mean
+    that the option was not given.
+    """
+
+    # Where the fleet is.
+    redis_url: str | None = None
+    namespace: str | None = None
+    state_dir: str | None = None
+    # What answers.
+    model: str | None = None
+    strategy: str | None = None
+    params: str | None = None
+    app: str | None = None
+    system: str | None = None
+    schema: str | None = None
+    temperature: float | None = None
+    max_output_tokens: int | None = None
+    base_url: str | None = None
+    # The input.
+    prompt: str | None = None
+    format: Format = "auto"
+    strict: bool = False
+    # The quota. Infinity means unlimited.
+    rpm: float | None = None
+    tpm: float | None = None
+    input_tpm: float | None = None
+    output_tpm: float | None = None
+    rpd: float | None = None
+    max_concurrency: float | None = None
+    quota: str | None = None
+    quota_update: bool = False
+    after_429: str | None = None
+    # The batch and its bounds. Times are in seconds, costs in US dollars.
+    batch_id: str | None = None
+    items_per_task: int | None = None
+    queue: str | None = None
+    priority: int | None = None
+    dry_run: bool = False
+    max_attempts: int | None = None
+    attempt_timeout: float | None = None
+    item_timeout: float | None = None
+    deadline: float | None = None
+    max_cost: float | None = None
+    price: tuple[str, ...] = ()
+    token_budget: int | None = None
+    fail_fast: str | None = None
+    # Workers.
+    slots: int | None = None
+    # The output.
+    out: str | None = None
+    ordered: bool = False
+    overwrite: bool = False
+    as_json: bool = False
+    quiet: bool = False
+    verbose: bool = False
+
+
+def settings_of(request: Request) -> Settings:
+    """The settings of this process: those of the environment, overridden by the options."""
+    given: dict[str, Any] = {
+        "redis_url": request.redis_url,
+        "namespace": request.namespace,
+        "state_dir": request.state_dir,
+        "app": request.app,
+        "slots": request.slots,
+        "queue": request.queue,
+        "openai_base_url": request.base_url or None,
     }
-    if options.get("base_url"):
-        named["openai_base_url"] = options["base_url"]
-    return Settings(**{name: value for name, value in named.items() if value is not None})
+    return Settings(**{name: value for name, value in given.items() if value is not None})
 
 
 # -- what runs
 
 
-def strategy_of(options: Options) -> StrategySpec:
+def strategy_of(request: Request) -> StrategySpec:
     """What `--model`, or `--strategy` with `--params`, asks for.
 
     Raises:
         UsageError: naming the option that is wrong or missing.
     """
-    model, name = options.get("model"), options.get("strategy")
+    model, name = request.model, request.strategy
     if model and name:
         raise UsageError("--model and --strategy exclude each other; give one of them")
     if name:
         check_label(name, "--strategy")
-        return StrategySpec(name=name, params=_params(options) | _strategy_extras(options))
+        return StrategySpec(name=name, params=_params(request) | _strategy_extras(request))
     if not model:
         raise UsageError("say what answers: --model PROVIDER:NAME, or --strategy NAME --app MODULE")
     provider, _, model_name = model.partition(":")
@@ -84,20 +148,24 @@ def strategy_of(options: Options) -> StrategySpec:
         )
     if not model_name and provider != "simulated":
         raise UsageError(f"--model {model!r} names no model; write {provider}:NAME")
-    if options.get("base_url") and provider != "openai":
+    if request.base_url and provider != "openai":
         raise UsageError("--base-url goes with --model openai:NAME only")
-    params = {"model": model_name or SIMULATED_MODEL} | _params(options) | _strategy_extras(options)
+    params = {"model": model_name or SIMULATED_MODEL} | _params(request) | _strategy_extras(request)
     return StrategySpec(name=provider, params=params)
 
 
-def _strategy_extras(options: Options) -> dict[str, Any]:
-    extras = {name: options.get(name) for name in _MODEL_PARAMS}
-    extras["schema"] = read_schema(options.get("schema"))
+def _strategy_extras(request: Request) -> dict[str, Any]:
+    extras = {
+        "system": request.system,
+        "temperature": request.temperature,
+        "max_output_tokens": request.max_output_tokens,
+        "schema": read_schema(request.schema),
+    }
     return {name: value for name, value in extras.items() if value is not None}
 
 
-def _params(options: Options) -> dict[str, Any]:
-    text = options.get("params")
+def _params(request: Request) -> dict[str, Any]:
+    text = request.params
     if not text:
         return {}
     try:
@@ -137,7 +205,7 @@ def read_schema(file: str | None) -> dict[str, Any] | None:
 
 
 def import_apps(settings: Settings) -> None:
-    """Import the modules of `--app`, so that their strategies are registered here.
+    """Import the modules of `--app`, which register strategies.
 
     Raises:
         UsageError: naming the module that can't be imported.
@@ -158,10 +226,13 @@ def _import_app(module: str) -> None:
 
 
 def check_strategy(spec: StrategySpec, settings: Settings) -> Any:
-    """Build the strategy once, here, so that a wrong name or parameter costs no item; its instance.
+    """Build the strategy once before any item, so that a wrong name or parameter costs none.
+
+    Returns:
+        The strategy's instance.
 
     Raises:
-        UsageError: from the registry, or saying what the factory did not like.
+        UsageError: the registry or the strategy's factory refused.
     """
     from batchllm_celery.strategies import catalog
 
@@ -177,7 +248,7 @@ def check_strategy(spec: StrategySpec, settings: Settings) -> Any:
 
 
 def check_key(spec: StrategySpec, settings: Settings) -> None:
-    """Whether the provider's key is here, for providers that need one.
+    """Check that the API key is set, for providers that need one.
 
     Raises:
         UsageError: naming the variable to set and where to get a key.
@@ -199,20 +270,20 @@ def check_key(spec: StrategySpec, settings: Settings) -> None:
 # -- under which limits
 
 
-def limits_of(options: Options) -> QuotaLimits:
-    """The limits given by `--rpm` and its relatives."""
+def limits_of(request: Request) -> QuotaLimits:
+    """The limits that `--rpm` and the options like it give."""
     return QuotaLimits(
-        requests_per_minute=options.get("rpm"),
-        tokens_per_minute=options.get("tpm"),
-        input_tokens_per_minute=options.get("input_tpm"),
-        output_tokens_per_minute=options.get("output_tpm"),
-        requests_per_day=options.get("rpd"),
-        max_concurrency=options.get("max_concurrency"),
+        requests_per_minute=request.rpm,
+        tokens_per_minute=request.tpm,
+        input_tokens_per_minute=request.input_tpm,
+        output_tokens_per_minute=request.output_tpm,
+        requests_per_day=request.rpd,
+        max_concurrency=request.max_concurrency,
     )
 
 
 def policy_of(after_429: str | None) -> CooldownPolicy:
-    """What `--after-429` asks for; batch-llm's own numbers for the slow start."""
+    """The policy that `--after-429` names. The slow start has the numbers of batch-llm."""
     if after_429 != "slow-start":
         return CooldownPolicy()
     from batchllm_celery.limiter import policy_from
@@ -220,25 +291,25 @@ def policy_of(after_429: str | None) -> CooldownPolicy:
     return policy_from(RateLimitConfig())
 
 
-def quota_of(options: Options, default_name: str) -> Quota | None:
-    """The quota to configure; None where nothing is said about it: what is there, stays. A dry run
-    touches none."""
-    limits = limits_of(options)
-    if options.get("dry_run"):
+def quota_of(request: Request, default_name: str) -> Quota | None:
+    """The quota to set. None leaves the fleet's quota as it is: no limit was given, or it is a dry
+    run."""
+    limits = limits_of(request)
+    if request.dry_run:
         return None
-    if not limits.given() and not options.get("after_429"):
+    if not limits.given() and not request.after_429:
         return None
-    name = _quota_name(options, default_name)
-    return Quota(name=name, limits=limits, policy=policy_of(options.get("after_429")))
+    name = _quota_name(request, default_name)
+    return Quota(name=name, limits=limits, policy=policy_of(request.after_429))
 
 
-def _quota_name(options: Options, default: str) -> str:
-    name = options.get("quota")
+def _quota_name(request: Request, default: str) -> str:
+    name = request.quota
     return default if name is None else check_label(name, "--quota")
 
 
 def default_quota_name(spec: StrategySpec) -> str:
-    """PROVIDER:MODEL, or what the strategy was registered with, or its name."""
+    """The quota that the strategy was registered with, else the strategy's name."""
     from batchllm_celery.strategies import catalog
 
     known = catalog.lookup(spec.name).quota_for(spec) if spec.name in catalog else None
@@ -246,19 +317,19 @@ def default_quota_name(spec: StrategySpec) -> str:
 
 
 def model_name(spec: StrategySpec) -> str | None:
-    """What prices are looked up under."""
+    """The name that prices are looked up under; None for a strategy of the user's."""
     if spec.name in PROVIDER_KEYS and spec.params.get("model"):
         return f"{spec.name}:{spec.params['model']}"
     return None
 
 
-def config_of(options: Options) -> ProcessorConfig:
+def config_of(request: Request) -> ProcessorConfig:
     """Attempts and time limits."""
-    retry = {"max_attempts": options["max_attempts"]} if options.get("max_attempts") else {}
-    given = {
-        "timeout_per_item": options.get("attempt_timeout"),
-        "item_timeout": options.get("item_timeout"),
-        "dry_run": options.get("dry_run"),
+    retry: dict[str, Any] = {"max_attempts": request.max_attempts} if request.max_attempts else {}
+    given: dict[str, Any] = {
+        "timeout_per_item": request.attempt_timeout,
+        "item_timeout": request.item_timeout,
+        "dry_run": request.dry_run,
     }
     named = {name: value for name, value in given.items() if value}
     return ProcessorConfig(retry=RetryConfig(**retry), **named)
@@ -281,14 +352,14 @@ def fail_fast_of(text: str | None) -> tuple[FailureKind, ...]:
     return tuple(kinds)
 
 
-def prices_of(options: Options, strategy: StrategySpec) -> dict[str, tuple[float, float]]:
-    """Those of `--price`: of a model, or under "" of all that are not named.
+def prices_of(request: Request, strategy: StrategySpec) -> dict[str, tuple[float, float]]:
+    """The prices of `--price` by model; "" stands for every model that is not named.
 
     Raises:
         UsageError: for something that is no price.
     """
     prices = {}
-    for text in options.get("price") or ():
+    for text in request.price:
         name, _, numbers = text.rpartition("=")
         if name and ":" not in name and strategy.name in PROVIDER_KEYS:
             name = f"{strategy.name}:{name}"
@@ -306,10 +377,10 @@ def prices_of(options: Options, strategy: StrategySpec) -> dict[str, tuple[float
 
 
 def check_price(spec: BatchSpec, instance: Any, settings: Settings) -> None:
-    """Whether `--max-cost` can bind: each model that the strategy may ask needs a price.
+    """Check that `--max-cost` can stop the batch: each model of the strategy needs a price.
 
     Raises:
-        UsageError: naming the one whose price nobody knows.
+        UsageError: naming the model that has no price.
     """
     if spec.max_cost is None or "" in spec.prices:
         return
@@ -326,43 +397,50 @@ def check_price(spec: BatchSpec, instance: Any, settings: Settings) -> None:
 
 
 def batch_id_for(source: str) -> str:
-    """A readable id of its own: `reviews-1122-2104-3f2a`."""
+    """A readable id that no other batch has, as `reviews-1122-2104-3f2a`."""
     stem = "batch" if source == STDIN else Path(source).stem
     clean = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.")[:40] or "batch"
     return f"{clean}-{time.strftime('%m%d-%H%M')}-{secrets.token_hex(2)}"
 
 
 def spec_of(
-    options: Options, strategy: StrategySpec, *, source: str, queue: str | None, keep_results: bool
+    request: Request, strategy: StrategySpec, *, source: str, queue: str | None, keep_results: bool
 ) -> BatchSpec:
-    """The whole batch. `queue` None: the lane that the options name, else a private one.
+    """The specification of the batch.
+
+    Args:
+        request: the options.
+        strategy: what answers.
+        source: names the batch where `--batch-id` does not.
+        queue: the default of `--queue`; None means a private queue of this batch.
+        keep_results: whether results stay in Redis after they have been read.
 
     Raises:
-        UsageError: (or pydantic's) for an id or a bound that can't be.
+        UsageError: naming the option that is wrong. pydantic's own error names a wrong bound.
     """
-    batch_id = options.get("batch_id")
+    batch_id = request.batch_id
     given = batch_id is not None
     batch_id = check_batch_id(batch_id, "--batch-id") if given else batch_id_for(source)
-    if options.get("dry_run"):
-        batch_id = REHEARSAL + batch_id.removeprefix(REHEARSAL)
-    elif given and batch_id.startswith(REHEARSAL):
+    if request.dry_run:
+        batch_id = DRY_RUN_PREFIX + batch_id.removeprefix(DRY_RUN_PREFIX)
+    elif given and batch_id.startswith(DRY_RUN_PREFIX):
         raise UsageError(
-            f"--batch-id {batch_id!r}: ids that begin with {REHEARSAL!r} are dry runs'"
+            f"--batch-id {batch_id!r}: ids that begin with {DRY_RUN_PREFIX!r} are dry runs"
         )
     return BatchSpec(
         batch_id=batch_id,
         strategy=strategy,
-        quota=_quota_name(options, default_quota_name(strategy)),
-        config=config_of(options),
-        queue=options.get("queue") or queue or f"run.{batch_id}",
-        priority=options.get("priority") or 0,
-        items_per_task=options.get("items_per_task"),
-        deadline=options.get("deadline"),
-        max_cost=options.get("max_cost"),
-        token_budget=options.get("token_budget"),
-        fail_fast=fail_fast_of(options.get("fail_fast")),
+        quota=_quota_name(request, default_quota_name(strategy)),
+        config=config_of(request),
+        queue=request.queue or queue or f"run.{batch_id}",
+        priority=request.priority or 0,
+        items_per_task=request.items_per_task,
+        deadline=request.deadline,
+        max_cost=request.max_cost,
+        token_budget=request.token_budget,
+        fail_fast=fail_fast_of(request.fail_fast),
         keep_results=keep_results,
-        prices=prices_of(options, strategy),
+        prices=prices_of(request, strategy),
         model=model_name(strategy),
     )
 
@@ -370,13 +448,17 @@ def spec_of(
 # -- over which rows
 
 
-def rows_of(options: Options, source: str, strategy: StrategySpec) -> Rows:
-    """The input, opened: an empty or unknown one is refused here."""
-    template = options.get("prompt")
+def rows_of(request: Request, source: str, strategy: StrategySpec) -> Rows:
+    """The opened input.
+
+    Raises:
+        InputError: it can't be read, or it has no row.
+    """
+    template = request.prompt
     return Rows(
         source,
         strategy,
         template=PromptTemplate(template) if template else None,
-        format=options.get("format_") or "auto",
+        format=request.format,
         tunable=strategy.name in PROVIDER_KEYS,
     )

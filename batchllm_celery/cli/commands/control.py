@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from batchllm_celery.cli import exit_codes, options
-from batchllm_celery.cli import request as job
 from batchllm_celery.cli.display.wording import plural
+from batchllm_celery.cli.request import Request, settings_of
 
 if TYPE_CHECKING:
     from batchllm_celery.models import BatchProgress
@@ -20,10 +20,10 @@ _batch = click.argument("batch_id", metavar="BATCH")
 
 
 @contextlib.contextmanager
-def _attached(batch_id: str, chosen: dict[str, Any]) -> Iterator[Batch]:
+def _attached(batch_id: str, request: Request) -> Iterator[Batch]:
     from batchllm_celery.producer import Producer
 
-    with Producer(job.settings_of(chosen)) as producer:
+    with Producer(settings_of(request)) as producer:
         producer.check()
         yield producer.attach(batch_id)
 
@@ -41,36 +41,36 @@ def _tell(progress: BatchProgress) -> int:
 @click.command()
 @_batch
 @options.connection
-def cancel(batch_id: str, **chosen: Any) -> int:
+def cancel(batch_id: str, **shared: Any) -> int:
     """End BATCH: calls in flight finish, everything else gets the outcome `cancelled`."""
-    with _attached(batch_id, chosen) as batch:
+    with _attached(batch_id, Request(**shared)) as batch:
         return _tell(batch.cancel())
 
 
 @click.command()
 @_batch
 @options.connection
-def pause(batch_id: str, **chosen: Any) -> int:
+def pause(batch_id: str, **shared: Any) -> int:
     """Start no further call of BATCH until it is resumed."""
-    with _attached(batch_id, chosen) as batch:
+    with _attached(batch_id, Request(**shared)) as batch:
         return _tell(batch.pause())
 
 
 @click.command()
 @_batch
 @options.connection
-def resume(batch_id: str, **chosen: Any) -> int:
+def resume(batch_id: str, **shared: Any) -> int:
     """Go on with BATCH: what a pause, a cancel, a deadline or a budget stopped runs again."""
-    with _attached(batch_id, chosen) as batch:
+    with _attached(batch_id, Request(**shared)) as batch:
         return _tell(batch.resume())
 
 
 @click.command("retry-failed")
 @_batch
 @options.connection
-def retry_failed(batch_id: str, **chosen: Any) -> int:
+def retry_failed(batch_id: str, **shared: Any) -> int:
     """Run the failed items of BATCH again; their new outcomes replace the old ones."""
-    with _attached(batch_id, chosen) as batch:
+    with _attached(batch_id, Request(**shared)) as batch:
         again = batch.retry_failed()
     click.echo(f"{plural(again, 'item')} of {batch_id} will be run again", err=True)
     return exit_codes.OK

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.text import Text
 
 from batchllm_celery.cli import exit_codes, options
-from batchllm_celery.cli import request as job
 from batchllm_celery.cli.display.console import print_json, to_stdout
+from batchllm_celery.cli.request import PROVIDER_KEYS, Request, import_apps, settings_of
 from batchllm_celery.errors import BatchLLMError
 from batchllm_celery.keys import Keys
 from batchllm_celery.settings import Settings
@@ -50,14 +50,15 @@ class Finding:
 @options.option("--app", metavar="MODULE", help="Module(s) that register strategies.")
 @options.as_json
 @options.connection
-def doctor(as_json: bool, **chosen: Any) -> int:
+def doctor(**shared: Any) -> int:
     """Look at versions, Redis and its settings, workers and keys (present or not: never printed).
 
     Exit code: 0, or 2 if something must be mended first.
     """
-    settings = job.settings_of(chosen)
+    request = Request(**shared)
+    settings = settings_of(request)
     findings = [*_versions(), *_extras(), *_keys(), *_apps(settings), *_redis(settings)]
-    if as_json:
+    if request.as_json:
         print_json({"findings": [asdict(finding) for finding in findings]})
     else:
         _show(to_stdout(), findings)
@@ -91,7 +92,7 @@ def _extras() -> Iterator[Finding]:
 
 
 def _keys() -> Iterator[Finding]:
-    for provider, names in job.PROVIDER_KEYS.items():
+    for provider, names in PROVIDER_KEYS.items():
         if not names:
             continue
         found = next((name for name in names if os.environ.get(name)), None)
@@ -103,7 +104,7 @@ def _apps(settings: Settings) -> Iterator[Finding]:
     if not settings.app:
         return
     try:
-        job.import_apps(settings)
+        import_apps(settings)
     except BatchLLMError as error:
         yield Finding("app", "bad", str(error))
         return

@@ -12,9 +12,16 @@ from rich.console import Console
 from rich.table import Table
 
 from batchllm_celery.cli import exit_codes, options
-from batchllm_celery.cli import request as job
 from batchllm_celery.cli.display.console import print_json, to_stdout
 from batchllm_celery.cli.display.wording import count, duration, money, plural
+from batchllm_celery.cli.request import (
+    Request,
+    limits_of,
+    model_name,
+    rows_of,
+    settings_of,
+    strategy_of,
+)
 from batchllm_celery.files.readers import Row
 from batchllm_celery.models import BadRow, LLMWorkItem, QuotaLimits, TokenUsage
 
@@ -23,7 +30,6 @@ BYTES_PER_TOKEN = 3
 #: What an answer is taken to be, where nothing says how long it may get.
 DEFAULT_OUTPUT_TOKENS = 300
 DEFAULT_SECONDS_PER_CALL = 2.0
-DEFAULT_IN_FLIGHT = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +44,7 @@ class Size:
 
 
 @dataclass(frozen=True, slots=True)
-class Estimate:
+class BatchEstimate:
     """Size, cost in US dollars (None: no price known) and duration in seconds."""
 
     size: Size
@@ -67,25 +73,33 @@ class Estimate:
 )
 @options.option("--price-model", metavar="PROVIDER:NAME", help="Whose prices, for --strategy.")
 @options.as_json
-def estimate(source: str, **chosen: Any) -> int:
+def estimate(
+    source: str,
+    output_tokens: int | None,
+    cached_tokens: int,
+    seconds_per_call: float,
+    workers: int,
+    price_model: str | None,
+    **shared: Any,
+) -> int:
     """Items, tokens, cost and duration of INPUT under the given quota. Calls nobody.
 
     Tokens are estimated as bytes / 3; the first real calls correct that while a batch runs.
     """
-    strategy = job.strategy_of(chosen)
-    settings = job.settings_of(chosen)
-    rows = job.rows_of({**chosen}, source, strategy)
-    system = len((chosen["system"] or "").encode()) // BYTES_PER_TOKEN
-    per_answer = chosen["output_tokens"] or chosen["max_output_tokens"] or DEFAULT_OUTPUT_TOKENS
-    size = measure(rows, system, per_answer, chosen["cached_tokens"])
-    model = chosen["price_model"] or job.model_name(strategy)
-    in_flight = chosen["workers"] * settings.slots
+    request = Request(**shared)
+    strategy = strategy_of(request)
+    settings = settings_of(request)
+    rows = rows_of(request, source, strategy)
+    system = len((request.system or "").encode()) // BYTES_PER_TOKEN
+    per_answer = output_tokens or request.max_output_tokens or DEFAULT_OUTPUT_TOKENS
+    size = measure(rows, system, per_answer, cached_tokens)
+    model = price_model or model_name(strategy)
     seconds, bound_by = duration_of(
-        size, job.limits_of(chosen), in_flight, chosen["seconds_per_call"]
+        size, limits_of(request), workers * settings.slots, seconds_per_call
     )
     cost, without_cache = costs(size, model, settings)
-    result = Estimate(size, model, cost, without_cache, seconds, bound_by)
-    if chosen["as_json"]:
+    result = BatchEstimate(size, model, cost, without_cache, seconds, bound_by)
+    if request.as_json:
         print_json(asdict(result))
     else:
         show(to_stdout(), result)
@@ -165,7 +179,7 @@ def _times(cost: float | None, items: int) -> float | None:
     return None if cost is None else cost * items
 
 
-def show(console: Console, result: Estimate) -> None:
+def show(console: Console, result: BatchEstimate) -> None:
     """Print an estimate."""
     size = result.size
     table = Table.grid(padding=(0, 2))
@@ -180,7 +194,7 @@ def show(console: Console, result: Estimate) -> None:
     console.print(table, highlight=False)
 
 
-def _cost_words(result: Estimate) -> str:
+def _cost_words(result: BatchEstimate) -> str:
     if result.cost is None:
         return f"no price is known for {result.model or 'this strategy'}"
     text = money(result.cost)

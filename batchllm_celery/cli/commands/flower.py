@@ -11,8 +11,8 @@ from typing import Any
 import click
 
 from batchllm_celery.cli import options
-from batchllm_celery.cli import request as job
 from batchllm_celery.cli.processes import environment_of
+from batchllm_celery.cli.request import Request, settings_of
 from batchllm_celery.errors import UsageError
 
 #: What the list of tasks shows; Flower's own choice leaves out the arguments and the result.
@@ -29,7 +29,7 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 @options.option("--basic-auth", metavar="USER:PASSWORD", envvar="BATCHLLM_FLOWER_BASIC_AUTH",
                 help="Default: user batchllm, a random password that is printed.")  # fmt: skip
 @options.connection
-def flower(port: int, address: str, basic_auth: str | None, **chosen: Any) -> int:
+def flower(port: int, address: str, basic_auth: str | None, **shared: Any) -> int:
     """Watch the fleet's queue in a browser. Prompts and answers are not in it.
 
     Flower's /metrics and /healthcheck are open to whoever can reach the port: keep it on
@@ -39,7 +39,7 @@ def flower(port: int, address: str, basic_auth: str | None, **chosen: Any) -> in
         raise UsageError(f"--address {address} is not loopback: choose --basic-auth USER:PASSWORD")
     if basic_auth is not None:
         _check_basic_auth(basic_auth)
-    settings = job.settings_of(chosen)
+    settings = settings_of(Request(**shared))
     from batchllm_celery.producer import Producer
 
     with Producer(settings) as producer:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from batchllm_celery.cli import exit_codes, options
-from batchllm_celery.cli import request as job
 from batchllm_celery.cli.display.console import print_json, to_stdout
+from batchllm_celery.cli.request import Request, limits_of, policy_of, settings_of
 from batchllm_celery.errors import UsageError
 from batchllm_celery.models import Quota, QuotaLimits
 
@@ -29,15 +29,16 @@ def quota(ctx: click.Context) -> int | None:
 @click.argument("name", required=False)
 @options.as_json
 @options.connection
-def show(name: str | None = None, as_json: bool = False, **chosen: Any) -> int:
+def show(name: str | None = None, **shared: Any) -> int:
     """Show all quotas, or NAME alone: limits, what is used, cooldown."""
     from batchllm_celery.cli.commands.status import quota_table
     from batchllm_celery.producer import Producer
 
-    with Producer(job.settings_of(chosen)) as producer:
+    request = Request(**shared)
+    with Producer(settings_of(request)) as producer:
         producer.check()
         states = producer.quotas() if name is None else [_one(producer.quota(name), name)]
-    if as_json:
+    if request.as_json:
         print_json({"quotas": [state.model_dump(mode="json") for state in states]})
     elif states:
         to_stdout().print(quota_table(states))
@@ -59,18 +60,17 @@ def _one(state: QuotaState | None, name: str) -> QuotaState:
 @options.option("--day-exhausted", type=click.Choice(["park", "fail"]),
                 help="Wait for the day's reset, or fail the items.")  # fmt: skip
 @options.connection
-def set_(name: str, **chosen: Any) -> int:
+def set_(name: str, day_exhausted: str | None, **shared: Any) -> int:
     """Set the limits of NAME, for batches that are running too; limits not named stay."""
     from batchllm_celery.producer import Producer
 
-    given = job.limits_of(chosen).given()
-    if not given and not chosen["after_429"] and not chosen["day_exhausted"]:
+    request = Request(**shared)
+    if not (limits_of(request).given() or request.after_429 or day_exhausted):
         raise UsageError("say what to set, as in: batchllm quota set NAME --rpm 600")
-    with Producer(job.settings_of(chosen)) as producer:
+    with Producer(settings_of(request)) as producer:
         producer.check()
-        changed = producer.set_quota(
-            _changed(name, producer.quota(name), given, chosen), update=True
-        )
+        known = producer.quota(name)
+        changed = producer.set_quota(_changed(name, known, request, day_exhausted), update=True)
     from batchllm_celery.cli.display.quota_view import limits_words
 
     click.echo(f"{changed.name}: {limits_words(changed.limits)}", err=True)
@@ -78,14 +78,14 @@ def set_(name: str, **chosen: Any) -> int:
 
 
 def _changed(
-    name: str, known: QuotaState | None, given: dict[str, float], chosen: dict[str, Any]
+    name: str, known: QuotaState | None, request: Request, day_exhausted: str | None
 ) -> Quota:
     before = known.limits.given() if known is not None else {}
-    policy = known.policy if known is not None else job.policy_of(None)
-    extra = {"day_exhausted": chosen["day_exhausted"]} if chosen["day_exhausted"] else {}
+    policy = known.policy if known is not None else policy_of(None)
+    extra: dict[str, Any] = {"day_exhausted": day_exhausted} if day_exhausted else {}
     return Quota(
         name=name,
-        limits=QuotaLimits.model_validate(before | given),
-        policy=job.policy_of(chosen["after_429"]) if chosen["after_429"] else policy,
+        limits=QuotaLimits.model_validate(before | limits_of(request).given()),
+        policy=policy_of(request.after_429) if request.after_429 else policy,
         **extra,
     )

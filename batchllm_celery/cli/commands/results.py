@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from batchllm_celery.cli import exit_codes, options
-from batchllm_celery.cli import request as job
 from batchllm_celery.cli.batch_follower import Interrupts, no_more
 from batchllm_celery.cli.display.console import to_stderr
 from batchllm_celery.cli.display.progress import Display, RateMeter, View, open_display
 from batchllm_celery.cli.display.summary import exit_code
+from batchllm_celery.cli.request import Request, settings_of
 from batchllm_celery.files.result_file import OutputError, Sink, open_sink
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ LOOK_SECONDS = 0.5
 @options.out
 @options.connection
 @options.quiet
-def results(batch_id: str, follow: bool, **chosen: Any) -> int:
+def results(batch_id: str, follow: bool, **shared: Any) -> int:
     """Print the results of BATCH, one JSON object a line, or write them to -o OUT.jsonl.
 
     Reading takes nothing away: results of `submit` stay readable until the batch expires (those of
@@ -38,16 +38,17 @@ def results(batch_id: str, follow: bool, **chosen: Any) -> int:
     """
     from batchllm_celery.producer import Producer
 
+    request = Request(**shared)
     with contextlib.ExitStack() as stack, Interrupts().counted() as interrupts:
-        producer = stack.enter_context(Producer(job.settings_of(chosen)))
+        producer = stack.enter_context(Producer(settings_of(request)))
         producer.check()
         batch = producer.attach(batch_id)
         _refuse_if_elsewhere(batch)
         sink = open_sink(
-            chosen["out"], batch.id, overwrite=chosen["overwrite"], ordered=chosen["ordered"]
+            request.out, batch.id, overwrite=request.overwrite, ordered=request.ordered
         )
-        shows = follow and chosen["out"] not in (None, "-")
-        display = open_display(to_stderr(), quiet=chosen["quiet"] or not shows)
+        shows = follow and request.out not in (None, "-")
+        display = open_display(to_stderr(), quiet=request.quiet or not shows)
         try:
             progress = _copy(batch, sink, display, interrupts, follow=follow)
         finally:

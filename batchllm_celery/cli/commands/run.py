@@ -17,12 +17,23 @@ import click
 from rich.console import Console
 
 from batchllm_celery.cli import exit_codes, options
-from batchllm_celery.cli import request as job
 from batchllm_celery.cli.batch_follower import End, Interrupts, RedisWatch, Session
 from batchllm_celery.cli.display.console import log_to, print_json, say, to_stderr, to_stdout
 from batchllm_celery.cli.display.progress import open_display
 from batchllm_celery.cli.display.summary import Summary, exit_code, print_summary
 from batchllm_celery.cli.processes import Fleet, SimulatedProviderProcess, environment_of
+from batchllm_celery.cli.request import (
+    Request,
+    check_key,
+    check_price,
+    check_strategy,
+    default_quota_name,
+    quota_of,
+    rows_of,
+    settings_of,
+    spec_of,
+    strategy_of,
+)
 from batchllm_celery.errors import InputError, UsageError
 from batchllm_celery.events import Events
 from batchllm_celery.files.readers import STDIN, Rows, check_all, spooled
@@ -46,13 +57,12 @@ DEFAULT_WORKERS = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """A checked request."""
+class CheckedRun:
+    """What `run` will do: its options, checked."""
 
     settings: Settings
     spec: BatchSpec
     quota: Quota | None
-    quota_update: bool
     rows: Rows
     out: str
     workers: int
@@ -76,7 +86,7 @@ class Plan:
 @options.quiet
 @options.as_json
 @options.verbose
-def run(source: str, **chosen: Any) -> int:
+def run(source: str, workers: int, simulation: str | None, **shared: Any) -> int:
     """Answer every row of INPUT: submit, work, follow, write the results, print a summary.
 
     INPUT is JSONL, CSV, plain text (a prompt a line), Parquet, an OpenAI batch file, or - for
@@ -85,53 +95,56 @@ def run(source: str, **chosen: Any) -> int:
     Exit code: 0 all succeeded, 1 some failed, 2 bad usage or input, 3 stopped early,
     130 interrupted.
     """
+    request = Request(**shared)
     console = to_stderr()
-    log_to(console, verbose=chosen["verbose"])
+    log_to(console, verbose=request.verbose)
     started = time.monotonic()
     with contextlib.ExitStack() as stack, Interrupts().counted() as interrupts:
-        plan = _plan(source, chosen, stack)
-        end, logs, total_time = _run(plan, chosen, console, interrupts, stack, started)
-        summary = _summary(plan, end, total_time, logs)
-    _report(summary, end, chosen)
+        checked = _check(source, request, workers, stack)
+        end, logs, total_time = _run(
+            checked, request, simulation, console, interrupts, stack, started
+        )
+        summary = _summary(checked, end, total_time, logs)
+    _report(summary, end, request)
     return summary.exit_code
 
 
 # -- before anything is enqueued
 
 
-def _plan(source: str, chosen: dict[str, Any], stack: contextlib.ExitStack) -> Plan:
-    settings = job.settings_of(chosen)
-    strategy = job.strategy_of(chosen)
-    out = chosen["out"] or default_out(source, dry_run=chosen["dry_run"])
+def _check(source: str, request: Request, workers: int, stack: contextlib.ExitStack) -> CheckedRun:
+    settings = settings_of(request)
+    strategy = strategy_of(request)
+    out = request.out or default_out(source, dry_run=request.dry_run)
     _refuse_same_file(source, out)
-    rows = open_rows(source, chosen, strategy, stack)
-    instance = job.check_strategy(strategy, settings)
-    if not chosen["dry_run"] and chosen["workers"]:
-        job.check_key(strategy, settings)
-    if chosen["workers"]:
+    rows = open_rows(source, request, strategy, stack)
+    instance = check_strategy(strategy, settings)
+    if not request.dry_run and workers:
+        check_key(strategy, settings)
+    if workers:
         openers(settings)  # an extra that is missing ends the command, not each worker
-    lane = None if chosen["workers"] else "default"
-    spec = job.spec_of(chosen, strategy, source=source, queue=lane, keep_results=False)
-    job.check_price(spec, instance, settings)
-    if chosen["dry_run"]:
+    queue = None if workers else "default"
+    spec = spec_of(request, strategy, source=source, queue=queue, keep_results=False)
+    check_price(spec, instance, settings)
+    if request.dry_run:
         refuse_real_results(out)
-    check_out(out, spec.batch_id, overwrite=_overwrites(chosen))
+    check_out(out, spec.batch_id, overwrite=_overwrites(request))
     settings = settings.model_copy(update={"queue": spec.queue})
-    quota = job.quota_of(chosen, job.default_quota_name(strategy))
-    return Plan(settings, spec, quota, chosen["quota_update"], rows, out, chosen["workers"])
+    quota = quota_of(request, default_quota_name(strategy))
+    return CheckedRun(settings, spec, quota, rows, out, workers)
 
 
 def open_rows(
-    source: str, chosen: dict[str, Any], strategy: StrategySpec, stack: contextlib.ExitStack
+    source: str, request: Request, strategy: StrategySpec, stack: contextlib.ExitStack
 ) -> Rows:
     """The input. `--strict` reads it all first, standard input by way of a file."""
-    if not chosen["strict"]:
-        return _closed_at_the_end(job.rows_of(chosen, source, strategy), stack)
+    if not request.strict:
+        return _closed_at_the_end(rows_of(request, source, strategy), stack)
     path = spooled(source)
     if path != source:
         stack.callback(Path(path).unlink, missing_ok=True)
-    check_all(job.rows_of(chosen, path, strategy))
-    return _closed_at_the_end(job.rows_of(chosen, path, strategy), stack)
+    check_all(rows_of(request, path, strategy))
+    return _closed_at_the_end(rows_of(request, path, strategy), stack)
 
 
 def _closed_at_the_end(rows: Rows, stack: contextlib.ExitStack) -> Rows:
@@ -145,9 +158,9 @@ def default_out(source: str, *, dry_run: bool = False) -> str:
     return f"{'stdin' if source == STDIN else source}.{name}.jsonl"
 
 
-def _overwrites(chosen: dict[str, Any]) -> bool:
+def _overwrites(request: Request) -> bool:
     """A dry run replaces what an earlier one wrote."""
-    return bool(chosen["overwrite"] or chosen["dry_run"])
+    return bool(request.overwrite or request.dry_run)
 
 
 def _refuse_same_file(source: str, out: str) -> None:
@@ -160,8 +173,9 @@ def _refuse_same_file(source: str, out: str) -> None:
 
 
 def _run(
-    plan: Plan,
-    chosen: dict[str, Any],
+    checked: CheckedRun,
+    request: Request,
+    simulation: str | None,
     console: Console,
     interrupts: Interrupts,
     stack: contextlib.ExitStack,
@@ -170,27 +184,27 @@ def _run(
     from batchllm_celery.producer import Producer
 
     redis = RedisWatch()
-    producer = Producer(plan.settings, events=Events(redis))
+    producer = Producer(checked.settings, events=Events(redis))
     stack.callback(_in_time, producer.close, interrupts)
     producer.check()
-    settings, provider = _with_simulation(plan, chosen, stack)
+    settings, provider = _with_simulation(checked, request, simulation, stack)
     sink = open_sink(
-        plan.out, plan.spec.batch_id, overwrite=_overwrites(chosen), ordered=chosen["ordered"]
+        checked.out, checked.spec.batch_id, overwrite=_overwrites(request), ordered=request.ordered
     )
     try:
-        batch = producer.open(plan.spec, quota=plan.quota, quota_update=plan.quota_update)
+        batch = producer.open(checked.spec, quota=checked.quota, quota_update=request.quota_update)
         batch.consume()
-        _refuse_lost_results(batch, sink, plan.out)
+        _refuse_lost_results(batch, sink, checked.out)
     except BaseException:
         sink.abandon()
         raise
     logs = _new_log_folder(settings.state_dir, batch.id)
-    fleet = Fleet(plan.workers, lambda _: environment_of(settings), log_dir=logs)
+    fleet = Fleet(checked.workers, lambda _: environment_of(settings), log_dir=logs)
     stack.callback(fleet.kill)
-    display = open_display(console, quiet=chosen["quiet"])
+    display = open_display(console, quiet=request.quiet)
     display.say(f"Batch {batch.id}" + (", going on where it was" if batch.resumed else ""))
     session = Session(
-        producer, batch, plan.rows, sink, fleet, display,
+        producer, batch, checked.rows, sink, fleet, display,
         interrupts=interrupts, redis=redis, drain_seconds=settings.drain_seconds,
         check=provider.check if provider is not None else None,
     )  # fmt: skip
@@ -206,16 +220,16 @@ def _run(
 
 
 def _with_simulation(
-    plan: Plan, chosen: dict[str, Any], stack: contextlib.ExitStack
+    checked: CheckedRun, request: Request, simulation: str | None, stack: contextlib.ExitStack
 ) -> tuple[Settings, SimulatedProviderProcess | None]:
     """Settings for the workers; for `--model simulated` with a provider of our own and its URL."""
-    settings = plan.settings
-    needs_one = plan.spec.strategy.name == "simulated" and settings.simulated_url is None
-    if not needs_one or not plan.workers or chosen["dry_run"]:
+    settings = checked.settings
+    needs_one = checked.spec.strategy.name == "simulated" and settings.simulated_url is None
+    if not needs_one or not checked.workers or request.dry_run:
         return settings, None
     from batchllm_celery.simulation.config import SimulationConfig
 
-    config = SimulationConfig.model_validate_json(chosen["simulation"] or '{"latency": 0.2}')
+    config = SimulationConfig.model_validate_json(simulation or '{"latency": 0.2}')
     provider = SimulatedProviderProcess(config.model_dump_json())
     stack.callback(provider.close)
     return settings.model_copy(update={"simulated_url": provider.url}), provider
@@ -272,11 +286,11 @@ def _in_time(close: Any, interrupts: Interrupts) -> None:
 # -- afterwards
 
 
-def _summary(plan: Plan, end: End, seconds: float, logs: str | None) -> Summary:
+def _summary(checked: CheckedRun, end: End, seconds: float, logs: str | None) -> Summary:
     progress, code = end.progress, _code(end)
     resumable = code in (exit_codes.INTERRUPTED, exit_codes.STOPPED) or end.failure is not None
     return Summary(
-        batch_id=plan.spec.batch_id,
+        batch_id=checked.spec.batch_id,
         state=str(progress.state),
         exit_code=code,
         total=progress.total,
@@ -290,11 +304,11 @@ def _summary(plan: Plan, end: End, seconds: float, logs: str | None) -> Summary:
         cost=progress.cost,
         maybe_billed=progress.maybe_billed,
         seconds=round(seconds, 3),
-        output=None if plan.out == "-" else plan.out,
-        resume=resume_command(plan.spec.batch_id, sys.argv[1:]) if resumable else None,
+        output=None if checked.out == "-" else checked.out,
+        resume=resume_command(checked.spec.batch_id, sys.argv[1:]) if resumable else None,
         logs=logs,
-        dry_run=plan.spec.config.dry_run,
-        resume_needs=_needs(plan.spec, progress) if resumable else None,
+        dry_run=checked.spec.config.dry_run,
+        resume_needs=_needs(checked.spec, progress) if resumable else None,
     )
 
 
@@ -339,15 +353,15 @@ def _without_password(argument: str) -> str:
     return option + equals + without_secrets(safe_url(value) if "://" in value else value)
 
 
-def _report(summary: Summary, end: End, chosen: dict[str, Any]) -> None:
+def _report(summary: Summary, end: End, request: Request) -> None:
     if end.failure is not None:
         text = " ".join(str(end.failure).split()) or type(end.failure).__name__
         say(f"Error: {text}")
-    if chosen["as_json"]:
+    if request.as_json:
         print_json(summary.to_json())
-    if chosen["quiet"] and not summary.resume:
+    if request.quiet and not summary.resume:
         return
-    if not chosen["as_json"] or summary.resume:
-        on_stdout = not chosen["as_json"] and not chosen["quiet"] and chosen["out"] != "-"
+    if not request.as_json or summary.resume:
+        on_stdout = not request.as_json and not request.quiet and request.out != "-"
         console = to_stdout() if on_stdout else to_stderr()
         print_summary(console, summary, end.failures.examples)

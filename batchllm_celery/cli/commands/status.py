@@ -14,12 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from batchllm_celery.cli import exit_codes, options
-from batchllm_celery.cli import request as job
 from batchllm_celery.cli.batch_follower import Interrupts
 from batchllm_celery.cli.display.console import print_json, to_stdout
 from batchllm_celery.cli.display.progress import RateMeter
 from batchllm_celery.cli.display.quota_view import doing, limits_words, quota_words
 from batchllm_celery.cli.display.wording import count, duration, money, rate, short
+from batchllm_celery.cli.request import Request, settings_of
 
 if TYPE_CHECKING:
     from batchllm_celery.connection import BrokenEntry
@@ -92,17 +92,18 @@ class Observer:
 @options.option("--watch", "-w", is_flag=True, help="Again every second, until Ctrl-C.")
 @options.as_json
 @options.connection
-def status(batch_id: str | None, watch: bool, as_json: bool, **chosen: Any) -> int:
+def status(batch_id: str | None, watch: bool, **shared: Any) -> int:
     """Show batches, quotas and workers; or BATCH alone with the quota it draws on."""
     from batchllm_celery.producer import Producer
 
-    with Producer(job.settings_of(chosen)) as producer:
+    request = Request(**shared)
+    with Producer(settings_of(request)) as producer:
         producer.check()
         observer = Observer(producer, batch_id)
         seen = observer.look()
         if watch:
-            return _watch(observer, as_json=as_json)
-        if as_json:
+            return _watch(observer, as_json=request.as_json)
+        if request.as_json:
             print_json(seen.to_json())
         else:
             show(to_stdout(), seen)

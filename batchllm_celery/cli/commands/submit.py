@@ -11,12 +11,22 @@ from typing import Any
 import click
 
 from batchllm_celery.cli import exit_codes, options
-from batchllm_celery.cli import request as job
 from batchllm_celery.cli.batch_follower import Interrupts, Job
 from batchllm_celery.cli.commands.run import open_rows, resume_command
 from batchllm_celery.cli.display.console import log_to, say, to_stderr
 from batchllm_celery.cli.display.wording import plural
+from batchllm_celery.cli.request import (
+    Request,
+    check_price,
+    check_strategy,
+    default_quota_name,
+    quota_of,
+    settings_of,
+    spec_of,
+    strategy_of,
+)
 from batchllm_celery.errors import UsageError
+from batchllm_celery.files.readers import Rows
 from batchllm_celery.models import BatchSpec, Quota
 from batchllm_celery.settings import Settings
 
@@ -31,31 +41,31 @@ from batchllm_celery.settings import Settings
 @options.connection
 @options.quiet
 @options.verbose
-def submit(source: str, **chosen: Any) -> int:
+def submit(source: str, **shared: Any) -> int:
     """Enqueue every row of INPUT for the workers of a fleet; print the batch's id.
 
     The id is printed as soon as the batch is known to Redis, so that `batchllm results ID --follow`
     can start while rows are still being read. Exit code: 0 enqueued, 2 not.
     """
-    console = to_stderr()
-    log_to(console, verbose=chosen["verbose"])
+    request = Request(**shared)
+    log_to(to_stderr(), verbose=request.verbose)
     with contextlib.ExitStack() as stack, Interrupts().counted() as interrupts:
-        settings = job.settings_of(chosen)
-        strategy = job.strategy_of(chosen)
-        rows = open_rows(source, chosen, strategy, stack)
+        settings = settings_of(request)
+        strategy = strategy_of(request)
+        rows = open_rows(source, request, strategy, stack)
         instance = None
-        if chosen["model"] or settings.app:
-            instance = job.check_strategy(strategy, settings)
-        spec = job.spec_of(chosen, strategy, source=source, queue="default", keep_results=True)
+        if request.model or settings.app:
+            instance = check_strategy(strategy, settings)
+        spec = spec_of(request, strategy, source=source, queue="default", keep_results=True)
         if instance is not None:
-            job.check_price(spec, instance, settings)
-        quota = job.quota_of(chosen, job.default_quota_name(strategy))
-        total = _submit(settings, spec, quota, chosen, rows, interrupts, stack)
+            check_price(spec, instance, settings)
+        quota = quota_of(request, default_quota_name(strategy))
+        total = _submit(settings, spec, quota, request, rows, interrupts, stack)
     if total is None:
         command = resume_command(spec.batch_id, sys.argv[1:])
         say(f"Interrupted before all rows were enqueued. Go on with: {command}")
         return exit_codes.INTERRUPTED
-    if not chosen["quiet"]:
+    if not request.quiet:
         bad = f" ({plural(rows.bad, 'bad row')})" if rows.bad else ""
         click.echo(f"{plural(total, 'item')} enqueued{bad}", err=True)
     return exit_codes.OK
@@ -65,8 +75,8 @@ def _submit(
     settings: Settings,
     spec: BatchSpec,
     quota: Quota | None,
-    chosen: dict[str, Any],
-    rows: Any,
+    request: Request,
+    rows: Rows,
     interrupts: Interrupts,
     stack: contextlib.ExitStack,
 ) -> int | None:
@@ -74,10 +84,10 @@ def _submit(
 
     producer = stack.enter_context(Producer(settings))
     producer.check()
-    batch = producer.open(spec, quota=quota, quota_update=chosen["quota_update"])
+    batch = producer.open(spec, quota=quota, quota_update=request.quota_update)
     click.echo(batch.id)
     sys.stdout.flush()
-    if not chosen["quiet"] and not producer.workers():
+    if not request.quiet and not producer.workers():
         click.echo("No worker is running yet; start some: batchllm worker", err=True)
     stop, totals = threading.Event(), []
     feeder = Job("feeder", lambda: totals.append(batch.feed(rows, stop=stop)))

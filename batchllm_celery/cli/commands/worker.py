@@ -10,9 +10,9 @@ from typing import Any
 import click
 
 from batchllm_celery.cli import exit_codes, options
-from batchllm_celery.cli import request as job
 from batchllm_celery.cli.batch_follower import Interrupts
 from batchllm_celery.cli.processes import Fleet, environment_of
+from batchllm_celery.cli.request import Request, settings_of
 from batchllm_celery.errors import RedisUnavailableError
 from batchllm_celery.observability.switched_on import openers
 from batchllm_celery.settings import Settings
@@ -34,13 +34,25 @@ from batchllm_celery.settings import Settings
 @options.option("--loglevel", default="INFO", show_default=True)
 @options.base_url
 @options.connection
-def worker(processes: int, loglevel: str, **chosen: Any) -> int:
+def worker(
+    processes: int,
+    heartbeat_file: str | None,
+    drain_seconds: float | None,
+    loglevel: str,
+    **shared: Any,
+) -> int:
     """Work for a fleet. Plain `celery -A batchllm_celery worker` does the same, as one process.
 
     SIGTERM and Ctrl-C drain: calls in flight end and are recorded, nothing new starts, exit 0.
     A second one stops at once. Workers that find no Redis wait for it.
     """
-    settings = _settings(chosen)
+    own = {
+        "drain_seconds": drain_seconds,
+        "heartbeat_file": None if heartbeat_file is None else Path(heartbeat_file),
+    }
+    settings = settings_of(Request(**shared)).model_copy(
+        update={name: value for name, value in own.items() if value is not None}
+    )
     openers(settings)  # an extra that is missing ends the command, not each worker
     _check_redis(settings)
     fleet = Fleet(processes, lambda number: _environment(settings, number), loglevel=loglevel)
@@ -53,15 +65,6 @@ def worker(processes: int, loglevel: str, **chosen: Any) -> int:
             return _drain(fleet, interrupts, settings.drain_seconds)
         finally:
             fleet.kill()
-
-
-def _settings(chosen: dict[str, Any]) -> Settings:
-    settings = job.settings_of(chosen)
-    changes = {name: chosen[name] for name in ("drain_seconds", "heartbeat_file")}
-    named = {name: value for name, value in changes.items() if value is not None}
-    if "heartbeat_file" in named:
-        named["heartbeat_file"] = Path(named["heartbeat_file"])
-    return settings.model_copy(update=named)
 
 
 def _environment(settings: Settings, number: int) -> dict[str, str]:
