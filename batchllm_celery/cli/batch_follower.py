@@ -23,8 +23,8 @@ from batchllm_celery.cli.display.quota_view import doing
 from batchllm_celery.cli.display.summary import Failures
 from batchllm_celery.cli.processes import Fleet
 from batchllm_celery.events import ConnectionLost, ConnectionRestored, Event
-from batchllm_celery.files.readers import Rows
 from batchllm_celery.files.result_file import Sink
+from batchllm_celery.files.rows import Rows
 from batchllm_celery.models import BatchProgress
 
 if TYPE_CHECKING:

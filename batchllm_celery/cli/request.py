@@ -19,7 +19,8 @@ from typing import Any
 
 from batchllm_celery.errors import FailureKind, StrategyNotFoundError, UsageError
 from batchllm_celery.files.prompt_template import PromptTemplate
-from batchllm_celery.files.readers import STDIN, Format, Rows
+from batchllm_celery.files.readers import STDIN, Format
+from batchllm_celery.files.rows import Rows
 from batchllm_celery.models import (
     BatchSpec,
     CooldownPolicy,

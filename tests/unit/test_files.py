@@ -17,7 +17,7 @@ from batchllm_celery.errors import InputError, UsageError
 from batchllm_celery.files import readers
 from batchllm_celery.files.item_ids import SeenIds
 from batchllm_celery.files.prompt_template import MissingFieldError, PromptTemplate
-from batchllm_celery.files.readers import Rows, check_all, spooled
+from batchllm_celery.files.rows import Rows, check_all, spooled
 from batchllm_celery.models import BadRow, LLMWorkItem, StrategySpec
 
 SPEC = StrategySpec(name="gemini", params={"model": "m"})

@@ -22,7 +22,7 @@ from batchllm_celery.cli.request import (
     settings_of,
     strategy_of,
 )
-from batchllm_celery.files.readers import Row
+from batchllm_celery.files.rows import InputRow
 from batchllm_celery.models import BadRow, LLMWorkItem, QuotaLimits, TokenUsage
 
 #: A token is about three bytes of UTF-8: English, Chinese and JSON within a factor of 1.5.
@@ -106,7 +106,7 @@ def estimate(
     return exit_codes.OK
 
 
-def measure(rows: Iterable[Row], system: int, per_answer: int, cached: int) -> Size:
+def measure(rows: Iterable[InputRow], system: int, per_answer: int, cached: int) -> Size:
     """Count items and tokens; `system` and `cached` tokens go with every item."""
     items = bad = tokens = 0
     for row in rows:

@@ -36,7 +36,7 @@ from batchllm_celery.cli.request import (
 )
 from batchllm_celery.errors import InputError, UsageError
 from batchllm_celery.events import Events
-from batchllm_celery.files.readers import STDIN, Rows, check_all, spooled
+from batchllm_celery.files.readers import STDIN
 from batchllm_celery.files.result_file import (
     OutputError,
     ResultFile,
@@ -45,6 +45,7 @@ from batchllm_celery.files.result_file import (
     open_sink,
     refuse_real_results,
 )
+from batchllm_celery.files.rows import Rows, check_all, spooled
 from batchllm_celery.models import BatchProgress, BatchSpec, BatchState, Quota, StrategySpec
 from batchllm_celery.observability.switched_on import openers
 from batchllm_celery.redaction import safe_url, without_secrets

@@ -26,7 +26,7 @@ from batchllm_celery.cli.request import (
     strategy_of,
 )
 from batchllm_celery.errors import UsageError
-from batchllm_celery.files.readers import Rows
+from batchllm_celery.files.rows import Rows
 from batchllm_celery.models import BatchSpec, Quota
 from batchllm_celery.settings import Settings
 
