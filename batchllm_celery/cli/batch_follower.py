@@ -1,27 +1,25 @@
-"""One batch from its first row to its last result, seen from the process that runs it.
+"""Follows one batch from its first row to its last result, in the process of `run`.
 
-Three threads talk to Redis, so that the main one never waits for it and always hears Ctrl-C:
+Three threads talk to Redis, so that the main thread never waits for it and reacts to Ctrl-C:
 
-    feeder   rows -> ledger and queue
-    writer   results -> file, fsync, acknowledge
-    watcher  counters and the quota's state, for the display
+    feeder  rows -> ledger and queue
+    writer  results -> file, fsync, acknowledge
+    poller  reads the counters and the quota's state, for the display
 """
 
 from __future__ import annotations
 
-import contextlib
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from batchllm_celery.cli.display.progress import Display, RateMeter, View
 from batchllm_celery.cli.display.quota_view import doing
 from batchllm_celery.cli.display.summary import Failures
 from batchllm_celery.cli.processes import Fleet
+from batchllm_celery.cli.signals import Interrupts
 from batchllm_celery.events import ConnectionLost, ConnectionRestored, Event
 from batchllm_celery.files.result_file import Sink
 from batchllm_celery.files.rows import Rows
@@ -32,48 +30,27 @@ if TYPE_CHECKING:
     from batchllm_celery.producer import Batch, Producer
 
 TICK_SECONDS = 0.1
-WATCH_SECONDS = 0.4
-#: After the workers have ended, how long their last results may take to reach us.
+POLL_SECONDS = 0.4
+#: Seconds that the last results may take to arrive after the workers have ended.
 LAST_RESULTS_SECONDS = 3.0
 
 
-class Interrupts:
-    """Counts SIGINT, SIGTERM and SIGHUP, and lets nothing else happen on them."""
-
-    _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.count += 1  # no lock, no print: a handler interrupts anything
-
-    @contextlib.contextmanager
-    def counted(self) -> Iterator[Interrupts]:
-        """While inside, signals are counted."""
-        before = {number: signal.signal(number, self._note) for number in self._SIGNALS}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
 class RedisWatch:
-    """Listens for the connection's events; knows since when Redis is away."""
+    """Subscribes to the connection's events; knows since when Redis can't be reached."""
 
     def __init__(self) -> None:
-        self.away_since: float | None = None
+        self.lost_at: float | None = None
+        """Monotonic time, in seconds; None while Redis can be reached."""
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, ConnectionLost):
-            self.away_since = self.away_since or time.monotonic()
+            self.lost_at = self.lost_at or time.monotonic()
         elif isinstance(event, ConnectionRestored):
-            self.away_since = None
+            self.lost_at = None
 
 
-class Job(threading.Thread):
-    """A daemon thread that keeps what it failed with."""
+class BackgroundThread(threading.Thread):
+    """A daemon thread that keeps the exception that ended it."""
 
     def __init__(self, name: str, work: Callable[[], None]) -> None:
         super().__init__(name=name, daemon=True)
@@ -88,13 +65,13 @@ class Job(threading.Thread):
 
     @property
     def done(self) -> bool:
-        """Whether it has ended well."""
+        """Whether it has ended without an exception."""
         return self.ident is not None and not self.is_alive() and self.failure is None
 
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """How a session ended."""
+    """How a batch ended here."""
 
     progress: BatchProgress
     answered_now: int
@@ -103,19 +80,19 @@ class End:
     failure: Exception | None = None
 
 
-class Session:
-    """Feeds, follows and writes one batch until it is over, interrupted or broken.
+class BatchFollower:
+    """Feeds a batch, follows it and writes its results, until it is over, interrupted or broken.
 
     Args:
-        producer, batch: opened.
+        producer, batch: already open.
         rows: the input.
         sink: takes the results.
-        fleet: our own workers, not yet started.
-        display: shows how far it is.
-        interrupts: counted from outside.
-        redis: listens to the producer's events.
-        drain_seconds: how long calls in flight may take after the first Ctrl-C.
-        check: called now and then; what it raises ends the session.
+        fleet: the workers of this command, not yet started.
+        display: shows the progress.
+        interrupts: the signals that the command has received.
+        redis: subscribed to the producer's events.
+        drain_seconds: how long, in seconds, calls in flight may take after the first Ctrl-C.
+        check: called every `TICK_SECONDS`; an exception of it ends the run.
     """
 
     def __init__(
@@ -148,11 +125,11 @@ class Session:
         self._stop_feeding = threading.Event()
         self._stop_writing = threading.Event()
         self._written = 0
-        self._idle_takes = 0
+        self._empty_reads = 0
         self._failures = Failures()
-        self._feeder = Job("feeder", self._feed)
-        self._writer = Job("writer", self._write)
-        self._watcher = Job("watcher", self._watch)
+        self._feeder = BackgroundThread("feeder", self._feed)
+        self._writer = BackgroundThread("writer", self._write)
+        self._poller = BackgroundThread("poller", self._poll)
 
     # -- the three threads ------------------------------------------------------------------------
 
@@ -164,14 +141,14 @@ class Session:
             pass
 
     def _take(self, timeout: float) -> bool:
-        """Write what has come; whether nothing more can come."""
+        """Write the results that have arrived. Returns whether no more can arrive."""
         may_end = self._feeder.done and not self._stop_feeding.is_set()
         over = may_end and no_more(self._batch.progress())
         results = self._batch.take(max=1000, timeout=0.0 if over else timeout)
         if not results:
-            self._idle_takes += 1
+            self._empty_reads += 1
             return over
-        self._idle_takes = 0
+        self._empty_reads = 0
         self._sink.write(results)
         if (receipt := self._sink.sync()) is not None:
             self._batch.acknowledge(receipt)
@@ -180,19 +157,19 @@ class Session:
         self._fleet.progressed()
         return False
 
-    def _watch(self) -> None:
+    def _poll(self) -> None:
         name = self._batch.spec.quota
         while not self._stop_writing.is_set():
             self._progress = self._batch.progress()
             self._quota = self._producer.quota(name) if name else None
-            time.sleep(WATCH_SECONDS)
+            time.sleep(POLL_SECONDS)
 
     # -- the main thread --------------------------------------------------------------------------
 
     def follow(self) -> End:
-        """Run until the batch is over, the first Ctrl-C has drained it, or something broke."""
-        for job in (self._feeder, self._writer, self._watcher):
-            job.start()
+        """Run until the batch is over, the first Ctrl-C has drained it, or a thread failed."""
+        for thread in (self._feeder, self._writer, self._poller):
+            thread.start()
         failure: Exception | None = None
         interrupted = False
         try:
@@ -206,9 +183,9 @@ class Session:
         return self._end(failure, interrupted)
 
     def _tick(self) -> None:
-        for job in (self._feeder, self._writer, self._watcher):
-            if job.failure is not None:
-                raise job.failure
+        for thread in (self._feeder, self._writer, self._poller):
+            if thread.failure is not None:
+                raise thread.failure
         if self._check is not None:
             self._check()
         if self._fleet.started or self._needs_workers():
@@ -217,7 +194,7 @@ class Session:
         time.sleep(TICK_SECONDS)
 
     def _needs_workers(self) -> bool:
-        """A batch that was finished before needs none, unless its input has changed."""
+        """Start workers, unless an earlier run has finished this batch."""
         if self._batch.resumed and self._progress.is_over:
             return False
         self._fleet.start()
@@ -234,15 +211,15 @@ class Session:
         )
 
     def _estimated_total(self, progress: BatchProgress) -> int | None:
-        """Items in all, by how much of the input has been read."""
+        """The number of all items, estimated by the share of the input that has been read."""
         fraction = self._rows.fraction_read
         if not fraction or fraction < 0.01 or not progress.fed:
             return None
         return max(progress.fed, round(progress.fed / fraction))
 
     def _doing(self, progress: BatchProgress) -> str:
-        if (since := self._redis.away_since) is not None:
-            return f"Redis is away for {time.monotonic() - since:.0f} s; waiting for it"
+        if (since := self._redis.lost_at) is not None:
+            return f"waiting for Redis, unreachable for {time.monotonic() - since:.0f} s"
         if self._interrupts.count:
             return "stopping: waiting for the calls in flight"
         return doing(progress, self._quota, time.time())
@@ -250,13 +227,13 @@ class Session:
     # -- the end ----------------------------------------------------------------------------------
 
     def _drain(self, failure: Exception | None) -> None:
-        """Nothing new starts; calls in flight end and are written. A second Ctrl-C cuts it off."""
+        """Start no call, write those in flight. A second Ctrl-C stops the waiting."""
         if failure is None:
             self._display.say(
                 "Stopping: waiting for the calls in flight. Ctrl-C again stops at once."
             )
         self._stop_feeding.set()
-        pause = Job("pause", self._pause)
+        pause = BackgroundThread("pause", self._pause)
         pause.start()
         self._fleet.drain()
         deadline = time.monotonic() + self._drain_seconds + LAST_RESULTS_SECONDS
@@ -270,22 +247,22 @@ class Session:
             time.sleep(TICK_SECONDS)
 
     def _pause(self) -> None:
-        """Also workers elsewhere start no further call of this batch."""
+        """Pause the batch, so that workers of other machines start no call either."""
         if not self._progress.is_over and not self._progress.state.stopped:
             self._batch.pause()
 
-    def _has_everything(self, pause: Job, since: float) -> bool:
-        """Whether the last results have been written: two takes in a row brought nothing."""
+    def _has_everything(self, pause: BackgroundThread, since: float) -> bool:
+        """Whether the last results are written: two reads in a row returned nothing."""
         if self._writer.failure is not None or since > LAST_RESULTS_SECONDS:
             return True
-        return not pause.is_alive() and not self._progress.in_flight and self._idle_takes >= 2
+        return not pause.is_alive() and not self._progress.in_flight and self._empty_reads >= 2
 
     def _end(self, failure: Exception | None, interrupted: bool) -> End:
         self._stop_writing.set()
         self._writer.join(timeout=LAST_RESULTS_SECONDS)
         progress = self._progress
-        if self._redis.away_since is None and self._interrupts.count < 2:
-            last = Job("last look", self._look)
+        if self._redis.lost_at is None and self._interrupts.count < 2:
+            last = BackgroundThread("last counters", self._read_counters)
             last.start()
             last.join(timeout=LAST_RESULTS_SECONDS)
             progress = self._progress
@@ -298,12 +275,12 @@ class Session:
             failure=failure,
         )
 
-    def _look(self) -> None:
+    def _read_counters(self) -> None:
         self._progress = self._batch.progress()
 
 
 def no_more(progress: BatchProgress) -> bool:
-    """Whether no further outcome can come once what is in the stream has been taken."""
+    """Whether no outcome can follow those that are in the stream now."""
     if progress.is_over:
         return True
     return progress.state.stopped and progress.total is None and progress.finished >= progress.fed

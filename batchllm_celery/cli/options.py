@@ -154,7 +154,7 @@ batch = group(
         "--batch-id", metavar="ID", help="The same id resumes: finished items are not run again."
     ),
     option("--items-per-task", type=click.IntRange(1, 1000), help="Items in one Celery message."),
-    option("--queue", metavar="LANE", help="Lane of the fleet that runs it."),
+    option("--queue", metavar="NAME", help="Queue of the fleet that runs it."),
     option("--priority", type=click.IntRange(0, 9), help="0 (usual) to 9 (urgent)."),
     option(
         "--strict", is_flag=True, help="Check every row first; a bad one stops before any call."

@@ -1,4 +1,7 @@
-"""Processes that `run` and `worker` start: each in its own session, tethered to us by a pipe."""
+"""Processes that `run` and `worker` start: workers and the simulated provider.
+
+Each runs in a session of its own, under the parent-death watch of `parent_death_watch.py`.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +20,15 @@ from typing import IO
 from batchllm_celery.errors import BatchLLMError, UsageError
 from batchllm_celery.settings import Settings
 
-#: A worker that lives shorter than this is started again more and more slowly.
+#: Seconds. A worker that ends earlier is restarted with a growing backoff.
 QUICK_DEATH_SECONDS = 10.0
-#: So many quick deaths without any progress between them, and we give up. It must be more than an
-#: item that kills its workers may cause before it is quarantined (`max_deliveries`, 5).
+#: Quick deaths that end the command, if no item gets an outcome between them. More than
+#: `max_deliveries` (5): after so many deaths an item that kills its workers is quarantined.
 MAX_QUICK_DEATHS = 12
-#: So many deaths before the worker was ready: the set-up is wrong, no item is to blame.
+#: Deaths before the worker was ready that end the command: the set-up is wrong, not an item.
 MAX_UNREADY_DEATHS = 3
 _READY = " ready."
+#: Seconds before a restart.
 _FIRST_BACKOFF, _MAX_BACKOFF = 0.5, 10.0
 
 
@@ -32,8 +36,8 @@ class FleetError(UsageError):
     """Workers die as soon as they start."""
 
 
-class Tether:
-    """A pipe whose writing end only we hold: its readers see the end of file when we are gone."""
+class ParentPipe:
+    """A pipe whose writing end only this process holds: its readers see its end when we die."""
 
     def __init__(self) -> None:
         self._read, self._write = os.pipe()
@@ -47,7 +51,7 @@ class Tether:
         stdout: IO[bytes] | int | None = None,
         stderr: IO[bytes] | int | None = None,
     ) -> subprocess.Popen[bytes]:
-        """Start `python -m MODULE`, in its own session so that Ctrl-C is ours alone to handle."""
+        """Start `python -m MODULE` in a session of its own, so that Ctrl-C reaches only us."""
         return subprocess.Popen(
             [sys.executable, "-m", "batchllm_celery.cli.parent_death_watch", module, *arguments],
             stdin=self._read,
@@ -64,8 +68,11 @@ class Tether:
 
 
 def environment_of(settings: Settings) -> dict[str, str]:
-    """Our environment, with these settings. Without a Redis URL each process attaches to the
-    embedded Valkey itself, and so keeps it up while it drains after our death."""
+    """The environment of this process, with these settings.
+
+    Without a Redis URL each process attaches to the embedded Valkey, and so keeps it running while
+    it drains after our death.
+    """
     environment = {**os.environ}
     for name, value in settings:
         variable = f"BATCHLLM_{name.upper()}"
@@ -76,7 +83,7 @@ def environment_of(settings: Settings) -> dict[str, str]:
 
 
 def worker_arguments(name: str, *, loglevel: str = "INFO") -> list[str]:
-    """The command line of one Celery worker: lanes, slots and pool come from its settings."""
+    """The arguments of one Celery worker. Its queues, slots and pool come from the settings."""
     return [
         *("-A", "batchllm_celery", "worker", "-n", f"{name}@%h", "--loglevel", loglevel),
         *("--without-mingle", "--without-gossip"),
@@ -96,18 +103,18 @@ class _Worker:
     quick_deaths: int = 0
     log_start: int = 0
     has_lived: bool = False
-    """Whether a process of it lived long enough: its module could be imported then."""
+    """Whether a process of it lived `QUICK_DEATH_SECONDS`: its module can be imported then."""
 
 
 class Fleet:
-    """Worker processes, kept alive until drained.
+    """Worker processes, restarted when they die, until they are drained.
 
     Args:
-        count: how many.
-        environment: of worker `i` (from 1).
-        log_dir: where each writes `worker-I.log`; None: to our own standard error.
-        name: of the Celery nodes; made unique by our process id.
-        clock: for tests.
+        count: the number of workers.
+        environment: returns the environment of worker `i`, counted from 1.
+        log_dir: the folder of the logs `worker-I.log`. Default: our own standard error.
+        name: prefix of the Celery nodes' names; our process id follows it.
+        clock: monotonic time in seconds; for tests.
     """
 
     def __init__(
@@ -126,7 +133,7 @@ class Fleet:
         self._name = name
         self._loglevel = loglevel
         self._clock = clock
-        self._tether = Tether()
+        self._pipe = ParentPipe()
         self._workers = [_Worker(number) for number in range(1, count + 1)]
         self._draining = False
         self._quick_deaths = 0
@@ -155,7 +162,7 @@ class Fleet:
             f"{self._name}-{os.getpid()}-{worker.number}", loglevel=self._loglevel
         )
         with self._log(worker) as log:
-            worker.process = self._tether.popen(
+            worker.process = self._pipe.popen(
                 "celery", arguments, self._environment(worker.number), stdout=log, stderr=log
             )
 
@@ -173,8 +180,8 @@ class Fleet:
         assert self.log_dir is not None
         return self.log_dir / f"worker-{worker.number}.log"
 
-    def _words(self, worker: _Worker) -> str:
-        """What the worker's latest process has logged; empty where it logs elsewhere."""
+    def _log_text(self, worker: _Worker) -> str:
+        """The log of the worker's latest process; empty if it does not log to a file."""
         if self.log_dir is None or not self._log_file(worker).exists():
             return ""
         with self._log_file(worker).open("rb") as log:
@@ -182,58 +189,58 @@ class Fleet:
             return log.read().decode(errors="replace")
 
     def progressed(self) -> None:
-        """Items get their outcomes: whatever kills workers, it is not the set-up."""
+        """Note that items got outcomes: the set-up works, whatever kills workers."""
         self._quick_deaths = self._unready_deaths = 0
 
     def poll(self) -> None:
-        """Start dead workers again, after a backoff.
+        """Restart dead workers, after a backoff.
 
         Raises:
-            FleetError: when they only die.
+            FleetError: they die again and again, without progress.
         """
         if self._draining or not self.started:
             return
         for worker in self._workers:
             if worker.process is not None and worker.process.poll() is not None:
-                self._bury(worker)
+                self._note_death(worker)
             if worker.process is None and self._clock() >= worker.restart_at:
                 self._start(worker)
 
-    def _bury(self, worker: _Worker) -> None:
+    def _note_death(self, worker: _Worker) -> None:
         assert worker.process is not None
         quick = self._clock() - worker.started < QUICK_DEATH_SECONDS
         if worker.process.returncode == os.EX_CONFIG and not worker.has_lived:
-            raise FleetError(f"a worker can't import its --app{self._last_words(worker)}")
+            raise FleetError(f"a worker can't import its --app{self._last_line(worker)}")
         worker.has_lived |= not quick
         worker.quick_deaths = worker.quick_deaths + 1 if quick else 0
         self._quick_deaths += quick
-        self._unready_deaths += self.log_dir is not None and _READY not in self._words(worker)
+        self._unready_deaths += self.log_dir is not None and _READY not in self._log_text(worker)
         self.deaths += 1
         worker.process = None
         if (
             max(self._quick_deaths / MAX_QUICK_DEATHS, self._unready_deaths / MAX_UNREADY_DEATHS)
             >= 1
         ):
-            raise FleetError(f"the workers die as soon as they start{self._last_words(worker)}")
+            raise FleetError(f"the workers die as soon as they start{self._last_line(worker)}")
         backoff = min(_FIRST_BACKOFF * 2 ** max(0, worker.quick_deaths - 1), _MAX_BACKOFF)
         worker.restart_at = self._clock() + backoff
 
-    def _last_words(self, worker: _Worker) -> str:
-        """The last line of a worker's log, and where the rest is."""
-        lines = [line.strip() for line in self._words(worker).splitlines() if line.strip()]
+    def _last_line(self, worker: _Worker) -> str:
+        """The last line of the worker's log, and the log's path."""
+        lines = [line.strip() for line in self._log_text(worker).splitlines() if line.strip()]
         return f": {lines[-1][:200]} (log: {self._log_file(worker)})" if lines else ""
 
     def drain(self) -> None:
-        """Tell all workers to end: calls in flight may finish, nothing new starts."""
+        """Send SIGTERM to all workers: calls in flight finish, no new call starts."""
         self._draining = True
         self._signal(signal.SIGTERM)
 
     def ended(self) -> bool:
-        """Whether no worker is left."""
+        """Whether all workers have ended."""
         return not self._living()
 
     def wait(self, timeout: float) -> bool:
-        """Wait for all workers to end; False if some are left after `timeout` seconds."""
+        """Wait for all workers to end. Returns False if some run after `timeout` seconds."""
         deadline = self._clock() + timeout
         while not self.ended():
             if self._clock() >= deadline:
@@ -242,13 +249,13 @@ class Fleet:
         return True
 
     def kill(self) -> None:
-        """End all workers at once, children of their pools included."""
+        """Send SIGKILL to all workers and to the children of their pools."""
         self._draining = True
         self._signal(signal.SIGKILL)
         for worker in self._workers:
             if worker.process is not None:
                 worker.process.wait()
-        self._tether.close()
+        self._pipe.close()
 
     def _signal(self, number: signal.Signals) -> None:
         for process in self._living():
@@ -260,15 +267,15 @@ class Fleet:
 
 
 class SimulatedProviderProcess:
-    """The simulated provider that `--model simulated` runs against, for as long as we live.
+    """The simulated provider of `--model simulated`, ended together with this process.
 
     Args:
         config: the JSON of a `SimulationConfig`.
     """
 
     def __init__(self, config: str) -> None:
-        self._tether = Tether()
-        self._process = self._tether.popen(
+        self._pipe = ParentPipe()
+        self._process = self._pipe.popen(
             "batchllm_celery.simulation", [config], os.environ, stdout=subprocess.PIPE
         )
         self.url = self._read_url()
@@ -283,7 +290,7 @@ class SimulatedProviderProcess:
         return words[-1]
 
     def check(self) -> None:
-        """Notice its end: every further call would fail, and count as a failure of its row.
+        """Check that it runs: without it every call would fail, and so its row.
 
         Raises:
             BatchLLMError: it has ended.
@@ -301,4 +308,4 @@ class SimulatedProviderProcess:
             self._process.wait()
         if self._process.stdout is not None:
             self._process.stdout.close()
-        self._tether.close()
+        self._pipe.close()

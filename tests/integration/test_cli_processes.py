@@ -12,7 +12,7 @@ from tests.support import wait_until
 
 
 def test_workers_that_never_get_ready_are_given_up(tmp_path: Path) -> None:
-    """A set-up that can't work ends after a few tries, with the worker's last words."""
+    """A set-up that can't work ends after a few tries, with the last line of the worker's log."""
     bad = dict(os.environ) | {"BATCHLLM_SLOTS": "none at all"}
     fleet = Fleet(2, lambda _: bad, log_dir=tmp_path / "logs")
     try:

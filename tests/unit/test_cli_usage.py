@@ -92,7 +92,7 @@ SIMULATED = (*RUN, "--model", "simulated")
         ((*SIMULATED, "--batch-id", "x" * 10_000), "--batch-id 'xxx"),
         ((*SIMULATED, "--quota", "a{b}c"), "--quota 'a{b}c'"),
         ((*SIMULATED, "--quota", "-x"), "--quota '-x'"),
-        ((*SIMULATED, "--queue", "../x"), "lane '../x'"),
+        ((*SIMULATED, "--queue", "../x"), "queue '../x'"),
         (("results", ".."), "batch id '..'"),
         (("cancel", "--", "-x"), "batch id '-x'"),
         (("status", "a/b"), "batch id 'a/b'"),
@@ -297,7 +297,7 @@ def test_a_key_is_asked_for_where_one_is_needed(monkeypatch: pytest.MonkeyPatch)
     check_key(strategy_of(Request(model="openai:x")), own)
 
 
-def test_workers_hear_settings_through_the_environment() -> None:
+def test_workers_get_settings_through_the_environment() -> None:
     """Unset ones are removed: without a Redis URL a worker attaches to the embedded server."""
     settings = Settings(queue="run.b", slots=7)
     environment = environment_of(settings)

@@ -1,4 +1,4 @@
-"""`batchllm results`: what a batch has answered, as it stands or as it comes."""
+"""`batchllm results`: the results of a batch so far, or until it is over."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from batchllm_celery.cli import exit_codes, options
-from batchllm_celery.cli.batch_follower import Interrupts, no_more
+from batchllm_celery.cli.batch_follower import no_more
 from batchllm_celery.cli.display.console import to_stderr
 from batchllm_celery.cli.display.progress import Display, RateMeter, View, open_display
 from batchllm_celery.cli.display.summary import exit_code
 from batchllm_celery.cli.request import Request, settings_of
+from batchllm_celery.cli.signals import Interrupts
 from batchllm_celery.files.result_file import OutputError, Sink, open_sink
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from batchllm_celery.producer import Batch
 
 CHUNK = 1000
-LOOK_SECONDS = 0.5
+POLL_SECONDS = 0.5
 
 
 @click.command()
@@ -33,8 +34,8 @@ LOOK_SECONDS = 0.5
 def results(batch_id: str, follow: bool, **shared: Any) -> int:
     """Print the results of BATCH, one JSON object a line, or write them to -o OUT.jsonl.
 
-    Reading takes nothing away: results of `submit` stay readable until the batch expires (those of
-    `run` are in the file that it wrote). Exit code: 0; with --follow as `run` ends.
+    Reading removes nothing: results of `submit` can be read until the batch expires. Results of
+    `run` are in the file that it wrote. Exit code: 0; with --follow the same as of `run`.
     """
     from batchllm_celery.producer import Producer
 
@@ -60,7 +61,7 @@ def results(batch_id: str, follow: bool, **shared: Any) -> int:
 
 
 def _refuse_if_elsewhere(batch: Batch) -> None:
-    """`run` takes results out of Redis as it writes them: an empty answer would mislead."""
+    """Refuse a batch of `run`, which removes results from Redis once they are in its file."""
     progress = batch.progress()
     if progress.unread == 0 and progress.finished and no_more(progress):
         raise OutputError(
@@ -72,19 +73,19 @@ def _refuse_if_elsewhere(batch: Batch) -> None:
 def _copy(
     batch: Batch, sink: Sink, display: Display, interrupts: Interrupts, *, follow: bool
 ) -> BatchProgress:
-    """Write results until there are no more (`follow`), or no more yet."""
+    """Write the results so far; with `follow`, all until the batch is over."""
     meter, after = RateMeter(), "0-0"
-    progress, looked = batch.progress(), time.monotonic()
+    progress, polled_at = batch.progress(), time.monotonic()
     while not interrupts.count:
         ending = not follow or no_more(progress)
-        found = batch.read(after, CHUNK, 0.0 if ending else LOOK_SECONDS)
+        found = batch.read(after, CHUNK, 0.0 if ending else POLL_SECONDS)
         if found:
             after = found[-1].receipt
             sink.write(found)
             sink.sync()
         elif ending:
             break
-        if not found or time.monotonic() - looked > LOOK_SECONDS:
-            progress, looked = batch.progress(), time.monotonic()
+        if not found or time.monotonic() - polled_at > POLL_SECONDS:
+            progress, polled_at = batch.progress(), time.monotonic()
         display.update(View(progress, progress.total, meter.update(progress.finished)))
     return progress

@@ -17,7 +17,7 @@ import click
 from rich.console import Console
 
 from batchllm_celery.cli import exit_codes, options
-from batchllm_celery.cli.batch_follower import End, Interrupts, RedisWatch, Session
+from batchllm_celery.cli.batch_follower import BatchFollower, End, RedisWatch
 from batchllm_celery.cli.display.console import log_to, print_json, say, to_stderr, to_stdout
 from batchllm_celery.cli.display.progress import open_display
 from batchllm_celery.cli.display.summary import Summary, exit_code, print_summary
@@ -34,6 +34,7 @@ from batchllm_celery.cli.request import (
     spec_of,
     strategy_of,
 )
+from batchllm_celery.cli.signals import Interrupts
 from batchllm_celery.errors import InputError, UsageError
 from batchllm_celery.events import Events
 from batchllm_celery.files.readers import STDIN
@@ -204,13 +205,13 @@ def _run(
     stack.callback(fleet.kill)
     display = open_display(console, quiet=request.quiet)
     display.say(f"Batch {batch.id}" + (", going on where it was" if batch.resumed else ""))
-    session = Session(
+    follower = BatchFollower(
         producer, batch, checked.rows, sink, fleet, display,
         interrupts=interrupts, redis=redis, drain_seconds=settings.drain_seconds,
         check=provider.check if provider is not None else None,
     )  # fmt: skip
     try:
-        end = session.follow()
+        end = follower.follow()
         took = time.monotonic() - started
         _finish(sink, end)
     finally:

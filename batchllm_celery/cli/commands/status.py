@@ -14,12 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from batchllm_celery.cli import exit_codes, options
-from batchllm_celery.cli.batch_follower import Interrupts
 from batchllm_celery.cli.display.console import print_json, to_stdout
 from batchllm_celery.cli.display.progress import RateMeter
 from batchllm_celery.cli.display.quota_view import doing, limits_words, quota_words
 from batchllm_celery.cli.display.wording import count, duration, money, rate, short
 from batchllm_celery.cli.request import Request, settings_of
+from batchllm_celery.cli.signals import Interrupts
 
 if TYPE_CHECKING:
     from batchllm_celery.connection import BrokenEntry
@@ -40,9 +40,9 @@ class Status:
     quotas: list[QuotaState]
     workers: list[WorkerInfo]
     rates: dict[str, float]
-    """Items a second by batch, as far as somebody has been watching."""
+    """Items a second by batch id, over the last half minute of `--watch`."""
     broken: list[BrokenEntry] = field(default_factory=list)
-    """What could not be read."""
+    """Entries of Redis that could not be read."""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -57,19 +57,19 @@ class Status:
         }
 
 
-class Observer:
-    """Looks at a fleet again and again, and so knows rates."""
+class StatusReader:
+    """Reads a fleet's status; from the second time on it knows the rates."""
 
     def __init__(self, producer: Producer, batch_id: str | None) -> None:
         self._producer = producer
         self._batch_id = batch_id
         self._meters: dict[str, RateMeter] = {}
 
-    def look(self) -> Status:
-        """The fleet now.
+    def read(self) -> Status:
+        """The status of the fleet now.
 
         Raises:
-            BatchNotFoundError: if the one batch asked for is unknown.
+            BatchNotFoundError: the batch that was asked for is unknown.
         """
         if self._batch_id is None:
             batches, quotas = self._producer.batches(), self._producer.quotas()
@@ -99,10 +99,10 @@ def status(batch_id: str | None, watch: bool, **shared: Any) -> int:
     request = Request(**shared)
     with Producer(settings_of(request)) as producer:
         producer.check()
-        observer = Observer(producer, batch_id)
-        seen = observer.look()
+        reader = StatusReader(producer, batch_id)
+        seen = reader.read()
         if watch:
-            return _watch(observer, as_json=request.as_json)
+            return _watch(reader, as_json=request.as_json)
         if request.as_json:
             print_json(seen.to_json())
         else:
@@ -110,16 +110,14 @@ def status(batch_id: str | None, watch: bool, **shared: Any) -> int:
     return exit_codes.OK
 
 
-def _watch(observer: Observer, *, as_json: bool) -> int:
+def _watch(reader: StatusReader, *, as_json: bool) -> int:
     with Interrupts().counted() as interrupts:
         if as_json:
-            _every_second(interrupts, lambda: print_json(observer.look().to_json()))
+            _every_second(interrupts, lambda: print_json(reader.read().to_json()))
         else:
             console = to_stdout()
             with Live(console=console, auto_refresh=False, screen=console.is_terminal) as live:
-                _every_second(
-                    interrupts, lambda: live.update(render(observer.look()), refresh=True)
-                )
+                _every_second(interrupts, lambda: live.update(render(reader.read()), refresh=True))
     return exit_codes.OK
 
 
@@ -137,7 +135,7 @@ def show(console: Console, seen: Status) -> None:
 
 
 def render(seen: Status) -> RenderableType:
-    """Tables of what there is."""
+    """The status as tables."""
     if not (seen.batches or seen.quotas or seen.workers or seen.broken):
         return Text("Nothing yet: no batch, no quota, no worker.")
     parts: list[RenderableType] = []
@@ -183,7 +181,7 @@ def _batches(seen: Status) -> Table:
 
 
 def _average(progress: BatchProgress, now: float) -> float:
-    """Items a second since the submission, while nobody has measured better."""
+    """Items a second since the submission, for a batch whose rate was not measured."""
     since = now - progress.submitted_at
     return progress.finished / since if progress.submitted_at and since > 1 else 0.0
 
@@ -208,7 +206,7 @@ def _workers(workers: list[WorkerInfo]) -> RenderableType:
     if not workers:
         return Text("No worker is running; start some: batchllm worker", style="yellow")
     now = time.time()
-    table = _table("Worker", "Host", "Pid", "Running", "Lanes", "Seen")
+    table = _table("Worker", "Host", "Pid", "Running", "Queues", "Seen")
     for worker in workers:
         table.add_row(
             worker.worker_id,

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from batchllm_celery.cli import exit_codes, options
-from batchllm_celery.cli.batch_follower import Interrupts, Job
+from batchllm_celery.cli.batch_follower import BackgroundThread
 from batchllm_celery.cli.commands.run import open_rows, resume_command
 from batchllm_celery.cli.display.console import log_to, say, to_stderr
 from batchllm_celery.cli.display.wording import plural
@@ -25,6 +25,7 @@ from batchllm_celery.cli.request import (
     spec_of,
     strategy_of,
 )
+from batchllm_celery.cli.signals import Interrupts
 from batchllm_celery.errors import UsageError
 from batchllm_celery.files.rows import Rows
 from batchllm_celery.models import BatchSpec, Quota
@@ -90,7 +91,7 @@ def _submit(
     if not request.quiet and not producer.workers():
         click.echo("No worker is running yet; start some: batchllm worker", err=True)
     stop, totals = threading.Event(), []
-    feeder = Job("feeder", lambda: totals.append(batch.feed(rows, stop=stop)))
+    feeder = BackgroundThread("feeder", lambda: totals.append(batch.feed(rows, stop=stop)))
     feeder.start()
     while feeder.is_alive():
         if interrupts.count:

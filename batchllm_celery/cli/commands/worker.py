@@ -1,4 +1,4 @@
-"""`batchllm worker`: processes of a fleet, until told to stop."""
+"""`batchllm worker`: worker processes of a fleet, until a signal stops them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 import click
 
 from batchllm_celery.cli import exit_codes, options
-from batchllm_celery.cli.batch_follower import Interrupts
 from batchllm_celery.cli.processes import Fleet, environment_of
 from batchllm_celery.cli.request import Request, settings_of
+from batchllm_celery.cli.signals import Interrupts
 from batchllm_celery.errors import RedisUnavailableError
 from batchllm_celery.observability.switched_on import openers
 from batchllm_celery.settings import Settings
@@ -25,12 +25,12 @@ from batchllm_celery.settings import Settings
     "--slots", type=click.IntRange(min=1), help="Items in flight per process.  [default: 100]"
 )
 @options.option("--app", metavar="MODULE", help="Module(s) that register strategies.")
-@options.option("--queue", metavar="LANE,...", help="Lanes to serve.  [default: default]")
+@options.option("--queue", metavar="NAME,...", help="Queues to serve.  [default: default]")
 @options.option("--heartbeat-file", type=click.Path(dir_okay=False),
-                help="Touched while the event loop turns, for probes (process 2: FILE.2, ...); "
-                     "FILE.ready while Redis answers too.")  # fmt: skip
+                help="Touched while the event loop runs, for probes (process 2: FILE.2, ...); "
+                     "FILE.ready is touched while Redis answers too.")  # fmt: skip
 @options.option("--drain-seconds", type=click.FloatRange(min=0),
-                help="How long calls in flight may take after SIGTERM.  [default: 30]")  # fmt: skip
+                help="Seconds for calls in flight after SIGTERM.  [default: 30]")  # fmt: skip
 @options.option("--loglevel", default="INFO", show_default=True)
 @options.base_url
 @options.connection
@@ -41,10 +41,10 @@ def worker(
     loglevel: str,
     **shared: Any,
 ) -> int:
-    """Work for a fleet. Plain `celery -A batchllm_celery worker` does the same, as one process.
+    """Work for a fleet. Plain `celery -A batchllm_celery worker` does the same with one process.
 
-    SIGTERM and Ctrl-C drain: calls in flight end and are recorded, nothing new starts, exit 0.
-    A second one stops at once. Workers that find no Redis wait for it.
+    SIGTERM and Ctrl-C drain: calls in flight end and are recorded, no new call starts, exit code 0.
+    A second signal stops at once. Workers wait for a Redis that can't be reached.
     """
     own = {
         "drain_seconds": drain_seconds,
@@ -53,7 +53,7 @@ def worker(
     settings = settings_of(Request(**shared)).model_copy(
         update={name: value for name, value in own.items() if value is not None}
     )
-    openers(settings)  # an extra that is missing ends the command, not each worker
+    openers(settings)  # a missing extra is one error here, instead of one of each worker
     _check_redis(settings)
     fleet = Fleet(processes, lambda number: _environment(settings, number), loglevel=loglevel)
     with Interrupts().counted() as interrupts:
@@ -72,7 +72,7 @@ def _environment(settings: Settings, number: int) -> dict[str, str]:
     if file is not None and number > 1:
         settings = settings.model_copy(update={"heartbeat_file": Path(f"{file}.{number}")})
     environment = environment_of(settings)
-    # A module beside the caller is found by the workers as it was found by us.
+    # Workers find modules in the current folder, as this process does.
     environment["PYTHONPATH"] = os.pathsep.join(
         filter(None, [str(Path.cwd()), environment.get("PYTHONPATH")])
     )
@@ -80,7 +80,7 @@ def _environment(settings: Settings, number: int) -> dict[str, str]:
 
 
 def _check_redis(settings: Settings) -> None:
-    """Refuse what waiting can't cure. A Redis that is away is waited for by the workers."""
+    """Raise errors that waiting can't cure. The workers wait for a Redis that can't be reached."""
     from batchllm_celery.producer import Producer
     from batchllm_celery.worker.startup import can_pass, error_of
 
