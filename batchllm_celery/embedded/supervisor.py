@@ -1,17 +1,17 @@
-"""Owns one Valkey on one folder: starts it, restarts it, stops it when its last user is gone.
+"""The supervisor of one embedded Valkey: starts it, restarts it, stops it after its last user.
 
-Run as a script of its own, in a session of its own, on nothing but the standard library:
+It runs as a script in a session of its own and imports only the standard library:
 
-    python -I -S guardian.py FOLDER SOCKET VALKEY-SERVER
+    python -I -S supervisor.py FOLDER SOCKET VALKEY-SERVER
 
-The kernel's locks are the only truth, because they end with their holders, however these die:
+File locks say who is alive, because the kernel releases them however their holder dies:
 
-    users.lock     shared by every user; the guardian that can take it alone stops the server
-    guardian.lock  held by the guardian: one for each folder
-    server.lock    handed to Valkey by the guardian: one server for each folder, even when a
-                   guardian was killed
+    users.lock       shared by every user; a supervisor that gets it exclusively stops the server
+    supervisor.lock  held by the supervisor, so that each folder has one
+    server.lock      passed on to Valkey by the supervisor, so that each folder has one server even
+                     after a supervisor was killed
 
-It tells its starter `ready` or `failed WHY` in one line on standard output.
+The supervisor reports `ready` or `failed WHY` in one line on standard output.
 """
 
 from __future__ import annotations
@@ -27,17 +27,24 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+#: Seconds between two looks at the server and its users.
 POLL_SECONDS = 0.2
-TAKE_OVER_SECONDS = 15.0
+#: Seconds that the server of a killed supervisor may take to end.
+ORPHAN_SECONDS = 15.0
+#: Seconds from SIGTERM to SIGKILL.
 STOP_SECONDS = 15.0
+#: Seconds without any reply after which a start has failed.
 SILENCE_SECONDS = 20.0
+#: Seconds of life after which earlier failures of the server no longer count.
 STABLE_SECONDS = 30.0
+#: The longest wait before a restart, in seconds.
 LONGEST_RESTART_WAIT = 3.0
+#: Bytes of the server's log above which a start empties it.
 LOG_LIMIT = 1_000_000
 
 
 def try_lock(fd: int, *, shared: bool = False) -> bool:
-    """Take the lock of an open file now, or say that somebody else holds it."""
+    """Lock an open file without waiting. Returns False if another process holds the lock."""
     try:
         fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -51,22 +58,22 @@ def open_lock(path: Path) -> int:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether somebody holds this lock alone."""
+    """Whether a process holds this lock exclusively."""
     fd = open_lock(path)
     try:
         return not try_lock(fd, shared=True)
     finally:
-        let_go(fd)
+        unlock(fd)
 
 
-def let_go(fd: int) -> None:
-    """Unlock and close; a child forked meanwhile holds a copy, which must not keep the lock."""
+def unlock(fd: int) -> None:
+    """Unlock and close. Closing alone would leave the lock to a copy in a forked child."""
     fcntl.flock(fd, fcntl.LOCK_UN)
     os.close(fd)
 
 
 def ask(path: str, command: str, timeout: float = 2.0) -> bytes:
-    """The server's reply to an inline command; empty when there is none."""
+    """The server's reply to an inline command; empty if it does not reply in `timeout` seconds."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as client:
         client.settimeout(timeout)
         client.connect(path)
@@ -76,7 +83,7 @@ def ask(path: str, command: str, timeout: float = 2.0) -> bytes:
 
 
 def last_line(log: Path, offset: int) -> str:
-    """What the server said last, without its process number and date."""
+    """The last line of the server's log, without process number and date."""
     with contextlib.suppress(OSError), log.open("rb") as file:
         file.seek(offset)
         lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
@@ -88,7 +95,7 @@ def last_line(log: Path, offset: int) -> str:
 
 
 def wait_for(condition: Callable[[], object], seconds: float) -> bool:
-    """Whether the condition came true in time."""
+    """Poll `condition`. Returns whether it became true within `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
@@ -98,7 +105,7 @@ def wait_for(condition: Callable[[], object], seconds: float) -> bool:
 
 
 def arguments(binary: str, address: str) -> list[str]:
-    """How Valkey is started: only its socket, everything on disk, nothing thrown away."""
+    """The command line of Valkey: Unix socket only, append-only file, no eviction."""
     options = {
         "port": "0",
         "unixsocket": address,
@@ -115,20 +122,20 @@ def arguments(binary: str, address: str) -> list[str]:
     return [binary, *(word for name, value in options.items() for word in (f"--{name}", value))]
 
 
-def follow_guardian(guardian: int) -> None:
-    """In the child, before Valkey: end (in order) when the guardian does, where Linux lets us."""
+def end_with_supervisor(supervisor: int) -> None:
+    """Ask Linux, in the child, to send SIGTERM to Valkey when the supervisor dies."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with contextlib.suppress(ImportError, OSError, AttributeError):
         import ctypes
 
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
-    if os.getppid() != guardian:
+    if os.getppid() != supervisor:
         os._exit(1)
 
 
-class Guardian:
-    """The server of one folder and the locks around it."""
+class Supervisor:
+    """The server of one folder, and the folder's locks."""
 
     def __init__(self, folder: Path, address: str, binary: str) -> None:
         self.folder = folder
@@ -136,42 +143,42 @@ class Guardian:
         self.binary = binary
         self.log = folder / "valkey.log"
         self.log_offset = 0
-        self.guardian_fd = open_lock(folder / "guardian.lock")
+        self.supervisor_fd = open_lock(folder / "supervisor.lock")
         self.users_fd = open_lock(folder / "users.lock")
         self.server: subprocess.Popen[bytes] | None = None
         self.started_at = 0.0
 
-    def run(self, say: Callable[[str], None]) -> None:
-        """Everything, until nobody uses the server any more."""
-        # Patient, because somebody may just be looking whether the lock is held.
-        if not wait_for(lambda: try_lock(self.guardian_fd), 1.0):
-            return  # another guardian was faster
+    def run(self, report: Callable[[str], None]) -> None:
+        """Run the server until it has no user."""
+        # `is_locked` of another process may hold the lock for a moment.
+        if not wait_for(lambda: try_lock(self.supervisor_fd), 1.0):
+            return  # another supervisor was faster
         problem = self.start() or self.wait_until_up()
         if problem is None:
-            say("ready")
+            report("ready")
             self.watch()
         self.stop()
         if problem is not None:
-            say(f"failed {problem}")
+            report(f"failed {problem}")
 
     def start(self) -> str | None:
-        """Start Valkey; None, or why it can't be started."""
+        """Start Valkey. Returns None, or why it can't be started."""
         lock = open_lock(self.folder / "server.lock")
         try:
-            if not self.outlast_orphan(lock):
+            if not self.take_server_lock(lock):
                 return "another Valkey holds the folder and does not end"
             self.server = self.spawn(lock)
             self.started_at = time.monotonic()
         except OSError as error:
             return str(error)
         finally:
-            os.close(lock)  # the server (with its forks) is the only holder from here on
+            os.close(lock)  # from here on only the server and its forks hold it
         return None
 
-    def outlast_orphan(self, lock: int) -> bool:
-        """Take the server's lock, once the server of a killed guardian has ended.
+    def take_server_lock(self, lock: int) -> bool:
+        """Take the server's lock when the server of a killed supervisor, an orphan, has ended.
 
-        On Linux it is told to when its guardian dies; elsewhere we tell it.
+        Linux ends an orphan by SIGTERM. Elsewhere we send it SHUTDOWN.
         """
         started = time.monotonic()
 
@@ -182,10 +189,10 @@ class Guardian:
                 ask(self.address, "SHUTDOWN")
             return False
 
-        return wait_for(ended, TAKE_OVER_SECONDS)
+        return wait_for(ended, ORPHAN_SECONDS)
 
     def spawn(self, lock: int) -> subprocess.Popen[bytes]:
-        guardian = os.getpid()
+        supervisor = os.getpid()
         with self.log.open("ab") as log:
             if log.tell() > LOG_LIMIT:
                 log.truncate(0)
@@ -197,20 +204,20 @@ class Guardian:
                 stdout=log,
                 stderr=log,
                 pass_fds=(lock,),
-                preexec_fn=lambda: follow_guardian(guardian),
+                preexec_fn=lambda: end_with_supervisor(supervisor),
             )
 
     def wait_until_up(self) -> str | None:
-        """None as soon as the server answers, however long it loads; else what it said last."""
-        heard = time.monotonic()
-        while not self.has_ended() and time.monotonic() < heard + SILENCE_SECONDS:
+        """Wait for the server to load. Returns None, or the last line of its log if it failed."""
+        replied_at = time.monotonic()
+        while not self.has_ended() and time.monotonic() < replied_at + SILENCE_SECONDS:
             if self.is_abandoned():
                 return "nobody waits for it"
             reply = ask(self.address, "PING")
             if reply.startswith(b"+PONG"):
                 return None
             if reply:
-                heard = time.monotonic()
+                replied_at = time.monotonic()
             time.sleep(0.01)
         return last_line(self.log, self.log_offset)
 
@@ -218,7 +225,7 @@ class Guardian:
         return self.server is None or self.server.poll() is not None
 
     def watch(self) -> None:
-        """Keep the server up for as long as anybody uses it."""
+        """Restart the server when it ends, until it has no user."""
         failures = 0
         while not self.is_abandoned():
             if self.has_ended():
@@ -230,18 +237,18 @@ class Guardian:
             time.sleep(POLL_SECONDS)
 
     def is_abandoned(self) -> bool:
-        """Whether no user is left. We then hold their lock: a new one waits until we are gone."""
+        """Whether no user is left. If so we hold the users' lock, and a new user waits."""
         return try_lock(self.users_fd) or self.folder_is_gone()
 
     def folder_is_gone(self) -> bool:
         try:
-            now = os.stat(self.folder / "guardian.lock")
+            now = os.stat(self.folder / "supervisor.lock")
         except OSError:
             return True
-        return not os.path.samestat(now, os.fstat(self.guardian_fd))
+        return not os.path.samestat(now, os.fstat(self.supervisor_fd))
 
     def stop(self) -> None:
-        """Stop the server in order: SIGTERM makes it write its AOF to the end."""
+        """Stop the server. On SIGTERM it writes its append-only file to the end."""
         if self.server is None or self.server.poll() is not None:
             return
         self.server.terminate()
@@ -252,15 +259,15 @@ class Guardian:
             self.server.wait()
 
 
-def say(line: str) -> None:
-    """Tell the starter; it may be gone already."""
+def report(line: str) -> None:
+    """Write a line to the process that started us, which may have ended."""
     with contextlib.suppress(OSError):
         os.write(1, line.encode(errors="replace") + b"\n")
-    os.dup2(2, 1)  # the starter reads until we let go
+    os.dup2(2, 1)  # the starter reads until its pipe is closed
 
 
 def main(folder: str, address: str, binary: str) -> None:
-    """Become a daemon that only ends when it is not needed."""
+    """Become a daemon and run the supervisor."""
     if os.fork():
         os._exit(0)  # so the starter has no child to wait for
     os.umask(0o077)  # prompts and answers are in what the server writes
@@ -268,12 +275,12 @@ def main(folder: str, address: str, binary: str) -> None:
     os.dup2(log, 2)
     os.close(log)
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
-        # Whoever stops a whole group of processes stops the users too, and they need us to drain.
+        # A signal to the whole process group stops the users too. They need the server to drain.
         signal.signal(number, signal.SIG_IGN)
     try:
-        Guardian(Path(folder), address, binary).run(say)
+        Supervisor(Path(folder), address, binary).run(report)
     except Exception as error:
-        say(f"failed {type(error).__name__}: {error}")
+        report(f"failed {type(error).__name__}: {error}")
         raise
 
 
