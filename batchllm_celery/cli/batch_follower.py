@@ -206,7 +206,6 @@ class BatchFollower:
             progress=progress,
             total=progress.total or self._estimated_total(progress),
             rate=self._meter.update(progress.finished),
-            written=self._written,
             doing=self._doing(progress),
         )
 

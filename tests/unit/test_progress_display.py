@@ -88,7 +88,7 @@ def test_on_a_terminal_a_bar_redraws_itself_and_leaves_nothing() -> None:
     screen, stream = console(force_terminal=True)
     display = LiveDisplay(screen)
     display.update(View(progress(), 1000, 10.0, doing="cooling down for 12 s"))
-    display._live.refresh()
+    display._bar.refresh()
     display.say("a word [in brackets]")
     display.close()
     assert "402/1,000" in stream.getvalue()
@@ -96,7 +96,7 @@ def test_on_a_terminal_a_bar_redraws_itself_and_leaves_nothing() -> None:
     assert "a word [in brackets]" in stream.getvalue()
 
 
-def test_quiet_says_nothing() -> None:
+def test_quiet_shows_nothing() -> None:
     """--quiet has no display, wherever it runs."""
     screen, stream = console(force_terminal=True)
     display = open_display(screen, quiet=True)

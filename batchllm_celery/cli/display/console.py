@@ -1,4 +1,4 @@
-"""Standard output is for what was asked for; everything else goes to standard error."""
+"""The consoles: results go to standard output, everything else to standard error."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from batchllm_celery.redaction import printable, printable_json, without_secrets
 
 
 class _SafeConsole(Console):
-    """Lets no control character of a text reach the terminal; rich's own are no text."""
+    """Escapes control characters of texts. Those that rich itself writes are kept."""
 
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
@@ -29,29 +29,29 @@ class _SafeConsole(Console):
                 yield Segment(printable(segment.text), segment.style)
 
 
-def say(message: str, *, err: bool = True) -> None:
-    """A line in plain words, on standard error unless it was asked for."""
-    click.echo(printable(without_secrets(message)), err=err)
+def say(message: str) -> None:
+    """Print a line on standard error, without secrets and control characters."""
+    click.echo(printable(without_secrets(message)), err=True)
 
 
 def to_stderr() -> Console:
-    """Progress, summaries beside data, words of warning."""
+    """A console for progress, warnings, and summaries beside data."""
     return _SafeConsole(stderr=True)
 
 
 def to_stdout() -> Console:
-    """What was asked for, for a person."""
+    """A console for what a person asked for."""
     return _SafeConsole()
 
 
 def print_json(value: Any) -> None:
-    """One object, one line, on standard output."""
+    """Print an object as one line of JSON on standard output."""
     sys.stdout.write(printable_json(json.dumps(value, ensure_ascii=False)) + "\n")
     sys.stdout.flush()
 
 
 def log_to(console: Console, *, verbose: bool) -> None:
-    """Warnings (or, with `-v`, everything of ours) between the lines of the display."""
+    """Log warnings (with `-v` every message of this package) above the display."""
     handler = RichHandler(console=console, show_path=False, markup=False, rich_tracebacks=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
     if verbose:

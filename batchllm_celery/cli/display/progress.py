@@ -1,24 +1,23 @@
-"""How far a batch is: a live bar on a terminal, a plain line now and then elsewhere, or silence."""
+"""The progress of a batch: a live bar on a terminal, a line every few seconds elsewhere."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.spinner import Spinner
-from rich.table import Table
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.text import Text
 
 from batchllm_celery.cli.display.wording import count, duration, money, rate, short
 from batchllm_celery.models import BatchProgress
 
+#: Seconds over which the rate is measured.
 RATE_WINDOW_SECONDS = 30.0
+#: Seconds between two lines of `PlainDisplay`.
 PLAIN_INTERVAL_SECONDS = 5.0
 
 
@@ -30,7 +29,7 @@ class RateMeter:
         self._seen: deque[tuple[float, int]] = deque()
 
     def update(self, finished: int) -> float:
-        """Note the count; items per second."""
+        """Record how many items are finished now. Returns items per second."""
         now = self._clock()
         self._seen.append((now, finished))
         while now - self._seen[0][0] > RATE_WINDOW_SECONDS:
@@ -41,19 +40,18 @@ class RateMeter:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What is shown at one moment."""
+    """What a display shows at one moment."""
 
     progress: BatchProgress
     total: int | None = None
-    """Items in all, perhaps an estimate; None while it can't be known."""
+    """The number of all items, perhaps estimated; None if it is not known."""
     rate: float = 0.0
-    written: int = 0
     doing: str = ""
-    """What it waits for, in a few words."""
+    """What the batch waits for, in a few words."""
 
     @property
     def eta(self) -> float | None:
-        """Seconds to go at this rate."""
+        """Seconds left at this rate."""
         if self.total is None or self.rate <= 0:
             return None
         return max(0, self.total - self.progress.finished) / self.rate
@@ -94,47 +92,51 @@ def headline(view: View) -> str:
     return "  ".join(parts)
 
 
+class _Bar(Progress):
+    """A bar with a second line below it."""
+
+    below: RenderableType = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        yield self.below
+
+
 class LiveDisplay:
-    """A bar and a line of counters that redraw themselves; gone when closed."""
+    """A bar and a line of counters that redraw themselves and disappear when closed."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._spinner = Spinner("dots")
-        self._view: View | None = None
-        self._live = Live(
-            console=console, get_renderable=self._render, refresh_per_second=8, transient=True
-        )
-        self._live.start()
+        self._bar = _Bar(
+            SpinnerColumn(),
+            BarColumn(bar_width=min(40, max(10, console.width - 45))),
+            TextColumn("{task.description}", markup=False),
+            console=console, refresh_per_second=8, transient=True,
+        )  # fmt: skip
+        self._task = self._bar.add_task("starting …", total=None)
+        self._bar.start()
 
     def update(self, view: View) -> None:
-        self._view = view
+        below = Text("  " + counters(view))
+        if view.doing:
+            below.append(f" · {view.doing}", style="yellow")
+        self._bar.below = below
+        self._bar.update(
+            self._task,
+            description=headline(view),
+            completed=view.progress.finished,
+            total=view.total,
+        )
 
     def say(self, text: str) -> None:
         self._console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     def close(self) -> None:
-        self._live.stop()
-
-    def _render(self) -> RenderableType:
-        view = self._view
-        if view is None:
-            return Text("starting …", style="dim")
-        line = Table.grid(padding=(0, 1))
-        bar = ProgressBar(
-            total=view.total or 100,
-            completed=view.progress.finished,
-            pulse=view.total is None,
-            width=min(40, max(10, self._console.width - 45)),
-        )
-        line.add_row(self._spinner, bar, headline(view))
-        below = Text("  " + counters(view))
-        if view.doing:
-            below.append(f" · {view.doing}", style="yellow")
-        return Group(line, below)
+        self._bar.stop()
 
 
 class PlainDisplay:
-    """One line every few seconds, for logs and pipes."""
+    """Prints a line every few seconds, for logs and pipes."""
 
     def __init__(
         self,
@@ -159,20 +161,15 @@ class PlainDisplay:
         self._console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Nothing to close."""
 
 
 class QuietDisplay:
-    """Nothing."""
+    """Shows nothing."""
 
-    def update(self, view: View) -> None:
-        """Nothing."""
-
-    def say(self, text: str) -> None:
-        """Nothing."""
-
-    def close(self) -> None:
-        """Nothing."""
+    def update(self, view: View) -> None: ...
+    def say(self, text: str) -> None: ...
+    def close(self) -> None: ...
 
 
 def open_display(console: Console, *, quiet: bool) -> Display:

@@ -1,4 +1,4 @@
-"""What a quota is doing, in a few words or in a table row."""
+"""The state of a quota and of a batch, in a few words."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _SHORT_NAMES = {
 
 
 def limits_words(limits: QuotaLimits) -> str:
-    """`600 rpm, 1.0M tpm`, `unlimited`, or `no quota` where nothing is said."""
+    """`600 rpm, 1.0M tpm`; `unlimited`; `no quota` if no limit was given."""
     finite = [f"{short(value)} {_SHORT_NAMES[name]}" for name, value in limits.finite().items()]
     return ", ".join(finite) or ("unlimited" if limits.given() else "no quota")
 
 
 def quota_words(state: QuotaState, now: float) -> str:
-    """What the quota makes everybody wait for; empty when nothing."""
+    """Why calls wait for the quota; empty if none waits."""
     if state.exhausted_until is not None and state.exhausted_until > now:
         return f"the day's quota is used up, {duration(state.exhausted_until - now)} to its reset"
     if state.cooldown_remaining > 0:
@@ -45,7 +45,7 @@ def quota_words(state: QuotaState, now: float) -> str:
 
 
 def doing(progress: BatchProgress, quota: QuotaState | None, now: float) -> str:
-    """What a batch waits for, in a few words."""
+    """What a batch waits for, in a few words; empty if it waits for nothing."""
     if progress.state is BatchState.PAUSED:
         return "paused"
     if progress.state is BatchState.PARKED:

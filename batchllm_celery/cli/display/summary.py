@@ -1,4 +1,4 @@
-"""What a person reads when a batch has ended, and a program with `--json`."""
+"""The summary of a run: for a person, or as JSON."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from batchllm_celery.models import BatchProgress, BatchState
 
 @dataclass(slots=True)
 class Failures:
-    """Failures by kind, each with one message as an example."""
+    """The number of failures by kind, and one message of each kind."""
 
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, str] = field(default_factory=dict)
 
     def note(self, lines: Iterable[dict[str, Any]]) -> None:
-        """Count the failed ones among result lines."""
+        """Count the failures among result lines."""
         for line in lines:
             if line["success"]:
                 continue
@@ -33,7 +33,7 @@ class Failures:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """The end of a run. Durations in seconds, cost in US dollars (None: no price known)."""
+    """What a run did. Durations are in seconds, costs in US dollars (None: no price is known)."""
 
     batch_id: str
     state: str
@@ -42,7 +42,7 @@ class Summary:
     succeeded: int
     failed: int
     answered_now: int
-    """Outcomes that came in this run; the others are from earlier runs of the batch."""
+    """Outcomes of this run; the others are from earlier runs of the batch."""
     errors: dict[str, int]
     input_tokens: int
     output_tokens: int
@@ -52,9 +52,9 @@ class Summary:
     seconds: float
     output: str | None
     resume: str | None = None
-    """The command that goes on where this one was interrupted."""
+    """The command that resumes an interrupted batch."""
     resume_needs: str | None = None
-    """What must be changed in it, or it stops again at once."""
+    """Options that must change in that command, or it stops again at once."""
     logs: str | None = None
     dry_run: bool = False
 
@@ -63,10 +63,8 @@ class Summary:
 
 
 def exit_code(progress: BatchProgress) -> int:
-    """What the shell is told about a batch as it stands."""
-    if progress.state.stopped:
-        return exit_codes.STOPPED
-    if not progress.is_over:
+    """The exit code for the state of a batch."""
+    if progress.state.stopped or not progress.is_over:
         return exit_codes.STOPPED
     return exit_codes.SOME_FAILED if progress.failed else exit_codes.OK
 
@@ -75,7 +73,7 @@ _ENDS = {
     BatchState.CANCELLED: "Cancelled",
     BatchState.DEADLINE: "Stopped: the deadline has passed",
     BatchState.BUDGET: "Stopped: the budget is spent",
-    BatchState.ABORTED: "Stopped by a failure that would have met every item",
+    BatchState.ABORTED: "Stopped by a failure that every item would have",
 }
 
 
@@ -99,7 +97,7 @@ def _headline(summary: Summary) -> tuple[str, str]:
 
 
 def print_summary(console: Console, summary: Summary, examples: dict[str, str]) -> None:
-    """A few lines: what came of it, what it took, where it is, what to do next."""
+    """Print the outcome, the time and cost, the files, and how to go on."""
     title, colour = _headline(summary)
     text = Text()
     text.append(title, style=f"bold {colour}")

@@ -1,4 +1,4 @@
-"""Numbers as a person reads them."""
+"""Numbers as text for people."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def duration(seconds: float) -> str:
 
 
 def rate(per_second: float) -> str:
-    """12.3/s, or 42/min where that says more."""
+    """12.3/s; below one a second 42/min."""
     return f"{per_second:.1f}/s" if per_second >= 1 else f"{per_second * 60:.0f}/min"
 
 
