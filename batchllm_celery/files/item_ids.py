@@ -1,4 +1,4 @@
-"""Which item ids have been seen, in bounded memory."""
+"""A set of item ids, in bounded memory."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ _EMPTY = 0
 
 
 class SeenIds:
-    """A set of strings that keeps 64 bits of each in an open-addressing table: 16 to 32 bytes an
-    id, 270 MB at most for ten million, where a set of strings takes 1.3 GB. Two different
-    ids are taken for one with a probability of 3e-6 in a batch of ten million.
+    """A set of ids that keeps a 64-bit hash of each in an open-addressing table.
 
-    Ids that are just the row's index cost one bit.
+    An id takes 16 to 32 bytes, an id that is the row's index one bit. Ten million ids take at most
+    270 MB; a set of strings takes 1.3 GB. The probability that two of ten million ids have the same
+    hash is 3e-6.
     """
 
     def __init__(self) -> None:
@@ -22,7 +22,7 @@ class SeenIds:
         self._indexes = bytearray()
 
     def add_index(self, index: int) -> bool:
-        """Take `str(index)`; False if it was taken before. Indexes come in rising order."""
+        """Add `str(index)`. Returns False if it is in the set. Indexes must rise."""
         if self._find(str(index))[1]:
             return False
         missing = index // 8 + 1 - len(self._indexes)
@@ -32,7 +32,7 @@ class SeenIds:
         return True
 
     def add(self, item_id: str) -> bool:
-        """Take `item_id`; False if it was taken before."""
+        """Add `item_id`. Returns False if it is in the set."""
         if self._is_index(item_id):
             return False
         slot, found = self._find(item_id)

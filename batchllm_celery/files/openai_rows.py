@@ -13,15 +13,18 @@ _INSTRUCTIONS = ("system", "developer")
 
 @dataclass(frozen=True, slots=True)
 class OpenAIRow:
-    """What a row asks for, in our words."""
+    """The request of a row: prompt, system instruction and parameters of the strategy."""
 
     prompt: str
     system: str | None = None
     params: dict[str, Any] = field(default_factory=dict)
 
     def apply(self, strategy: StrategySpec, *, tunable: bool) -> tuple[StrategySpec, str]:
-        """The strategy and the prompt to run this row with. The model stays the command's: the
-        quota belongs to it. A strategy that knows no `system` gets it before the prompt."""
+        """The strategy and the prompt of this row.
+
+        The row's own model is not used: the quota is that of the strategy's model. If the strategy
+        is not `tunable`, the system instruction is put before the prompt.
+        """
         if not tunable:
             return strategy, "\n\n".join(part for part in (self.system, self.prompt) if part)
         own = self.params | ({"system": self.system} if self.system else {})
@@ -79,7 +82,7 @@ def _is_text(part: Any) -> bool:
 
 
 def _conversation(turns: list[tuple[str, str]]) -> str:
-    """One user message as it is; several turns as a transcript, since a prompt is one text."""
+    """The text of a single message; a transcript of several, because a prompt is one text."""
     if len(turns) == 1:
         return turns[0][1]
     return "\n\n".join(f"{role.capitalize()}: {text}" for role, text in turns)

@@ -1,4 +1,4 @@
-"""`--prompt "Summarise: {text}"`: a template that knows the fields of a row and nothing else."""
+"""Prompt templates as `Summarise: {text}`, filled with the fields of a row."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 from batchllm_celery.errors import UsageError
 
-#: `{field}` is a field, `{{field}}` is the text `{field}`; every other brace is text, so that a
-#: template can show JSON. A dot belongs to the name: nothing is ever looked up inside a value.
+#: `{field}` is a field; `{{field}}` is the text `{field}`. Every other brace is text, so that a
+#: template can contain JSON. A dot is part of the name: no value is looked up inside another.
 _FIELD = re.compile(r"\{(\{)?([^\W\d][\w.\- ]*)\}(?(1)\})")
 
 
@@ -22,7 +22,7 @@ class PromptTemplate:
     """A checked template.
 
     Raises:
-        UsageError: if it names no field at all: every prompt would be the same.
+        UsageError: it names no field, so that every prompt would be the same.
     """
 
     def __init__(self, text: str) -> None:

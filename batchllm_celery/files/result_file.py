@@ -1,13 +1,12 @@
-"""The result file: the consumer's memory. One line for every item, whatever is killed and when.
+"""The result file: one line for every item, whatever is killed and when.
 
     OUT.jsonl            results, nothing else: no header, one line for each index
-    .OUT.jsonl.batch     whose results they are (the batch id); locked while somebody writes
+    .OUT.jsonl.batch     the id of the batch whose results these are; locked by the writer
     .OUT.jsonl.retried   second outcomes of items that have a line already; merged at the end
 
-Whose file it is stands beside the file and not in it, because every line of OUT is a result, and
-not in Redis, because the file outlives it. A result is acknowledged only after it has been fsynced;
-what was written but not acknowledged before a crash comes again, and is merged like any second
-outcome.
+The batch id is beside the file, because every line of OUT is a result, and not in Redis, because
+the file outlives the batch. A result is acknowledged after its fsync. A result that was written and
+not acknowledged before a crash is delivered again, and merged like any second outcome.
 """
 
 from __future__ import annotations
@@ -27,17 +26,18 @@ from typing import IO, Any, Protocol, cast
 from batchllm_celery.errors import UsageError
 from batchllm_celery.redaction import printable_json
 
-#: `WorkItemResult.to_json` begins so; other lines are parsed in full.
+#: The beginning of `WorkItemResult.to_json`. A line that begins otherwise is parsed in full.
 _START = re.compile(rb'\{"item_id": "(?:[^"\\]|\\.)*", "index": (\d+),')
+#: Bytes that are read at once.
 _CHUNK = 1024 * 1024
 
 
 class OutputError(UsageError):
-    """The result file can't be used, or can't be written any further."""
+    """The result file can't be used or written."""
 
 
-class Delivered(Protocol):
-    """One result as it comes from the ledger."""
+class ResultRecord(Protocol):
+    """One result as the ledger delivers it."""
 
     @property
     def index(self) -> int: ...
@@ -50,17 +50,17 @@ class Delivered(Protocol):
 class Sink(Protocol):
     """Where results go."""
 
-    def write(self, results: Sequence[Delivered]) -> None:
-        """Take results; they are not durable yet."""
+    def write(self, results: Sequence[ResultRecord]) -> None:
+        """Take results; `sync` makes them durable."""
 
     def sync(self) -> str | None:
-        """Make them durable; the receipt up to which all may be acknowledged, if that moved."""
+        """Make results durable. Returns the last receipt to acknowledge; None if it is the same."""
 
     def finish(self, *, complete: bool = True) -> None:
-        """Write what waits for its turn if the batch is `complete`, merge, close."""
+        """Close. If the batch is `complete`, first write the results that wait for earlier ones."""
 
     def abandon(self) -> None:
-        """Close before anything was begun; an empty file of ours goes again."""
+        """Close without a result; remove an empty file that was created here."""
 
 
 class IndexSet:
@@ -86,31 +86,31 @@ class IndexSet:
         self._count += 1
 
 
-class _Turns:
-    """Which results may be written now, and up to which receipt all are.
+class _WriteOrder:
+    """Decides which results are written now, and which receipts may be acknowledged.
 
-    In order of completion: all, at once. In order of input: what is contiguous from the first index
-    that has no line; the rest waits. It stays unacknowledged meanwhile, so the producer's
-    `max_outstanding` bounds it.
+    In order of completion every result is written at once. In order of input a result waits until
+    all lower indexes have a line. It is not acknowledged meanwhile, so `max_outstanding` of the
+    producer bounds how many wait.
     """
 
     def __init__(self, written: IndexSet, *, ordered: bool) -> None:
         self._written = written
         self._ordered = ordered
         self._next = 0
-        self._waiting: dict[int, Delivered] = {}
+        self._waiting: dict[int, ResultRecord] = {}
         self._receipts: deque[tuple[int, str]] = deque()
 
-    def take(self, results: Iterable[Delivered]) -> Iterator[Delivered]:
+    def take(self, results: Iterable[ResultRecord]) -> Iterator[ResultRecord]:
         for result in results:
             self._receipts.append((result.index, result.receipt))
             if not self._ordered or result.index in self._written:
                 yield result
             else:
                 self._waiting[result.index] = result
-        yield from self._in_turn()
+        yield from self._contiguous()
 
-    def _in_turn(self) -> Iterator[Delivered]:
+    def _contiguous(self) -> Iterator[ResultRecord]:
         while self._waiting:
             if self._next in self._waiting:
                 yield self._waiting.pop(self._next)
@@ -118,13 +118,13 @@ class _Turns:
                 return
             self._next += 1
 
-    def rest(self) -> list[Delivered]:
-        """What still waits, in order: for a batch that will bring nothing more."""
+    def rest(self) -> list[ResultRecord]:
+        """The results that still wait, in order, when the batch brings no more."""
         waiting, self._waiting = self._waiting, {}
         return [waiting[index] for index in sorted(waiting)]
 
     def settled(self) -> str | None:
-        """The last receipt before which everything has been written."""
+        """The last receipt up to which every result has been written."""
         receipt = None
         while self._receipts and self._receipts[0][0] not in self._waiting:
             receipt = self._receipts.popleft()[1]
@@ -132,16 +132,16 @@ class _Turns:
 
 
 class StreamSink:
-    """Results to a pipe or a terminal, in order of completion: it has no memory."""
+    """Writes results to a pipe or a terminal, in order of completion."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
-        self._to_a_person = stream.isatty()
+        self._is_terminal = stream.isatty()
         self._receipt: str | None = None
 
-    def write(self, results: Sequence[Delivered]) -> None:
+    def write(self, results: Sequence[ResultRecord]) -> None:
         lines = b"".join(to_line(result.line) for result in results)
-        if self._to_a_person:  # a terminal obeys what may stand in an answer
+        if self._is_terminal:  # an answer may hold control characters
             lines = printable_json(lines.decode()).encode()
         self._stream.write(lines)
         if results:
@@ -156,15 +156,15 @@ class StreamSink:
         self._stream.flush()
 
     def abandon(self) -> None:
-        """Nothing was begun."""
+        """Nothing to remove."""
 
 
 class ResultFile:
     """A result file, opened for one batch by one process.
 
     Raises:
-        OutputError: for a file of another batch (unless `overwrite`), a file that somebody else is
-            writing, a folder, no permission; later, when the disk is full.
+        OutputError: it is a file of another batch (unless `overwrite`), a file that another process
+            writes, a folder, or not permitted; later, that the disk is full.
     """
 
     def __init__(
@@ -174,9 +174,9 @@ class ResultFile:
         self.written = IndexSet()
         self._retried = path.with_name(f".{path.name}.retried")
         self._owner = path.with_name(f".{path.name}.batch")
-        self._turns = _Turns(self.written, ordered=ordered)
+        self._order = _WriteOrder(self.written, ordered=ordered)
         self._journal: IO[bytes] | None = None
-        self._made = not path.exists()
+        self._created = not path.exists()
         with _explained(path):
             self._lock = _locked(self._owner, path)
             try:
@@ -196,7 +196,7 @@ class ResultFile:
             return
         if has_results and not overwrite:
             raise OutputError(refusal(self.path, owner, batch_id))
-        # First the old results go, then the name changes: never old results under a new name.
+        # The old results are removed before the id changes: never old results with a new id.
         self.path.open("wb").close()
         self._retried.unlink(missing_ok=True)
         self._lock.seek(0)
@@ -218,11 +218,11 @@ class ResultFile:
 
     # -- writing ----------------------------------------------------------------------------------
 
-    def write(self, results: Sequence[Delivered]) -> None:
-        """Write those whose turn it is; second outcomes go to the journal."""
+    def write(self, results: Sequence[ResultRecord]) -> None:
+        """Write the results that need not wait; second outcomes go to the journal."""
         new: list[bytes] = []
         again: list[bytes] = []
-        for result in self._turns.take(results):
+        for result in self._order.take(results):
             (again if result.index in self.written else new).append(to_line(result.line))
             self.written.add(result.index)
         with _explained(self.path):
@@ -244,8 +244,8 @@ class ResultFile:
             _write_all(self._journal, b"".join(lines))
 
     def sync(self) -> str | None:
-        """fsync; the receipt up to which every result is on disk."""
-        receipt = self._turns.settled()
+        """Call fsync. Returns the receipt up to which every result is on disk."""
+        receipt = self._order.settled()
         if receipt is None:
             return None
         with _explained(self.path):
@@ -255,11 +255,11 @@ class ResultFile:
         return receipt
 
     def finish(self, *, complete: bool = True) -> None:
-        """Close; second outcomes replace the lines of the first."""
+        """Close; the lines of second outcomes replace the first ones."""
         try:
             with _explained(self.path):
                 if complete:
-                    rest = self._turns.rest()
+                    rest = self._order.rest()
                     self._append([to_line(result.line) for result in rest])
                     for result in rest:
                         self.written.add(result.index)
@@ -273,16 +273,16 @@ class ResultFile:
             self._lock.close()
 
     def abandon(self) -> None:
-        """Close a file for which nothing was begun; one that we made goes again."""
+        """Close without a result; remove an empty file that was created here."""
         if not self._size:
-            if self._made:
+            if self._created:
                 self.path.unlink(missing_ok=True)
             self._owner.unlink(missing_ok=True)
         self._file.close()
         self._lock.close()
 
     def _merge(self) -> None:
-        """Rewrite the file with the journal's lines in the places of the first ones."""
+        """Rewrite the file: lines of the journal replace those of the same index."""
         cut_torn_line(self._retried)
         latest = {index: (start, len(line)) for index, start, line in _lines(self._retried)}
         temporary = self.path.with_name(f".{self.path.name}.new")
@@ -319,7 +319,7 @@ def open_sink(
 
 
 def check_out(out: str, batch_id: str, *, overwrite: bool) -> None:
-    """Refuse an unusable OUT before anything is enqueued, touching nothing.
+    """Check that OUT can be used, before anything is enqueued, and change nothing.
 
     Raises:
         OutputError: as `ResultFile` would.
@@ -342,7 +342,7 @@ def check_out(out: str, batch_id: str, *, overwrite: bool) -> None:
 
 
 def refuse_real_results(out: str) -> None:
-    """Refuse, for a dry run, a file that no dry run wrote, whatever `--overwrite` says.
+    """Refuse for a dry run a file that no dry run wrote, even with `--overwrite`.
 
     Raises:
         OutputError: naming the file.
@@ -360,7 +360,7 @@ def refuse_real_results(out: str) -> None:
 
 
 def refusal(path: Path, owner: str | None, batch_id: str) -> str:
-    """Why the file is not touched, and what to do instead."""
+    """Why the file is not changed, and what to do instead."""
     if owner is None:
         whose = f"{path} exists and is not known to be of batch {batch_id}"
         return f"{whose}; choose another file with -o, or replace it with --overwrite"
@@ -379,7 +379,7 @@ def to_line(result: dict[str, Any]) -> bytes:
 
 
 def cut_torn_line(path: Path) -> int:
-    """Cut what follows the last line end (a write that a crash cut short); the bytes cut."""
+    """Cut a line that a crash left without its end. Returns how many bytes were cut."""
     with path.open("rb+") as file:
         size = position = file.seek(0, os.SEEK_END)
         while position > 0:
@@ -394,7 +394,7 @@ def cut_torn_line(path: Path) -> int:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
-    """Index, place and text of every line."""
+    """Index, offset in bytes and text of every line."""
     start = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -425,8 +425,7 @@ def _write_all(file: IO[bytes], data: bytes) -> None:
 
 
 def _open_own(path: Path, buffering: int = -1) -> IO[bytes]:
-    """Open one of our own files beside OUT to read and append, but never what a link in its place
-    leads to."""
+    """Open a file of ours beside OUT to read and append; refuse a symbolic link in its place."""
     flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
     return cast(IO[bytes], os.fdopen(os.open(path, flags, 0o666), "ab+", buffering))
 
@@ -466,7 +465,7 @@ def _sync_folder(path: Path) -> None:
 
 @contextlib.contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """An OSError as one clear line."""
+    """Raise an OSError as an OutputError of one line."""
     try:
         yield
     except OSError as error:
