@@ -88,7 +88,6 @@ def test_on_a_terminal_a_bar_redraws_itself_and_leaves_nothing() -> None:
     screen, stream = console(force_terminal=True)
     display = LiveDisplay(screen)
     display.update(View(progress(), 1000, 10.0, doing="cooling down for 12 s"))
-    display._bar.refresh()
     display.say("a word [in brackets]")
     display.close()
     assert "402/1,000" in stream.getvalue()

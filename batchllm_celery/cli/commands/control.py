@@ -28,7 +28,7 @@ def _attached(batch_id: str, request: Request) -> Iterator[Batch]:
         yield producer.attach(batch_id)
 
 
-def _tell(progress: BatchProgress) -> int:
+def _report(progress: BatchProgress) -> int:
     total = "?" if progress.total is None else f"{progress.total:,}"
     click.echo(
         f"{progress.batch_id} is {progress.state}: {progress.succeeded:,} succeeded, "
@@ -42,27 +42,27 @@ def _tell(progress: BatchProgress) -> int:
 @_batch
 @options.connection
 def cancel(batch_id: str, **shared: Any) -> int:
-    """End BATCH: calls in flight finish, everything else gets the outcome `cancelled`."""
+    """End BATCH: calls in flight finish, all other items get the outcome `cancelled`."""
     with _attached(batch_id, Request(**shared)) as batch:
-        return _tell(batch.cancel())
+        return _report(batch.cancel())
 
 
 @click.command()
 @_batch
 @options.connection
 def pause(batch_id: str, **shared: Any) -> int:
-    """Start no further call of BATCH until it is resumed."""
+    """Start no more calls of BATCH until it is resumed."""
     with _attached(batch_id, Request(**shared)) as batch:
-        return _tell(batch.pause())
+        return _report(batch.pause())
 
 
 @click.command()
 @_batch
 @options.connection
 def resume(batch_id: str, **shared: Any) -> int:
-    """Go on with BATCH: what a pause, a cancel, a deadline or a budget stopped runs again."""
+    """Continue BATCH after a pause, a cancel, its deadline or its budget."""
     with _attached(batch_id, Request(**shared)) as batch:
-        return _tell(batch.resume())
+        return _report(batch.resume())
 
 
 @click.command("retry-failed")

@@ -1,4 +1,4 @@
-"""`batchllm doctor`: is everything here that a batch needs?"""
+"""`batchllm doctor`: checks everything that a batch needs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _PACKAGES = ("celery", "kombu", "redis", "google-genai", "pydantic")
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing looked at, and what to do where it is not as it should be."""
+    """The result of one check, and what to do if it failed."""
 
     name: str
     verdict: Verdict
@@ -51,9 +51,9 @@ class Finding:
 @options.as_json
 @options.connection
 def doctor(**shared: Any) -> int:
-    """Look at versions, Redis and its settings, workers and keys (present or not: never printed).
+    """Check versions, Redis and its settings, workers, and whether API keys are set.
 
-    Exit code: 0, or 2 if something must be mended first.
+    Keys are never printed. Exit code: 0, or 2 if a check failed.
     """
     request = Request(**shared)
     settings = settings_of(request)
@@ -141,8 +141,8 @@ def _server(producer: Producer, settings: Settings) -> Iterator[Finding]:
             yield Finding("redis", "ok", place)
             yield Finding(
                 "server", "note",
-                "it denies INFO: its version, memory, persistence and eviction can't be looked at, "
-                "and a restart is noticed late (give the user the right +info)",
+                "it denies INFO: version, memory, persistence and eviction can't be checked, and a "
+                "restart is noticed late (give the user the right +info)",
             )  # fmt: skip
             return
     kind = "Valkey" if info.get("server_name") == "valkey" else "Redis"
@@ -152,7 +152,7 @@ def _server(producer: Producer, settings: Settings) -> Iterator[Finding]:
 
 
 def check_server(info: dict[str, Any]) -> Iterator[Finding]:
-    """What `INFO` says about the server's version and about losing data."""
+    """Check the server's version, and settings that lose data, in the reply of `INFO`."""
     version = str(info.get("redis_version", "0.0"))  # of Valkey: the Redis that it speaks like
     yield _either(
         "server", tuple(int(part) for part in version.split(".")[:2]) >= OLDEST_REDIS,
@@ -194,7 +194,7 @@ def _workers(producer: Producer) -> Finding:
 
 
 def _broken(producer: Producer) -> Iterator[Finding]:
-    """What nobody can read, and the command that removes it."""
+    """Entries that can't be read, and the commands that remove them."""
     producer.batches()
     producer.quotas()
     for entry in producer.broken():
@@ -214,7 +214,7 @@ def _server_options(url: str) -> list[str]:
 
 
 def _quoted(word: str) -> str:
-    """For a shell; a name that is no UTF-8 as the escapes that bash and zsh read."""
+    """A word quoted for a shell; bytes that are not UTF-8 as escapes of bash and zsh."""
     return f"$'{word}'" if "\\x" in word else shlex.quote(word)
 
 

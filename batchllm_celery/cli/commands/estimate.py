@@ -1,4 +1,4 @@
-"""`batchllm estimate`: what a batch will take, before a cent is spent."""
+"""`batchllm estimate`: tokens, cost and duration of a batch, without a call."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from batchllm_celery.cli.request import (
 from batchllm_celery.files.rows import InputRow
 from batchllm_celery.models import BadRow, LLMWorkItem, QuotaLimits, TokenUsage
 
-#: A token is about three bytes of UTF-8: English, Chinese and JSON within a factor of 1.5.
+#: Bytes of UTF-8 of a token; right for English, Chinese and JSON within a factor of 1.5.
 BYTES_PER_TOKEN = 3
-#: What an answer is taken to be, where nothing says how long it may get.
+#: Tokens of an answer, if no option limits them.
 DEFAULT_OUTPUT_TOKENS = 300
 DEFAULT_SECONDS_PER_CALL = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """What the rows amount to. Tokens are those of all items together."""
+    """The size of a batch. Tokens are the sums of all items."""
 
     items: int = 0
     bad_rows: int = 0
@@ -45,7 +45,7 @@ class Size:
 
 @dataclass(frozen=True, slots=True)
 class BatchEstimate:
-    """Size, cost in US dollars (None: no price known) and duration in seconds."""
+    """Size, cost in US dollars (None: no price is known) and duration in seconds."""
 
     size: Size
     model: str | None
@@ -53,7 +53,7 @@ class BatchEstimate:
     cost_without_cache: float | None
     seconds: float
     bound_by: str
-    """What decides the duration."""
+    """The limit that decides the duration."""
 
 
 @click.command()
@@ -82,9 +82,9 @@ def estimate(
     price_model: str | None,
     **shared: Any,
 ) -> int:
-    """Items, tokens, cost and duration of INPUT under the given quota. Calls nobody.
+    """Estimate items, tokens, cost and duration of INPUT under the given quota, without a call.
 
-    Tokens are estimated as bytes / 3; the first real calls correct that while a batch runs.
+    Tokens are estimated as bytes / 3. While a batch runs, its first calls correct that.
     """
     request = Request(**shared)
     strategy = strategy_of(request)
@@ -127,7 +127,7 @@ def input_tokens(item: LLMWorkItem[Any, Any, Any]) -> int:
 def duration_of(
     size: Size, limits: QuotaLimits, in_flight: int, seconds_per_call: float
 ) -> tuple[float, str]:
-    """Seconds, and what decides them: the narrowest of quota, slots and a single call."""
+    """The duration in seconds and the limit that decides it: quota, slots or a single call."""
     total = size.input_tokens + size.output_tokens
     demand = {
         "requests_per_minute": size.items,

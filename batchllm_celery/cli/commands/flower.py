@@ -1,4 +1,4 @@
-"""`batchllm flower`: Flower against the fleet's broker, for this machine only."""
+"""`batchllm flower`: runs Flower on the fleet's broker, reachable from this machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from batchllm_celery.cli.processes import environment_of
 from batchllm_celery.cli.request import Request, settings_of
 from batchllm_celery.errors import UsageError
 
-#: What the list of tasks shows; Flower's own choice leaves out the arguments and the result.
+#: Columns of the list of tasks; Flower's default has no arguments and no result.
 COLUMNS = "uuid,name,args,state,received,runtime,worker,result,exception"
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -25,14 +25,14 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
                 envvar="BATCHLLM_FLOWER_PORT")  # fmt: skip
 @options.option("--address", default="127.0.0.1", show_default=True,
                 envvar="BATCHLLM_FLOWER_ADDRESS",
-                help="Another than loopback needs a password of yours.")  # fmt: skip
+                help="An address other than loopback needs --basic-auth.")  # fmt: skip
 @options.option("--basic-auth", metavar="USER:PASSWORD", envvar="BATCHLLM_FLOWER_BASIC_AUTH",
                 help="Default: user batchllm, a random password that is printed.")  # fmt: skip
 @options.connection
 def flower(port: int, address: str, basic_auth: str | None, **shared: Any) -> int:
-    """Watch the fleet's queue in a browser. Prompts and answers are not in it.
+    """Watch the fleet's queue in a browser. It shows no prompts and no answers.
 
-    Flower's /metrics and /healthcheck are open to whoever can reach the port: keep it on
+    Flower's /metrics and /healthcheck are open to everybody who can reach the port: keep it on
     loopback, or behind a proxy.
     """
     if address not in _LOOPBACK and basic_auth is None:
@@ -49,7 +49,7 @@ def flower(port: int, address: str, basic_auth: str | None, **shared: Any) -> in
         click.echo(
             f"Flower on http://{address}:{port}  user batchllm  password {basic_auth[9:]}", err=True
         )
-    # By the environment: arguments can be read by everybody on this machine.
+    # In the environment, because all users of this machine can read arguments.
     environment = {"FLOWER_TASKS_COLUMNS": COLUMNS} | environment_of(settings)
     environment["FLOWER_BASIC_AUTH"] = basic_auth
     arguments = ["-A", "batchllm_celery", "flower", f"--address={address}", f"--port={port}"]
@@ -58,7 +58,7 @@ def flower(port: int, address: str, basic_auth: str | None, **shared: Any) -> in
 
 
 def _check_basic_auth(basic_auth: str) -> None:
-    """Flower takes a comma for the end of a user's credentials, and fails at what is not ASCII."""
+    """Refuse what Flower can't read: a comma separates users, and only ASCII works."""
     if not re.fullmatch(r"[!-~]+:[!-~]+", basic_auth) or "," in basic_auth:
         raise UsageError(
             "--basic-auth must be USER:PASSWORD of printable ASCII characters without a comma "

@@ -1,4 +1,4 @@
-"""`batchllm quota [show | set]`: the limits that a fleet shares."""
+"""`batchllm quota show | set`: the limits that a fleet shares."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def quota(ctx: click.Context) -> int | None:
 @options.as_json
 @options.connection
 def show(name: str | None = None, **shared: Any) -> int:
-    """Show all quotas, or NAME alone: limits, what is used, cooldown."""
+    """Show all quotas, or only NAME: its limits, use and cooldown."""
     from batchllm_celery.cli.commands.status import quota_table
     from batchllm_celery.producer import Producer
 
@@ -61,7 +61,7 @@ def _one(state: QuotaState | None, name: str) -> QuotaState:
                 help="Wait for the day's reset, or fail the items.")  # fmt: skip
 @options.connection
 def set_(name: str, day_exhausted: str | None, **shared: Any) -> int:
-    """Set the limits of NAME, for batches that are running too; limits not named stay."""
+    """Set limits of NAME, also for running batches; limits that are not given stay."""
     from batchllm_celery.producer import Producer
 
     request = Request(**shared)

@@ -77,7 +77,7 @@ class CheckedRun:
 @options.rows
 @options.quota
 @options.option("--workers", type=click.IntRange(min=0), default=DEFAULT_WORKERS, show_default=True,
-                help="Worker processes; 0: those of a fleet that is there.")  # fmt: skip
+                help="Worker processes; 0: use the workers of a running fleet.")  # fmt: skip
 @options.option("--slots", type=click.IntRange(min=1), help="Items in flight per worker.")
 @options.option("--simulation", metavar="JSON",
                 help="Settings of the simulated provider, as for `simulate`.")  # fmt: skip
@@ -89,7 +89,7 @@ class CheckedRun:
 @options.as_json
 @options.verbose
 def run(source: str, workers: int, simulation: str | None, **shared: Any) -> int:
-    """Answer every row of INPUT: submit, work, follow, write the results, print a summary.
+    """Answer every row of INPUT, write the results and print a summary.
 
     INPUT is JSONL, CSV, plain text (a prompt a line), Parquet, an OpenAI batch file, or - for
     standard input. The results go to INPUT.results.jsonl unless -o says otherwise.
@@ -124,7 +124,7 @@ def _check(source: str, request: Request, workers: int, stack: contextlib.ExitSt
     if not request.dry_run and workers:
         check_key(strategy, settings)
     if workers:
-        openers(settings)  # an extra that is missing ends the command, not each worker
+        openers(settings)  # a missing extra is one error here, instead of one of each worker
     queue = None if workers else "default"
     spec = spec_of(request, strategy, source=source, queue=queue, keep_results=False)
     check_price(spec, instance, settings)
@@ -139,7 +139,7 @@ def _check(source: str, request: Request, workers: int, stack: contextlib.ExitSt
 def open_rows(
     source: str, request: Request, strategy: StrategySpec, stack: contextlib.ExitStack
 ) -> Rows:
-    """The input. `--strict` reads it all first, standard input by way of a file."""
+    """Open the input. `--strict` reads it completely first; standard input is copied for that."""
     if not request.strict:
         return _closed_at_the_end(rows_of(request, source, strategy), stack)
     path = spooled(source)
@@ -155,13 +155,13 @@ def _closed_at_the_end(rows: Rows, stack: contextlib.ExitStack) -> Rows:
 
 
 def default_out(source: str, *, dry_run: bool = False) -> str:
-    """INPUT.results.jsonl, beside the input; INPUT.dry-run.jsonl of a dry run."""
+    """INPUT.results.jsonl beside the input; INPUT.dry-run.jsonl for a dry run."""
     name = "dry-run" if dry_run else "results"
     return f"{'stdin' if source == STDIN else source}.{name}.jsonl"
 
 
 def _overwrites(request: Request) -> bool:
-    """A dry run replaces what an earlier one wrote."""
+    """A dry run replaces the file of an earlier dry run."""
     return bool(request.overwrite or request.dry_run)
 
 
@@ -187,7 +187,7 @@ def _run(
 
     redis = RedisWatch()
     producer = Producer(checked.settings, events=Events(redis))
-    stack.callback(_in_time, producer.close, interrupts)
+    stack.callback(_close_in_time, producer.close, interrupts)
     producer.check()
     settings, provider = _with_simulation(checked, request, simulation, stack)
     sink = open_sink(
@@ -204,7 +204,7 @@ def _run(
     fleet = Fleet(checked.workers, lambda _: environment_of(settings), log_dir=logs)
     stack.callback(fleet.kill)
     display = open_display(console, quiet=request.quiet)
-    display.say(f"Batch {batch.id}" + (", going on where it was" if batch.resumed else ""))
+    display.say(f"Batch {batch.id}" + (", resumed" if batch.resumed else ""))
     follower = BatchFollower(
         producer, batch, checked.rows, sink, fleet, display,
         interrupts=interrupts, redis=redis, drain_seconds=settings.drain_seconds,
@@ -224,7 +224,7 @@ def _run(
 def _with_simulation(
     checked: CheckedRun, request: Request, simulation: str | None, stack: contextlib.ExitStack
 ) -> tuple[Settings, SimulatedProviderProcess | None]:
-    """Settings for the workers; for `--model simulated` with a provider of our own and its URL."""
+    """The workers' settings; for `--model simulated` with the URL of a provider started here."""
     settings = checked.settings
     needs_one = checked.spec.strategy.name == "simulated" and settings.simulated_url is None
     if not needs_one or not checked.workers or request.dry_run:
@@ -238,7 +238,7 @@ def _with_simulation(
 
 
 def _refuse_lost_results(batch: Batch, sink: Sink, out: str) -> None:
-    """Answers written to another file are not in Redis any more, and are not paid again."""
+    """Refuse to resume with another file: results of the first one are no longer in Redis."""
     progress = batch.progress()
     if not isinstance(sink, ResultFile) or progress.unread is None:
         return
@@ -246,7 +246,7 @@ def _refuse_lost_results(batch: Batch, sink: Sink, out: str) -> None:
     if batch.resumed and lost > 0:
         raise OutputError(
             f"{lost:,} results of batch {batch.id} were written to another file than {out}; "
-            "name that file with -o, or start anew with another --batch-id"
+            "name that file with -o, or start again with another --batch-id"
         )
 
 
@@ -259,7 +259,7 @@ def _finish(sink: Sink, end: End) -> None:
 
 
 def _new_log_folder(state_dir: Path, batch_id: str) -> Path:
-    """A folder that nobody else has, so that removing it removes nothing of anybody else's."""
+    """Make a new folder, so that removing it removes only our logs."""
     parent = state_dir.expanduser().absolute() / "logs"
     try:
         parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -269,15 +269,15 @@ def _new_log_folder(state_dir: Path, batch_id: str) -> Path:
 
 
 def _kept_logs(logs: Path, fleet: Fleet, end: End) -> str | None:
-    """The workers' logs are worth keeping, and naming, when a worker died."""
+    """Keep and name the logs if a worker died or the run failed; else remove them."""
     if fleet.deaths or end.failure is not None:
         return str(logs) if logs.exists() else None
     shutil.rmtree(logs, ignore_errors=True)
     return None
 
 
-def _in_time(close: Any, interrupts: Interrupts) -> None:
-    """Close, but let no dead Redis and no impatient person wait for it."""
+def _close_in_time(close: Any, interrupts: Interrupts) -> None:
+    """Close within 5 s though Redis can't be reached; within 1 s after a second Ctrl-C."""
     closing = threading.Thread(target=close, daemon=True)
     closing.start()
     until = time.monotonic() + 5.0
@@ -315,7 +315,7 @@ def _summary(checked: CheckedRun, end: End, seconds: float, logs: str | None) ->
 
 
 def _needs(spec: BatchSpec, progress: BatchProgress) -> str | None:
-    """What must change, or the resumed batch stops again at once; None for nothing."""
+    """The options that must change before the batch is resumed, or None."""
     if progress.state is not BatchState.BUDGET:
         return None
     tokens, cost = progress.input_tokens + progress.output_tokens, progress.cost or 0.0
@@ -336,7 +336,7 @@ def _code(end: End) -> int:
 
 
 def resume_command(batch_id: str, arguments: list[str]) -> str:
-    """The command that was typed, with the batch's id and without the passwords of its URLs."""
+    """The command that was typed, with the batch id and without passwords in URLs."""
     kept, skip = [], False
     for argument in arguments:
         if skip:

@@ -17,13 +17,13 @@ DEFAULT_PORT = 8099
 _HELP = {
     "port": f"Where it listens; 0 picks a free port.  [default: {DEFAULT_PORT}]",
     "latency": "Mean seconds of an answer.",
-    "jitter": "Seconds more or less.",
+    "jitter": "Seconds by which an answer may be earlier or later.",
     "latency_tail": "0 for none, 1 for a long tail.",
     "rpm": "Requests a minute before it answers 429.",
     "tpm": "Tokens a minute, input + output.",
     "rpd": "Requests a day.",
     "error_rate": "Share of calls that fail with a 5xx.",
-    "error_statuses": "Which, separated by commas.",
+    "error_statuses": "Statuses of these failures, separated by commas.",
     "drop_rate": "Share of calls whose connection is cut.",
     "bad_output_rate": "Share of malformed JSON where JSON was asked for.",
     "block_rate": "Share of prompts that the safety filter blocks.",
@@ -48,7 +48,7 @@ def _all_fields(function: F) -> F:
 
 @click.command()
 @_all_fields
-def simulate(**chosen: Any) -> int:
+def simulate(**options: Any) -> int:
     """Serve a simulated provider until Ctrl-C; prints its URL.
 
     \b
@@ -56,7 +56,7 @@ def simulate(**chosen: Any) -> int:
     export GOOGLE_GEMINI_BASE_URL=http://127.0.0.1:8099 GEMINI_API_KEY=any
     batchllm run rows.jsonl --model gemini:gemini-2.5-flash --rpm 600
     """
-    given = {name: value for name, value in chosen.items() if value is not None}
+    given = {name: value for name, value in options.items() if value is not None}
     for name in ("error_statuses", "models"):
         if name in given:
             given[name] = tuple(part.strip() for part in given[name].split(","))

@@ -1,4 +1,4 @@
-"""`batchllm submit`: enqueue to a fleet that is there."""
+"""`batchllm submit`: enqueue a batch for a fleet."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ from batchllm_celery.settings import Settings
 def submit(source: str, **shared: Any) -> int:
     """Enqueue every row of INPUT for the workers of a fleet; print the batch's id.
 
-    The id is printed as soon as the batch is known to Redis, so that `batchllm results ID --follow`
-    can start while rows are still being read. Exit code: 0 enqueued, 2 not.
+    The id is printed as soon as the batch is in Redis, so that `batchllm results ID --follow` can
+    start while rows are still read. Exit code: 0 enqueued, 2 not enqueued.
     """
     request = Request(**shared)
     log_to(to_stderr(), verbose=request.verbose)
@@ -64,7 +64,7 @@ def submit(source: str, **shared: Any) -> int:
         total = _submit(settings, spec, quota, request, rows, interrupts, stack)
     if total is None:
         command = resume_command(spec.batch_id, sys.argv[1:])
-        say(f"Interrupted before all rows were enqueued. Go on with: {command}")
+        say(f"Interrupted before all rows were enqueued. Continue with: {command}")
         return exit_codes.INTERRUPTED
     if not request.quiet:
         bad = f" ({plural(rows.bad, 'bad row')})" if rows.bad else ""
