@@ -50,7 +50,7 @@ SIMULATED_MODEL = "simulated-1"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
+class CommandRequest:
     """The options that several commands share, under their own names.
 
     A command fills the fields that it offers; the others keep their defaults. None and False mean
@@ -110,7 +110,7 @@ class Request:
     verbose: bool = False
 
 
-def settings_of(request: Request) -> Settings:
+def settings_of(request: CommandRequest) -> Settings:
     """The settings of this process: those of the environment, overridden by the options."""
     given: dict[str, Any] = {
         "redis_url": request.redis_url,
@@ -127,7 +127,7 @@ def settings_of(request: Request) -> Settings:
 # -- what runs
 
 
-def strategy_of(request: Request) -> StrategySpec:
+def strategy_of(request: CommandRequest) -> StrategySpec:
     """What `--model`, or `--strategy` with `--params`, asks for.
 
     Raises:
@@ -155,7 +155,7 @@ def strategy_of(request: Request) -> StrategySpec:
     return StrategySpec(name=provider, params=params)
 
 
-def _strategy_extras(request: Request) -> dict[str, Any]:
+def _strategy_extras(request: CommandRequest) -> dict[str, Any]:
     extras = {
         "system": request.system,
         "temperature": request.temperature,
@@ -165,7 +165,7 @@ def _strategy_extras(request: Request) -> dict[str, Any]:
     return {name: value for name, value in extras.items() if value is not None}
 
 
-def _params(request: Request) -> dict[str, Any]:
+def _params(request: CommandRequest) -> dict[str, Any]:
     text = request.params
     if not text:
         return {}
@@ -271,7 +271,7 @@ def check_key(spec: StrategySpec, settings: Settings) -> None:
 # -- under which limits
 
 
-def limits_of(request: Request) -> QuotaLimits:
+def limits_of(request: CommandRequest) -> QuotaLimits:
     """The limits that `--rpm` and the options like it give."""
     return QuotaLimits(
         requests_per_minute=request.rpm,
@@ -292,7 +292,7 @@ def policy_of(after_429: str | None) -> CooldownPolicy:
     return policy_from(RateLimitConfig())
 
 
-def quota_of(request: Request, default_name: str) -> Quota | None:
+def quota_of(request: CommandRequest, default_name: str) -> Quota | None:
     """The quota to set. None leaves the fleet's quota as it is: no limit was given, or it is a dry
     run."""
     limits = limits_of(request)
@@ -304,7 +304,7 @@ def quota_of(request: Request, default_name: str) -> Quota | None:
     return Quota(name=name, limits=limits, policy=policy_of(request.after_429))
 
 
-def _quota_name(request: Request, default: str) -> str:
+def _quota_name(request: CommandRequest, default: str) -> str:
     name = request.quota
     return default if name is None else check_label(name, "--quota")
 
@@ -324,7 +324,7 @@ def model_name(spec: StrategySpec) -> str | None:
     return None
 
 
-def config_of(request: Request) -> ProcessorConfig:
+def config_of(request: CommandRequest) -> ProcessorConfig:
     """Attempts and time limits."""
     retry: dict[str, Any] = {"max_attempts": request.max_attempts} if request.max_attempts else {}
     given: dict[str, Any] = {
@@ -353,7 +353,7 @@ def fail_fast_of(text: str | None) -> tuple[FailureKind, ...]:
     return tuple(kinds)
 
 
-def prices_of(request: Request, strategy: StrategySpec) -> dict[str, tuple[float, float]]:
+def prices_of(request: CommandRequest, strategy: StrategySpec) -> dict[str, tuple[float, float]]:
     """The prices of `--price` by model; "" stands for every model that is not named.
 
     Raises:
@@ -405,7 +405,12 @@ def batch_id_for(source: str) -> str:
 
 
 def spec_of(
-    request: Request, strategy: StrategySpec, *, source: str, queue: str | None, keep_results: bool
+    request: CommandRequest,
+    strategy: StrategySpec,
+    *,
+    source: str,
+    queue: str | None,
+    keep_results: bool,
 ) -> BatchSpec:
     """The specification of the batch.
 
@@ -449,7 +454,7 @@ def spec_of(
 # -- over which rows
 
 
-def rows_of(request: Request, source: str, strategy: StrategySpec) -> Rows:
+def rows_of(request: CommandRequest, source: str, strategy: StrategySpec) -> Rows:
     """The opened input.
 
     Raises:

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, TypeAlias, cast, get_args
@@ -329,9 +329,5 @@ def _parquet_rows(file: Any) -> Read:
     number = itertools.count(1)
     for batch in file.iter_batches(batch_size=1000):
         for row in batch.to_pylist():
-            yield next(number), _json_able(row)
-
-
-def _json_able(row: Mapping[str, Any]) -> Fields:
-    """Dates and decimals as text: a context must survive JSON."""
-    return cast(Fields, json.loads(json.dumps(row, default=str)))
+            # Dates and decimals become text, because a context must survive JSON.
+            yield next(number), json.loads(json.dumps(row, default=str))

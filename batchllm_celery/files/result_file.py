@@ -190,7 +190,8 @@ class ResultFile:
     # -- opening ----------------------------------------------------------------------------------
 
     def _claim(self, batch_id: str, overwrite: bool) -> None:
-        owner = _read_owner(self._lock)
+        self._lock.seek(0)
+        owner = _parse_owner(self._lock.read())
         has_results = self.path.exists() and self.path.stat().st_size > 0
         if owner == batch_id:
             return
@@ -335,8 +336,7 @@ def check_out(out: str, batch_id: str, *, overwrite: bool) -> None:
         raise OutputError(f"{out} can't be written: Permission denied")
     if overwrite or not path.exists() or not path.stat().st_size:
         return
-    owner_file = path.with_name(f".{path.name}.batch")
-    owner = _parse_owner(owner_file.read_bytes()) if owner_file.exists() else None
+    owner = _owner_of(path)
     if owner != batch_id:
         raise OutputError(refusal(path, owner, batch_id))
 
@@ -350,8 +350,7 @@ def refuse_real_results(out: str) -> None:
     path = Path(out)
     if out == "-" or not path.is_file() or not path.stat().st_size:
         return
-    owner_file = path.with_name(f".{path.name}.batch")
-    owner = _parse_owner(owner_file.read_bytes()) if owner_file.exists() else None
+    owner = _owner_of(path)
     if owner is None or not owner.startswith("dry-"):
         raise OutputError(
             f"{out} was not written by a dry run, and a dry run replaces nothing else: "
@@ -442,9 +441,10 @@ def _locked(owner: Path, path: Path) -> IO[bytes]:
     return lock
 
 
-def _read_owner(lock: IO[bytes]) -> str | None:
-    lock.seek(0)
-    return _parse_owner(lock.read())
+def _owner_of(path: Path) -> str | None:
+    """The batch id beside a result file; None if there is none."""
+    owner_file = path.with_name(f".{path.name}.batch")
+    return _parse_owner(owner_file.read_bytes()) if owner_file.exists() else None
 
 
 def _parse_owner(content: bytes) -> str | None:

@@ -24,7 +24,7 @@ from batchllm_celery.cli.commands.run import default_out, resume_command
 from batchllm_celery.cli.display.quota_view import limits_words
 from batchllm_celery.cli.processes import environment_of
 from batchllm_celery.cli.request import (
-    Request,
+    CommandRequest,
     check_key,
     limits_of,
     quota_of,
@@ -218,7 +218,7 @@ def test_the_default_output_stands_beside_the_input() -> None:
 
 def test_options_become_models() -> None:
     """Model, limits, bounds and ids as they were asked for."""
-    request = Request(
+    request = CommandRequest(
         model="gemini:gemini-2.5-flash", system="Be kind", temperature=0.0, rpm=600.0,
         max_attempts=5, attempt_timeout=7.0, fail_fast="billing, authentication",
         after_429="slow-start", max_cost=2.0,
@@ -247,7 +247,7 @@ def test_every_option_is_a_parameter_of_its_command_or_a_field_of_the_request(pa
     for part in path.split():
         command = command.get_command(None, part)
     own = set(inspect.signature(command.callback).parameters)
-    known = {field.name for field in dataclasses.fields(Request)}
+    known = {field.name for field in dataclasses.fields(CommandRequest)}
     assert {option.name for option in command.params} - own <= known
 
 
@@ -261,7 +261,7 @@ def test_unlimited_can_be_said_of_every_limit(option: str, monkeypatch: pytest.M
     @click.command()
     @options.limits
     def command(**shared: Any) -> None:
-        seen.append(limits_of(Request(**shared)).given())
+        seen.append(limits_of(CommandRequest(**shared)).given())
 
     assert CliRunner().invoke(command, [f"--{option}", "unlimited"]).exit_code == 0
     variable = "BATCHLLM_" + option.replace("-", "_").upper()
@@ -283,18 +283,18 @@ def test_limits_are_shown_in_words() -> None:
 
 def test_no_limit_given_leaves_the_quota_as_it_is() -> None:
     """A run without --rpm and the like configures nothing."""
-    assert quota_of(Request(), "q") is None
+    assert quota_of(CommandRequest(), "q") is None
 
 
 def test_a_key_is_asked_for_where_one_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not for the simulated provider, not for an OpenAI-compatible server of one's own."""
-    gemini = strategy_of(Request(model="gemini:x"))
+    gemini = strategy_of(CommandRequest(model="gemini:x"))
     with pytest.raises(UsageError, match="aistudio"):
         check_key(gemini, Settings())
     monkeypatch.setenv("GOOGLE_API_KEY", "secret")
     check_key(gemini, Settings())
     own = Settings(openai_base_url="http://localhost:8000/v1")
-    check_key(strategy_of(Request(model="openai:x")), own)
+    check_key(strategy_of(CommandRequest(model="openai:x")), own)
 
 
 def test_workers_get_settings_through_the_environment() -> None:

@@ -10,7 +10,7 @@ import click
 
 from batchllm_celery.cli import exit_codes, options
 from batchllm_celery.cli.display.wording import plural
-from batchllm_celery.cli.request import Request, settings_of
+from batchllm_celery.cli.request import CommandRequest, settings_of
 
 if TYPE_CHECKING:
     from batchllm_celery.models import BatchProgress
@@ -20,7 +20,7 @@ _batch = click.argument("batch_id", metavar="BATCH")
 
 
 @contextlib.contextmanager
-def _attached(batch_id: str, request: Request) -> Iterator[Batch]:
+def _attached(batch_id: str, request: CommandRequest) -> Iterator[Batch]:
     from batchllm_celery.producer import Producer
 
     with Producer(settings_of(request)) as producer:
@@ -43,7 +43,7 @@ def _report(progress: BatchProgress) -> int:
 @options.connection
 def cancel(batch_id: str, **shared: Any) -> int:
     """End BATCH: calls in flight finish, all other items get the outcome `cancelled`."""
-    with _attached(batch_id, Request(**shared)) as batch:
+    with _attached(batch_id, CommandRequest(**shared)) as batch:
         return _report(batch.cancel())
 
 
@@ -52,7 +52,7 @@ def cancel(batch_id: str, **shared: Any) -> int:
 @options.connection
 def pause(batch_id: str, **shared: Any) -> int:
     """Start no more calls of BATCH until it is resumed."""
-    with _attached(batch_id, Request(**shared)) as batch:
+    with _attached(batch_id, CommandRequest(**shared)) as batch:
         return _report(batch.pause())
 
 
@@ -61,7 +61,7 @@ def pause(batch_id: str, **shared: Any) -> int:
 @options.connection
 def resume(batch_id: str, **shared: Any) -> int:
     """Continue BATCH after a pause, a cancel, its deadline or its budget."""
-    with _attached(batch_id, Request(**shared)) as batch:
+    with _attached(batch_id, CommandRequest(**shared)) as batch:
         return _report(batch.resume())
 
 
@@ -70,7 +70,7 @@ def resume(batch_id: str, **shared: Any) -> int:
 @options.connection
 def retry_failed(batch_id: str, **shared: Any) -> int:
     """Run the failed items of BATCH again; their new outcomes replace the old ones."""
-    with _attached(batch_id, Request(**shared)) as batch:
+    with _attached(batch_id, CommandRequest(**shared)) as batch:
         again = batch.retry_failed()
     click.echo(f"{plural(again, 'item')} of {batch_id} will be run again", err=True)
     return exit_codes.OK

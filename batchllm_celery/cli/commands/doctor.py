@@ -16,7 +16,7 @@ from rich.text import Text
 
 from batchllm_celery.cli import exit_codes, options
 from batchllm_celery.cli.display.console import print_json, to_stdout
-from batchllm_celery.cli.request import PROVIDER_KEYS, Request, import_apps, settings_of
+from batchllm_celery.cli.request import PROVIDER_KEYS, CommandRequest, import_apps, settings_of
 from batchllm_celery.errors import BatchLLMError
 from batchllm_celery.keys import Keys
 from batchllm_celery.settings import Settings
@@ -55,7 +55,7 @@ def doctor(**shared: Any) -> int:
 
     Keys are never printed. Exit code: 0, or 2 if a check failed.
     """
-    request = Request(**shared)
+    request = CommandRequest(**shared)
     settings = settings_of(request)
     findings = [*_versions(), *_extras(), *_keys(), *_apps(settings), *_redis(settings)]
     if request.as_json:

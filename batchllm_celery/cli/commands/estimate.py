@@ -15,7 +15,7 @@ from batchllm_celery.cli import exit_codes, options
 from batchllm_celery.cli.display.console import print_json, to_stdout
 from batchllm_celery.cli.display.wording import count, duration, money, plural
 from batchllm_celery.cli.request import (
-    Request,
+    CommandRequest,
     limits_of,
     model_name,
     rows_of,
@@ -24,6 +24,7 @@ from batchllm_celery.cli.request import (
 )
 from batchllm_celery.files.rows import InputRow
 from batchllm_celery.models import BadRow, LLMWorkItem, QuotaLimits, TokenUsage
+from batchllm_celery.settings import Settings
 
 #: Bytes of UTF-8 of a token; right for English, Chinese and JSON within a factor of 1.5.
 BYTES_PER_TOKEN = 3
@@ -86,7 +87,7 @@ def estimate(
 
     Tokens are estimated as bytes / 3. While a batch runs, its first calls correct that.
     """
-    request = Request(**shared)
+    request = CommandRequest(**shared)
     strategy = strategy_of(request)
     settings = settings_of(request)
     rows = rows_of(request, source, strategy)
@@ -149,34 +150,24 @@ def duration_of(
     return bounds[bound_by], bound_by
 
 
-def costs(size: Size, model: str | None, settings: Any) -> tuple[float | None, float | None]:
+def costs(size: Size, model: str | None, settings: Settings) -> tuple[float | None, float | None]:
     """US dollars with the cache, and without it."""
     from batchllm_celery.execution.pricing import Prices
 
     prices = Prices(settings.prices_file)
-    usage = TokenUsage(
-        input_tokens=size.input_tokens,
-        output_tokens=size.output_tokens,
-        cached_input_tokens=size.cached_input_tokens,
-    )
-    per_item = max(size.items, 1)
+    items = max(size.items, 1)
     # Prices depend on the size of one request, so one average request is priced.
-    one, plain = (_share(usage, per_item, cached=cached) for cached in (True, False))
-    return _times(prices.cost(model, one), size.items), _times(
-        prices.cost(model, plain), size.items
+    usage = TokenUsage(
+        input_tokens=round(size.input_tokens / items),
+        output_tokens=round(size.output_tokens / items),
+        cached_input_tokens=round(size.cached_input_tokens / items),
     )
-
-
-def _share(usage: TokenUsage, items: int, *, cached: bool) -> TokenUsage:
-    return TokenUsage(
-        input_tokens=round(usage.input_tokens / items),
-        output_tokens=round(usage.output_tokens / items),
-        cached_input_tokens=round(usage.cached_input_tokens / items) if cached else 0,
+    cached = prices.cost(model, usage)
+    uncached = prices.cost(model, usage.model_copy(update={"cached_input_tokens": 0}))
+    return (
+        None if cached is None else cached * size.items,
+        None if uncached is None else uncached * size.items,
     )
-
-
-def _times(cost: float | None, items: int) -> float | None:
-    return None if cost is None else cost * items
 
 
 def show(console: Console, result: BatchEstimate) -> None:

@@ -12,7 +12,7 @@ import click
 
 from batchllm_celery.cli import options
 from batchllm_celery.cli.processes import environment_of
-from batchllm_celery.cli.request import Request, settings_of
+from batchllm_celery.cli.request import CommandRequest, settings_of
 from batchllm_celery.errors import UsageError
 
 #: Columns of the list of tasks; Flower's default has no arguments and no result.
@@ -39,7 +39,7 @@ def flower(port: int, address: str, basic_auth: str | None, **shared: Any) -> in
         raise UsageError(f"--address {address} is not loopback: choose --basic-auth USER:PASSWORD")
     if basic_auth is not None:
         _check_basic_auth(basic_auth)
-    settings = settings_of(Request(**shared))
+    settings = settings_of(CommandRequest(**shared))
     from batchllm_celery.producer import Producer
 
     with Producer(settings) as producer:

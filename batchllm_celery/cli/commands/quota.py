@@ -8,7 +8,7 @@ import click
 
 from batchllm_celery.cli import exit_codes, options
 from batchllm_celery.cli.display.console import print_json, to_stdout
-from batchllm_celery.cli.request import Request, limits_of, policy_of, settings_of
+from batchllm_celery.cli.request import CommandRequest, limits_of, policy_of, settings_of
 from batchllm_celery.errors import UsageError
 from batchllm_celery.models import Quota, QuotaLimits
 
@@ -34,10 +34,15 @@ def show(name: str | None = None, **shared: Any) -> int:
     from batchllm_celery.cli.commands.status import quota_table
     from batchllm_celery.producer import Producer
 
-    request = Request(**shared)
+    request = CommandRequest(**shared)
     with Producer(settings_of(request)) as producer:
         producer.check()
-        states = producer.quotas() if name is None else [_one(producer.quota(name), name)]
+        if name is None:
+            states = producer.quotas()
+        elif (state := producer.quota(name)) is not None:
+            states = [state]
+        else:
+            raise UsageError(f"no quota {name!r} is known; see: batchllm quota show")
     if request.as_json:
         print_json({"quotas": [state.model_dump(mode="json") for state in states]})
     elif states:
@@ -45,12 +50,6 @@ def show(name: str | None = None, **shared: Any) -> int:
     else:
         click.echo("No quota yet; set one: batchllm quota set gemini:gemini-2.5-flash --rpm 600")
     return exit_codes.OK
-
-
-def _one(state: QuotaState | None, name: str) -> QuotaState:
-    if state is None:
-        raise UsageError(f"no quota {name!r} is known; see: batchllm quota show")
-    return state
 
 
 @quota.command("set")
@@ -64,7 +63,7 @@ def set_(name: str, day_exhausted: str | None, **shared: Any) -> int:
     """Set limits of NAME, also for running batches; limits that are not given stay."""
     from batchllm_celery.producer import Producer
 
-    request = Request(**shared)
+    request = CommandRequest(**shared)
     if not (limits_of(request).given() or request.after_429 or day_exhausted):
         raise UsageError("say what to set, as in: batchllm quota set NAME --rpm 600")
     with Producer(settings_of(request)) as producer:
@@ -78,7 +77,7 @@ def set_(name: str, day_exhausted: str | None, **shared: Any) -> int:
 
 
 def _changed(
-    name: str, known: QuotaState | None, request: Request, day_exhausted: str | None
+    name: str, known: QuotaState | None, request: CommandRequest, day_exhausted: str | None
 ) -> Quota:
     before = known.limits.given() if known is not None else {}
     policy = known.policy if known is not None else policy_of(None)

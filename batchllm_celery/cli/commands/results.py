@@ -13,7 +13,7 @@ from batchllm_celery.cli.batch_follower import no_more
 from batchllm_celery.cli.display.console import to_stderr
 from batchllm_celery.cli.display.progress import Display, RateMeter, View, open_display
 from batchllm_celery.cli.display.summary import exit_code
-from batchllm_celery.cli.request import Request, settings_of
+from batchllm_celery.cli.request import CommandRequest, settings_of
 from batchllm_celery.cli.signals import Interrupts
 from batchllm_celery.files.result_file import OutputError, Sink, open_sink
 
@@ -39,7 +39,7 @@ def results(batch_id: str, follow: bool, **shared: Any) -> int:
     """
     from batchllm_celery.producer import Producer
 
-    request = Request(**shared)
+    request = CommandRequest(**shared)
     with contextlib.ExitStack() as stack, Interrupts().counted() as interrupts:
         producer = stack.enter_context(Producer(settings_of(request)))
         producer.check()

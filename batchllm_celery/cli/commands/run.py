@@ -23,7 +23,7 @@ from batchllm_celery.cli.display.progress import open_display
 from batchllm_celery.cli.display.summary import Summary, exit_code, print_summary
 from batchllm_celery.cli.processes import Fleet, SimulatedProviderProcess, environment_of
 from batchllm_celery.cli.request import (
-    Request,
+    CommandRequest,
     check_key,
     check_price,
     check_strategy,
@@ -62,12 +62,14 @@ DEFAULT_WORKERS = 2
 class CheckedRun:
     """What `run` will do: its options, checked."""
 
+    request: CommandRequest
     settings: Settings
     spec: BatchSpec
     quota: Quota | None
     rows: Rows
     out: str
     workers: int
+    simulation: str | None
 
 
 @click.command()
@@ -97,15 +99,13 @@ def run(source: str, workers: int, simulation: str | None, **shared: Any) -> int
     Exit code: 0 all succeeded, 1 some failed, 2 bad usage or input, 3 stopped early,
     130 interrupted.
     """
-    request = Request(**shared)
+    request = CommandRequest(**shared)
     console = to_stderr()
     log_to(console, verbose=request.verbose)
     started = time.monotonic()
     with contextlib.ExitStack() as stack, Interrupts().counted() as interrupts:
-        checked = _check(source, request, workers, stack)
-        end, logs, total_time = _run(
-            checked, request, simulation, console, interrupts, stack, started
-        )
+        checked = _check(source, request, workers, simulation, stack)
+        end, logs, total_time = _run(checked, console, interrupts, stack, started)
         summary = _summary(checked, end, total_time, logs)
     _report(summary, end, request)
     return summary.exit_code
@@ -114,7 +114,13 @@ def run(source: str, workers: int, simulation: str | None, **shared: Any) -> int
 # -- before anything is enqueued
 
 
-def _check(source: str, request: Request, workers: int, stack: contextlib.ExitStack) -> CheckedRun:
+def _check(
+    source: str,
+    request: CommandRequest,
+    workers: int,
+    simulation: str | None,
+    stack: contextlib.ExitStack,
+) -> CheckedRun:
     settings = settings_of(request)
     strategy = strategy_of(request)
     out = request.out or default_out(source, dry_run=request.dry_run)
@@ -133,11 +139,11 @@ def _check(source: str, request: Request, workers: int, stack: contextlib.ExitSt
     check_out(out, spec.batch_id, overwrite=_overwrites(request))
     settings = settings.model_copy(update={"queue": spec.queue})
     quota = quota_of(request, default_quota_name(strategy))
-    return CheckedRun(settings, spec, quota, rows, out, workers)
+    return CheckedRun(request, settings, spec, quota, rows, out, workers, simulation)
 
 
 def open_rows(
-    source: str, request: Request, strategy: StrategySpec, stack: contextlib.ExitStack
+    source: str, request: CommandRequest, strategy: StrategySpec, stack: contextlib.ExitStack
 ) -> Rows:
     """Open the input. `--strict` reads it completely first; standard input is copied for that."""
     if not request.strict:
@@ -160,7 +166,7 @@ def default_out(source: str, *, dry_run: bool = False) -> str:
     return f"{'stdin' if source == STDIN else source}.{name}.jsonl"
 
 
-def _overwrites(request: Request) -> bool:
+def _overwrites(request: CommandRequest) -> bool:
     """A dry run replaces the file of an earlier dry run."""
     return bool(request.overwrite or request.dry_run)
 
@@ -176,8 +182,6 @@ def _refuse_same_file(source: str, out: str) -> None:
 
 def _run(
     checked: CheckedRun,
-    request: Request,
-    simulation: str | None,
     console: Console,
     interrupts: Interrupts,
     stack: contextlib.ExitStack,
@@ -185,11 +189,12 @@ def _run(
 ) -> tuple[End, str | None, float]:
     from batchllm_celery.producer import Producer
 
+    request = checked.request
     redis = RedisWatch()
     producer = Producer(checked.settings, events=Events(redis))
     stack.callback(_close_in_time, producer.close, interrupts)
     producer.check()
-    settings, provider = _with_simulation(checked, request, simulation, stack)
+    settings, provider = _with_simulation(checked, stack)
     sink = open_sink(
         checked.out, checked.spec.batch_id, overwrite=_overwrites(request), ordered=request.ordered
     )
@@ -222,16 +227,16 @@ def _run(
 
 
 def _with_simulation(
-    checked: CheckedRun, request: Request, simulation: str | None, stack: contextlib.ExitStack
+    checked: CheckedRun, stack: contextlib.ExitStack
 ) -> tuple[Settings, SimulatedProviderProcess | None]:
     """The workers' settings; for `--model simulated` with the URL of a provider started here."""
     settings = checked.settings
     needs_one = checked.spec.strategy.name == "simulated" and settings.simulated_url is None
-    if not needs_one or not checked.workers or request.dry_run:
+    if not needs_one or not checked.workers or checked.request.dry_run:
         return settings, None
     from batchllm_celery.simulation.config import SimulationConfig
 
-    config = SimulationConfig.model_validate_json(simulation or '{"latency": 0.2}')
+    config = SimulationConfig.model_validate_json(checked.simulation or '{"latency": 0.2}')
     provider = SimulatedProviderProcess(config.model_dump_json())
     stack.callback(provider.close)
     return settings.model_copy(update={"simulated_url": provider.url}), provider
@@ -355,7 +360,7 @@ def _without_password(argument: str) -> str:
     return option + equals + without_secrets(safe_url(value) if "://" in value else value)
 
 
-def _report(summary: Summary, end: End, request: Request) -> None:
+def _report(summary: Summary, end: End, request: CommandRequest) -> None:
     if end.failure is not None:
         text = " ".join(str(end.failure).split()) or type(end.failure).__name__
         say(f"Error: {text}")

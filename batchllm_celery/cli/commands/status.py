@@ -18,7 +18,7 @@ from batchllm_celery.cli.display.console import print_json, to_stdout
 from batchllm_celery.cli.display.progress import RateMeter
 from batchllm_celery.cli.display.quota_view import doing, limits_words, quota_words
 from batchllm_celery.cli.display.wording import count, duration, money, rate, short
-from batchllm_celery.cli.request import Request, settings_of
+from batchllm_celery.cli.request import CommandRequest, settings_of
 from batchllm_celery.cli.signals import Interrupts
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def status(batch_id: str | None, watch: bool, **shared: Any) -> int:
     """Show batches, quotas and workers; or BATCH alone with the quota it draws on."""
     from batchllm_celery.producer import Producer
 
-    request = Request(**shared)
+    request = CommandRequest(**shared)
     with Producer(settings_of(request)) as producer:
         producer.check()
         reader = StatusReader(producer, batch_id)

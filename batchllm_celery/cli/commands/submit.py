@@ -16,7 +16,7 @@ from batchllm_celery.cli.commands.run import open_rows, resume_command
 from batchllm_celery.cli.display.console import log_to, say, to_stderr
 from batchllm_celery.cli.display.wording import plural
 from batchllm_celery.cli.request import (
-    Request,
+    CommandRequest,
     check_price,
     check_strategy,
     default_quota_name,
@@ -48,7 +48,7 @@ def submit(source: str, **shared: Any) -> int:
     The id is printed as soon as the batch is in Redis, so that `batchllm results ID --follow` can
     start while rows are still read. Exit code: 0 enqueued, 2 not enqueued.
     """
-    request = Request(**shared)
+    request = CommandRequest(**shared)
     log_to(to_stderr(), verbose=request.verbose)
     with contextlib.ExitStack() as stack, Interrupts().counted() as interrupts:
         settings = settings_of(request)
@@ -76,7 +76,7 @@ def _submit(
     settings: Settings,
     spec: BatchSpec,
     quota: Quota | None,
-    request: Request,
+    request: CommandRequest,
     rows: Rows,
     interrupts: Interrupts,
     stack: contextlib.ExitStack,

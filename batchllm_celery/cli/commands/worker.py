@@ -11,7 +11,7 @@ import click
 
 from batchllm_celery.cli import exit_codes, options
 from batchllm_celery.cli.processes import Fleet, environment_of
-from batchllm_celery.cli.request import Request, settings_of
+from batchllm_celery.cli.request import CommandRequest, settings_of
 from batchllm_celery.cli.signals import Interrupts
 from batchllm_celery.errors import RedisUnavailableError
 from batchllm_celery.observability.switched_on import openers
@@ -50,7 +50,7 @@ def worker(
         "drain_seconds": drain_seconds,
         "heartbeat_file": None if heartbeat_file is None else Path(heartbeat_file),
     }
-    settings = settings_of(Request(**shared)).model_copy(
+    settings = settings_of(CommandRequest(**shared)).model_copy(
         update={name: value for name, value in own.items() if value is not None}
     )
     openers(settings)  # a missing extra is one error here, instead of one of each worker

@@ -89,16 +89,11 @@ def _title(summary: Summary) -> tuple[str, str]:
     return "Done", "green"
 
 
-def _headline(summary: Summary) -> tuple[str, str]:
-    title, colour = _title(summary)
-    if not summary.dry_run:
-        return title, colour
-    return ("Dry run" if title == "Done" else f"Dry run: {title.lower()}"), colour
-
-
 def print_summary(console: Console, summary: Summary, examples: dict[str, str]) -> None:
     """Print the outcome, the time and cost, the files, and how to go on."""
-    title, colour = _headline(summary)
+    title, colour = _title(summary)
+    if summary.dry_run:
+        title = "Dry run" if title == "Done" else f"Dry run: {title.lower()}"
     text = Text()
     text.append(title, style=f"bold {colour}")
     text.append(f"  {_outcome(summary)}\n")
