@@ -84,7 +84,7 @@ def make_app(settings: Settings, url: str | None) -> Celery:
     """The Celery app of a fleet; a worker installs the tasks.
 
     Args:
-        settings: namespace, lanes, slots.
+        settings: namespace, queues, slots.
         url: Redis; None: the embedded Valkey, started when the app first connects to its broker.
 
     Raises:

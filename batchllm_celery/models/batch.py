@@ -10,7 +10,7 @@ from batchllm_celery.errors import FailureKind
 from batchllm_celery.models.base import SCHEMA_VERSION, Model
 from batchllm_celery.models.config import ProcessorConfig
 from batchllm_celery.models.item import StrategySpec
-from batchllm_celery.models.names import check_batch_id, check_label, check_lane
+from batchllm_celery.models.names import check_batch_id, check_label, check_queue
 
 
 class BatchState(StrEnum):
@@ -46,7 +46,7 @@ class BatchSpec(Model):
         strategy: for every item that names none of its own.
         quota: name of the quota to draw on; None: the strategy's own.
         config: attempts, time limits, dry run.
-        queue: lane of the fleet that runs it.
+        queue: the queue of the fleet that runs it.
         priority: 0 (usual) to 9 (urgent).
         items_per_task: item indexes that one Celery message carries; None: 1 for the first
             hundreds of items (each shows in Flower), then 10, then 100.
@@ -85,7 +85,7 @@ class BatchSpec(Model):
     @field_validator("queue")
     @classmethod
     def _check_queue(cls, queue: str) -> str:
-        return check_lane(queue)
+        return check_queue(queue)
 
     @field_validator("quota")
     @classmethod

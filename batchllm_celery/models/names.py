@@ -13,7 +13,7 @@ from batchllm_celery.errors import UsageError
 
 _WORD = "letters, digits, dots, underscores or dashes (no dot or dash first)"
 _ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
-_LANE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,119}")  # `run.` and a batch id fit in
+_QUEUE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,119}")  # `run.` and a batch id fit in
 _LABEL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._:/@+%~=-]{0,199}")
 _LABEL_MARKS = ":/@+%~="  # what `quote` leaves alone beside letters, digits and `._-~`
 
@@ -44,9 +44,9 @@ def check_namespace(value: object) -> str:
     return _check(_ID, "namespace", value, f"1 to 100 {_WORD}")
 
 
-def check_lane(value: object) -> str:
-    """`value`, if it can be a lane of a fleet; raises as `check_batch_id`."""
-    return _check(_LANE, "lane", value, f"1 to 120 {_WORD}")
+def check_queue(value: object) -> str:
+    """`value`, if it can be the name of a queue of a fleet; raises as `check_batch_id`."""
+    return _check(_QUEUE, "queue", value, f"1 to 120 {_WORD}")
 
 
 def check_label(value: object, what: str) -> str:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from batchllm_celery.connection import Reminder
 from batchllm_celery.errors import FailureKind, InputError
+from batchllm_celery.files.item_ids import SeenIds
 from batchllm_celery.ledger import Ledger, Outcome, Payload
 from batchllm_celery.ledger.workers import list_workers
 from batchllm_celery.models import (
@@ -26,7 +27,6 @@ from batchllm_celery.models import (
     BatchSpec,
     WorkItemResult,
 )
-from batchllm_celery.producer.item_ids import SeenIds
 from batchllm_celery.producer.rows import Row, as_payload, refuse_single
 from batchllm_celery.producer.session import Session
 from batchllm_celery.queue import items_per_task

@@ -118,7 +118,7 @@ class Producer:
             quota: name or `Quota` to draw on; default: the strategy's own.
             quota_update: change a quota whose limits differ, in place of refusing.
             config: attempts and time limits.
-            queue: lane of the fleet.
+            queue: a queue of the fleet.
             priority: 0 (usual) to 9 (urgent).
             items_per_task: item indexes that one Celery message carries.
             deadline: seconds after which no call starts.

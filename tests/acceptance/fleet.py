@@ -116,7 +116,7 @@ def descendants(pid: int) -> list[psutil.Process]:
 
 
 def processes_of(folder: Path) -> list[psutil.Process]:
-    """Living processes that were told of this folder: workers, servers and guardians of a run."""
+    """Living processes that were told of this folder: workers, servers and supervisors of a run."""
     found = []
     for process in psutil.process_iter(["cmdline", "environ", "status"]):
         told = " ".join(process.info["cmdline"] or []) + str(

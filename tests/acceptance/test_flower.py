@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import pytest
 
-from batchllm_celery.cli.flower import flower as command
+from batchllm_celery.cli.commands.flower import flower as command
 from batchllm_celery.errors import UsageError
 from tests.acceptance.conftest import StartProvider
 from tests.acceptance.fleet import Fleet, read_results, write_rows

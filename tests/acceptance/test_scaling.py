@@ -1,4 +1,4 @@
-"""A fleet that grows and shrinks in mid-run, its lanes, and an urgent batch behind a large one."""
+"""A fleet that grows and shrinks in mid-run, its queues, and an urgent batch behind a large one."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_workers_join_and_leave_in_mid_run(
 
 
 def test_a_lane_is_served_by_its_own_workers(fleet: Fleet, redis_url: str) -> None:
-    """A worker of one lane leaves the others' batches alone; `status` tells who serves what."""
+    """A worker of one queue leaves the others' batches alone; `status` tells who serves what."""
     with_strategies(fleet)
     fleet.start("worker", "--queue", "express", name="express")
     with producer_of(fleet, redis_url) as producer:
@@ -98,8 +98,8 @@ def test_a_lane_is_served_by_its_own_workers(fleet: Fleet, redis_url: str) -> No
         assert usual.progress().finished == 0
         fleet.start("worker", "--queue", "default,express", name="both")
         assert {result.output for result in usual.results()} == {"a", "b"}
-    lanes = {worker["queues"] for worker in workers_of(fleet)}
-    assert lanes == {"express", "default,express"}
+    queues = {worker["queues"] for worker in workers_of(fleet)}
+    assert queues == {"express", "default,express"}
 
 
 def test_an_urgent_batch_overtakes_a_large_one(fleet: Fleet, redis_url: str) -> None:

@@ -16,7 +16,7 @@ import pytest
 import redis
 
 from batchllm_celery import embedded
-from batchllm_celery.embedded import EmbeddedServer, guardian
+from batchllm_celery.embedded import EmbeddedServer, supervisor
 from batchllm_celery.errors import EmbeddedServerError
 from batchllm_celery.settings import Settings
 from tests.support import wait_until
@@ -60,7 +60,7 @@ class User:
         pid, url = self.process.stdout.readline().split()
         return int(pid), url
 
-    def let_go(self) -> None:
+    def unlock(self) -> None:
         self.process.communicate(timeout=30)
 
     def kill(self) -> None:
@@ -73,7 +73,7 @@ def servers(state_dir: Path) -> list[int]:
     return _processes("valkey-server", lambda found: found.cwd() == str(state_dir / "valkey"))
 
 
-def guardians(state_dir: Path) -> list[int]:
+def supervisors(state_dir: Path) -> list[int]:
     return _processes("python", lambda found: str(state_dir / "valkey") in found.cmdline())
 
 
@@ -89,7 +89,7 @@ def _processes(name: str, belongs: Callable[[psutil.Process], bool]) -> list[int
 
 
 def nothing_left(state_dir: Path) -> bool:
-    return not servers(state_dir) and not guardians(state_dir)
+    return not servers(state_dir) and not supervisors(state_dir)
 
 
 @pytest.fixture
@@ -127,11 +127,11 @@ def test_eight_processes_that_race_share_one_server(
     answers = {user.attached() for user in users}
     (pid,) = servers(state_dir)
     assert answers == {(pid, f"unix://{state_dir}/valkey/valkey.sock")}
-    assert len(guardians(state_dir)) == 1
+    assert len(supervisors(state_dir)) == 1
     for user in users[:-1]:
-        user.let_go()
+        user.unlock()
     assert servers(state_dir) == [pid]
-    users[-1].let_go()
+    users[-1].unlock()
     assert nothing_left(state_dir)
 
 
@@ -166,7 +166,7 @@ def test_users_that_come_and_go_never_meet_two_servers(state_dir: Path) -> None:
 def test_no_server_is_left_when_all_users_are_killed(
     new_user: Callable[[], User], state_dir: Path
 ) -> None:
-    """kill -9 of every user leaves neither Valkey nor guardian ten seconds later."""
+    """kill -9 of every user leaves neither Valkey nor supervisor ten seconds later."""
     users = [new_user() for _ in range(3)]
     for user in users:
         user.attached()
@@ -190,7 +190,7 @@ def test_one_user_killed_is_not_felt_by_the_others(
 def test_a_killed_server_comes_back_with_all_it_had_acknowledged(
     state_dir: Path, server: EmbeddedServer
 ) -> None:
-    """kill -9 of Valkey: its guardian starts it again on the same socket and the same data."""
+    """kill -9 of Valkey: its supervisor starts it again on the same socket and the same data."""
     killed = server.pid
     with redis.Redis.from_url(server.url) as client:
         for number in range(500):
@@ -208,35 +208,35 @@ def test_a_server_that_keeps_dying_keeps_coming_back(server: EmbeddedServer) -> 
         _kill_and_await_restart(server)
 
 
-def test_ensure_replaces_a_killed_guardian(state_dir: Path, server: EmbeddedServer) -> None:
-    """A killed guardian takes its server along; a user's next look starts both again."""
+def test_ensure_replaces_a_killed_supervisor(state_dir: Path, server: EmbeddedServer) -> None:
+    """A killed supervisor takes its server along; the next `ensure` starts both again."""
     with redis.Redis.from_url(server.url) as client:
         client.set("kept", "yes")
-        _kill_guardian(state_dir)
+        _kill_supervisor(state_dir)
         server.ensure()
         assert client.get("kept") == b"yes"
     assert servers(state_dir) == [server.pid]
-    assert len(guardians(state_dir)) == 1
+    assert len(supervisors(state_dir)) == 1
 
 
-def test_acquire_replaces_a_killed_guardian(
+def test_acquire_replaces_a_killed_supervisor(
     new_user: Callable[[], User], state_dir: Path, server: EmbeddedServer
 ) -> None:
-    """Eight that attach just after the guardian was killed start one server, never a second."""
-    _kill_guardian(state_dir)
+    """Eight that attach just after the supervisor was killed start one server, never a second."""
+    _kill_supervisor(state_dir)
     pids = {user.attached()[0] for user in [new_user() for _ in range(8)]}
     assert pids == {server.pid}
     assert servers(state_dir) == [server.pid]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs PR_SET_PDEATHSIG")
-def test_no_server_is_left_when_guardian_and_users_are_killed(
+def test_no_server_is_left_when_supervisor_and_users_are_killed(
     new_user: Callable[[], User], state_dir: Path
 ) -> None:
-    """Even kill -9 of the guardian and all users leaves no Valkey behind."""
+    """Even kill -9 of the supervisor and all users leaves no Valkey behind."""
     user = new_user()
     user.attached()
-    _kill_guardian(state_dir)
+    _kill_supervisor(state_dir)
     user.kill()
     wait_until(lambda: nothing_left(state_dir), timeout=10)
 
@@ -244,17 +244,17 @@ def test_no_server_is_left_when_guardian_and_users_are_killed(
 def test_signals_to_everybody_leave_the_server_to_its_users(
     state_dir: Path, server: EmbeddedServer
 ) -> None:
-    """SIGINT and SIGTERM to the guardian's group do not take Valkey from users that drain."""
-    (watcher,) = guardians(state_dir)
-    assert os.getsid(watcher) != os.getsid(0)
+    """SIGINT and SIGTERM to the supervisor's group do not take Valkey from users that drain."""
+    (supervising,) = supervisors(state_dir)
+    assert os.getsid(supervising) != os.getsid(0)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        os.killpg(os.getpgid(watcher), number)
+        os.killpg(os.getpgid(supervising), number)
     wait_until(lambda: _answers(server.url), timeout=10)
-    assert guardians(state_dir) == [watcher]
+    assert supervisors(state_dir) == [supervising]
 
 
 def test_a_forked_child_keeps_the_server(state_dir: Path) -> None:
-    """A hold passes on to forked children: the parent's release stops nothing under them."""
+    """A use passes on to forked children: the parent's release stops nothing under them."""
     server = EmbeddedServer.acquire(state_dir)
     reader, writer = os.pipe()
     child = os.fork()
@@ -344,12 +344,12 @@ def test_only_its_owner_can_reach_the_server(state_dir: Path, server: EmbeddedSe
     }
 
 
-def test_the_guardian_inherits_no_key(monkeypatch: pytest.MonkeyPatch, state_dir: Path) -> None:
+def test_the_supervisor_inherits_no_key(monkeypatch: pytest.MonkeyPatch, state_dir: Path) -> None:
     """Provider keys in a user's environment are not in that of the processes it leaves running."""
     monkeypatch.setenv("GEMINI_API_KEY", "marker-4711")
     server = EmbeddedServer.acquire(state_dir)
     environments = [
-        psutil.Process(pid).environ() for pid in (*guardians(state_dir), *servers(state_dir))
+        psutil.Process(pid).environ() for pid in (*supervisors(state_dir), *servers(state_dir))
     ]
     server.release()
     assert len(environments) == 2
@@ -389,13 +389,13 @@ def test_a_redis_url_needs_no_embedded_server(state_dir: Path) -> None:
 def test_the_last_words_of_a_server_are_its_last_line(tmp_path: Path) -> None:
     """Of a log only the last line counts, without process number and date, from this start on."""
     log = tmp_path / "valkey.log"
-    assert guardian.last_line(log, 0) == "it said nothing"
+    assert supervisor.last_line(log, 0) == "it said nothing"
     log.write_text("old\n1:M 22 Nov 2026 21:00:29.772 # Bad file format: a # b\n\n")
-    assert guardian.last_line(log, 4) == "Bad file format: a # b"
+    assert supervisor.last_line(log, 4) == "Bad file format: a # b"
 
 
 def _answers(url: str) -> bool:
-    return guardian.ask(url.removeprefix("unix://"), "PING").startswith(b"+PONG")
+    return supervisor.ask(url.removeprefix("unix://"), "PING").startswith(b"+PONG")
 
 
 def _kill_and_await_restart(server: EmbeddedServer) -> None:
@@ -404,10 +404,10 @@ def _kill_and_await_restart(server: EmbeddedServer) -> None:
     wait_until(lambda: _answers(server.url) and server.pid != killed, timeout=10)
 
 
-def _kill_guardian(state_dir: Path) -> None:
-    (watcher,) = guardians(state_dir)
-    os.kill(watcher, signal.SIGKILL)
-    wait_until(lambda: not guardian.is_locked(state_dir / "valkey" / "guardian.lock"))
+def _kill_supervisor(state_dir: Path) -> None:
+    (supervising,) = supervisors(state_dir)
+    os.kill(supervising, signal.SIGKILL)
+    wait_until(lambda: not supervisor.is_locked(state_dir / "valkey" / "supervisor.lock"))
 
 
 def _aof(state_dir: Path) -> Path:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from batchllm_celery.cli.outfile import OutputError, ResultFile
 from batchllm_celery.embedded import EmbeddedServer
 from batchllm_celery.errors import EmbeddedServerError
-from tests.unit.test_outfile import result
+from batchllm_celery.files.result_file import OutputError, ResultFile
+from tests.unit.test_result_file import result
 
 RUN = [sys.executable, "-m", "batchllm_celery.cli", "run", "rows.jsonl", "--model", "simulated"]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 import math
 import os
@@ -15,11 +17,20 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from batchllm_celery.cli import _COMMANDS, cli, estimate, job, main, options
-from batchllm_celery.cli.doctor import check_server
-from batchllm_celery.cli.fleet import environment_of
-from batchllm_celery.cli.quota_view import limits_words
-from batchllm_celery.cli.run import default_out, resume_command
+from batchllm_celery.cli import _COMMANDS, cli, main, options
+from batchllm_celery.cli.commands import estimate
+from batchllm_celery.cli.commands.doctor import check_server
+from batchllm_celery.cli.commands.run import default_out, resume_command
+from batchllm_celery.cli.display.quota_view import limits_words
+from batchllm_celery.cli.processes import environment_of
+from batchllm_celery.cli.request import (
+    CommandRequest,
+    check_key,
+    limits_of,
+    quota_of,
+    spec_of,
+    strategy_of,
+)
 from batchllm_celery.errors import FailureKind, UsageError
 from batchllm_celery.models import QuotaLimits
 from batchllm_celery.settings import Settings
@@ -81,7 +92,7 @@ SIMULATED = (*RUN, "--model", "simulated")
         ((*SIMULATED, "--batch-id", "x" * 10_000), "--batch-id 'xxx"),
         ((*SIMULATED, "--quota", "a{b}c"), "--quota 'a{b}c'"),
         ((*SIMULATED, "--quota", "-x"), "--quota '-x'"),
-        ((*SIMULATED, "--queue", "../x"), "lane '../x'"),
+        ((*SIMULATED, "--queue", "../x"), "queue '../x'"),
         (("results", ".."), "batch id '..'"),
         (("cancel", "--", "-x"), "batch id '-x'"),
         (("status", "a/b"), "batch id 'a/b'"),
@@ -207,23 +218,37 @@ def test_the_default_output_stands_beside_the_input() -> None:
 
 def test_options_become_models() -> None:
     """Model, limits, bounds and ids as they were asked for."""
-    options: dict[str, Any] = {
-        "model": "gemini:gemini-2.5-flash", "system": "Be kind", "temperature": 0.0, "rpm": 600.0,
-        "max_attempts": 5, "attempt_timeout": 7.0, "fail_fast": "billing, authentication",
-        "after_429": "slow-start", "max_cost": 2.0,
-    }  # fmt: skip
-    strategy = job.strategy_of(options)
+    request = CommandRequest(
+        model="gemini:gemini-2.5-flash", system="Be kind", temperature=0.0, rpm=600.0,
+        max_attempts=5, attempt_timeout=7.0, fail_fast="billing, authentication",
+        after_429="slow-start", max_cost=2.0,
+    )  # fmt: skip
+    strategy = strategy_of(request)
     assert strategy.params == {"model": "gemini-2.5-flash", "system": "Be kind", "temperature": 0.0}
-    spec = job.spec_of(options, strategy, source="my rows.jsonl", queue=None, keep_results=False)
+    spec = spec_of(request, strategy, source="my rows.jsonl", queue=None, keep_results=False)
     assert spec.queue == f"run.{spec.batch_id}"
     assert spec.batch_id.startswith("my-rows-")
     assert spec.model == "gemini:gemini-2.5-flash"
     assert (spec.config.retry.max_attempts, spec.config.timeout_per_item) == (5, 7.0)
     assert spec.fail_fast == (FailureKind.BILLING, FailureKind.AUTHENTICATION)
-    quota = job.quota_of(options, "gemini:gemini-2.5-flash")
+    quota = quota_of(request, "gemini:gemini-2.5-flash")
     assert quota is not None
     assert quota.limits.given() == {"requests_per_minute": 600.0}
     assert quota.policy.kind == "slow_start"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [name for name in _COMMANDS if name not in ("quota", "simulate")] + ["quota show", "quota set"],
+)
+def test_every_option_is_a_parameter_of_its_command_or_a_field_of_the_request(path: str) -> None:
+    """An option that neither knows would fail each call of the command."""
+    command: Any = cli
+    for part in path.split():
+        command = command.get_command(None, part)
+    own = set(inspect.signature(command.callback).parameters)
+    known = {field.name for field in dataclasses.fields(CommandRequest)}
+    assert {option.name for option in command.params} - own <= known
 
 
 @pytest.mark.parametrize(
@@ -235,8 +260,8 @@ def test_unlimited_can_be_said_of_every_limit(option: str, monkeypatch: pytest.M
 
     @click.command()
     @options.limits
-    def command(**chosen: Any) -> None:
-        seen.append(job.limits_of(chosen).given())
+    def command(**shared: Any) -> None:
+        seen.append(limits_of(CommandRequest(**shared)).given())
 
     assert CliRunner().invoke(command, [f"--{option}", "unlimited"]).exit_code == 0
     variable = "BATCHLLM_" + option.replace("-", "_").upper()
@@ -258,21 +283,21 @@ def test_limits_are_shown_in_words() -> None:
 
 def test_no_limit_given_leaves_the_quota_as_it_is() -> None:
     """A run without --rpm and the like configures nothing."""
-    assert job.quota_of({}, "q") is None
+    assert quota_of(CommandRequest(), "q") is None
 
 
 def test_a_key_is_asked_for_where_one_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not for the simulated provider, not for an OpenAI-compatible server of one's own."""
-    gemini = job.strategy_of({"model": "gemini:x"})
+    gemini = strategy_of(CommandRequest(model="gemini:x"))
     with pytest.raises(UsageError, match="aistudio"):
-        job.check_key(gemini, Settings())
+        check_key(gemini, Settings())
     monkeypatch.setenv("GOOGLE_API_KEY", "secret")
-    job.check_key(gemini, Settings())
+    check_key(gemini, Settings())
     own = Settings(openai_base_url="http://localhost:8000/v1")
-    job.check_key(job.strategy_of({"model": "openai:x"}), own)
+    check_key(strategy_of(CommandRequest(model="openai:x")), own)
 
 
-def test_workers_hear_settings_through_the_environment() -> None:
+def test_workers_get_settings_through_the_environment() -> None:
     """Unset ones are removed: without a Redis URL a worker attaches to the embedded server."""
     settings = Settings(queue="run.b", slots=7)
     environment = environment_of(settings)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from batchllm_celery.cli.estimate import estimate
+from batchllm_celery.cli.commands.estimate import estimate
 
 SECTION = (
     (Path(__file__).parents[2] / "README.md")

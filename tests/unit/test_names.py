@@ -8,7 +8,7 @@ import pytest
 
 from batchllm_celery.errors import UsageError
 from batchllm_celery.models import BatchSpec, Quota, StrategySpec
-from batchllm_celery.models.names import as_label, check_batch_id, check_label, check_lane
+from batchllm_celery.models.names import as_label, check_batch_id, check_label, check_queue
 from batchllm_celery.producer import Producer
 from batchllm_celery.settings import Settings
 from batchllm_celery.strategies.callable import CallableStrategy
@@ -41,14 +41,14 @@ def test_one_word_is_a_name(name: str) -> None:
     assert Settings(namespace=name, queue=name).queues == [name]
 
 
-def test_the_lane_of_the_longest_batch_id_is_a_lane() -> None:
-    """`run` makes a private lane of a batch id."""
-    assert check_lane("run." + "a" * 100)
+def test_the_queue_of_the_longest_batch_id_is_a_queue() -> None:
+    """`run` makes a private queue of a batch id."""
+    assert check_queue("run." + "a" * 100)
 
 
 @pytest.mark.parametrize("value", [bad for bad in NO_NAMES if bad not in ("a/b", b"a", None)])
 def test_models_refuse_what_is_no_name(value: Any) -> None:
-    """Batches, lanes, quotas, strategies and namespaces alike, from Python too."""
+    """Batches, queues, quotas, strategies and namespaces alike, from Python too."""
     fine: dict[str, Any] = {"batch_id": "b", "strategy": {"name": "s"}}
     for field in ("batch_id", "queue", "quota"):
         with pytest.raises(ValueError):
@@ -77,10 +77,10 @@ def test_a_producer_refuses_before_it_connects(value: str) -> None:
             producer.attach(value)
 
 
-def test_lanes_are_checked_one_by_one() -> None:
-    """A list of lanes is as good as its worst one."""
+def test_queues_are_checked_one_by_one() -> None:
+    """A list of queues is as good as its worst one."""
     assert Settings(queue="a, b").queues == ["a", "b"]
-    with pytest.raises(ValueError, match="lane"):
+    with pytest.raises(ValueError, match=r"queue \'\.\./b\'"):
         Settings(queue="a,../b")
 
 

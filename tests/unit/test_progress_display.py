@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from batchllm_celery.cli.progress_display import (
+from batchllm_celery.cli.display.progress import (
     LiveDisplay,
     PlainDisplay,
     QuietDisplay,
@@ -16,9 +16,9 @@ from batchllm_celery.cli.progress_display import (
     View,
     open_display,
 )
-from batchllm_celery.cli.quota_view import doing, quota_words
-from batchllm_celery.cli.summary import Failures, Summary, exit_code, print_summary
-from batchllm_celery.cli.wording import duration, money, rate, short
+from batchllm_celery.cli.display.quota_view import doing, quota_words
+from batchllm_celery.cli.display.summary import Failures, Summary, exit_code, print_summary
+from batchllm_celery.cli.display.wording import duration, money, rate, short
 from batchllm_celery.limiter import QuotaState
 from batchllm_celery.models import BatchProgress, BatchState, QuotaLimits
 
@@ -88,7 +88,6 @@ def test_on_a_terminal_a_bar_redraws_itself_and_leaves_nothing() -> None:
     screen, stream = console(force_terminal=True)
     display = LiveDisplay(screen)
     display.update(View(progress(), 1000, 10.0, doing="cooling down for 12 s"))
-    display._live.refresh()
     display.say("a word [in brackets]")
     display.close()
     assert "402/1,000" in stream.getvalue()
@@ -96,7 +95,7 @@ def test_on_a_terminal_a_bar_redraws_itself_and_leaves_nothing() -> None:
     assert "a word [in brackets]" in stream.getvalue()
 
 
-def test_quiet_says_nothing() -> None:
+def test_quiet_shows_nothing() -> None:
     """--quiet has no display, wherever it runs."""
     screen, stream = console(force_terminal=True)
     display = open_display(screen, quiet=True)

@@ -1,0 +1,1 @@
+"""The commands of `batchllm`, one module each; loaded when the command is named."""

@@ -1,0 +1,374 @@
+"""`batchllm run`: the whole job in one command."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+
+from batchllm_celery.cli import exit_codes, options
+from batchllm_celery.cli.batch_follower import BatchFollower, End, RedisWatch
+from batchllm_celery.cli.display.console import log_to, print_json, say, to_stderr, to_stdout
+from batchllm_celery.cli.display.progress import open_display
+from batchllm_celery.cli.display.summary import Summary, exit_code, print_summary
+from batchllm_celery.cli.processes import Fleet, SimulatedProviderProcess, environment_of
+from batchllm_celery.cli.request import (
+    CommandRequest,
+    check_key,
+    check_price,
+    check_strategy,
+    default_quota_name,
+    quota_of,
+    rows_of,
+    settings_of,
+    spec_of,
+    strategy_of,
+)
+from batchllm_celery.cli.signals import Interrupts
+from batchllm_celery.errors import InputError, UsageError
+from batchllm_celery.events import Events
+from batchllm_celery.files.readers import STDIN
+from batchllm_celery.files.result_file import (
+    OutputError,
+    ResultFile,
+    Sink,
+    check_out,
+    open_sink,
+    refuse_real_results,
+)
+from batchllm_celery.files.rows import Rows, check_all, spooled
+from batchllm_celery.models import BatchProgress, BatchSpec, BatchState, Quota, StrategySpec
+from batchllm_celery.observability.switched_on import openers
+from batchllm_celery.redaction import safe_url, without_secrets
+from batchllm_celery.settings import Settings
+
+if TYPE_CHECKING:
+    from batchllm_celery.producer import Batch
+
+DEFAULT_WORKERS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedRun:
+    """What `run` will do: its options, checked."""
+
+    request: CommandRequest
+    settings: Settings
+    spec: BatchSpec
+    quota: Quota | None
+    rows: Rows
+    out: str
+    workers: int
+    simulation: str | None
+
+
+@click.command()
+@click.argument("source", metavar="INPUT")
+@options.model
+@options.base_url
+@options.rows
+@options.quota
+@options.option("--workers", type=click.IntRange(min=0), default=DEFAULT_WORKERS, show_default=True,
+                help="Worker processes; 0: use the workers of a running fleet.")  # fmt: skip
+@options.option("--slots", type=click.IntRange(min=1), help="Items in flight per worker.")
+@options.option("--simulation", metavar="JSON",
+                help="Settings of the simulated provider, as for `simulate`.")  # fmt: skip
+@options.batch
+@options.bounds
+@options.out
+@options.connection
+@options.quiet
+@options.as_json
+@options.verbose
+def run(source: str, workers: int, simulation: str | None, **shared: Any) -> int:
+    """Answer every row of INPUT, write the results and print a summary.
+
+    INPUT is JSONL, CSV, plain text (a prompt a line), Parquet, an OpenAI batch file, or - for
+    standard input. The results go to INPUT.results.jsonl unless -o says otherwise.
+
+    Exit code: 0 all succeeded, 1 some failed, 2 bad usage or input, 3 stopped early,
+    130 interrupted.
+    """
+    request = CommandRequest(**shared)
+    console = to_stderr()
+    log_to(console, verbose=request.verbose)
+    started = time.monotonic()
+    with contextlib.ExitStack() as stack, Interrupts().counted() as interrupts:
+        checked = _check(source, request, workers, simulation, stack)
+        end, logs, total_time = _run(checked, console, interrupts, stack, started)
+        summary = _summary(checked, end, total_time, logs)
+    _report(summary, end, request)
+    return summary.exit_code
+
+
+# -- before anything is enqueued
+
+
+def _check(
+    source: str,
+    request: CommandRequest,
+    workers: int,
+    simulation: str | None,
+    stack: contextlib.ExitStack,
+) -> CheckedRun:
+    settings = settings_of(request)
+    strategy = strategy_of(request)
+    out = request.out or default_out(source, dry_run=request.dry_run)
+    _refuse_same_file(source, out)
+    rows = open_rows(source, request, strategy, stack)
+    instance = check_strategy(strategy, settings)
+    if not request.dry_run and workers:
+        check_key(strategy, settings)
+    if workers:
+        openers(settings)  # a missing extra is one error here, instead of one of each worker
+    queue = None if workers else "default"
+    spec = spec_of(request, strategy, source=source, queue=queue, keep_results=False)
+    check_price(spec, instance, settings)
+    if request.dry_run:
+        refuse_real_results(out)
+    check_out(out, spec.batch_id, overwrite=_overwrites(request))
+    settings = settings.model_copy(update={"queue": spec.queue})
+    quota = quota_of(request, default_quota_name(strategy))
+    return CheckedRun(request, settings, spec, quota, rows, out, workers, simulation)
+
+
+def open_rows(
+    source: str, request: CommandRequest, strategy: StrategySpec, stack: contextlib.ExitStack
+) -> Rows:
+    """Open the input. `--strict` reads it completely first; standard input is copied for that."""
+    if not request.strict:
+        return _closed_at_the_end(rows_of(request, source, strategy), stack)
+    path = spooled(source)
+    if path != source:
+        stack.callback(Path(path).unlink, missing_ok=True)
+    check_all(rows_of(request, path, strategy))
+    return _closed_at_the_end(rows_of(request, path, strategy), stack)
+
+
+def _closed_at_the_end(rows: Rows, stack: contextlib.ExitStack) -> Rows:
+    stack.callback(rows.close)
+    return rows
+
+
+def default_out(source: str, *, dry_run: bool = False) -> str:
+    """INPUT.results.jsonl beside the input; INPUT.dry-run.jsonl for a dry run."""
+    name = "dry-run" if dry_run else "results"
+    return f"{'stdin' if source == STDIN else source}.{name}.jsonl"
+
+
+def _overwrites(request: CommandRequest) -> bool:
+    """A dry run replaces the file of an earlier dry run."""
+    return bool(request.overwrite or request.dry_run)
+
+
+def _refuse_same_file(source: str, out: str) -> None:
+    with contextlib.suppress(OSError):
+        if out != "-" and source != STDIN and Path(out).samefile(source):
+            raise UsageError(f"-o {out} is the input itself; choose another file")
+
+
+# -- the run itself
+
+
+def _run(
+    checked: CheckedRun,
+    console: Console,
+    interrupts: Interrupts,
+    stack: contextlib.ExitStack,
+    started: float,
+) -> tuple[End, str | None, float]:
+    from batchllm_celery.producer import Producer
+
+    request = checked.request
+    redis = RedisWatch()
+    producer = Producer(checked.settings, events=Events(redis))
+    stack.callback(_close_in_time, producer.close, interrupts)
+    producer.check()
+    settings, provider = _with_simulation(checked, stack)
+    sink = open_sink(
+        checked.out, checked.spec.batch_id, overwrite=_overwrites(request), ordered=request.ordered
+    )
+    try:
+        batch = producer.open(checked.spec, quota=checked.quota, quota_update=request.quota_update)
+        batch.consume()
+        _refuse_lost_results(batch, sink, checked.out)
+    except BaseException:
+        sink.abandon()
+        raise
+    logs = _new_log_folder(settings.state_dir, batch.id)
+    fleet = Fleet(checked.workers, lambda _: environment_of(settings), log_dir=logs)
+    stack.callback(fleet.kill)
+    display = open_display(console, quiet=request.quiet)
+    display.say(f"Batch {batch.id}" + (", resumed" if batch.resumed else ""))
+    follower = BatchFollower(
+        producer, batch, checked.rows, sink, fleet, display,
+        interrupts=interrupts, redis=redis, drain_seconds=settings.drain_seconds,
+        check=provider.check if provider is not None else None,
+    )  # fmt: skip
+    try:
+        end = follower.follow()
+        took = time.monotonic() - started
+        _finish(sink, end)
+    finally:
+        display.close()
+    fleet.drain()
+    fleet.wait(timeout=min(5.0, settings.drain_seconds))
+    return end, _kept_logs(logs, fleet, end), took
+
+
+def _with_simulation(
+    checked: CheckedRun, stack: contextlib.ExitStack
+) -> tuple[Settings, SimulatedProviderProcess | None]:
+    """The workers' settings; for `--model simulated` with the URL of a provider started here."""
+    settings = checked.settings
+    needs_one = checked.spec.strategy.name == "simulated" and settings.simulated_url is None
+    if not needs_one or not checked.workers or checked.request.dry_run:
+        return settings, None
+    from batchllm_celery.simulation.config import SimulationConfig
+
+    config = SimulationConfig.model_validate_json(checked.simulation or '{"latency": 0.2}')
+    provider = SimulatedProviderProcess(config.model_dump_json())
+    stack.callback(provider.close)
+    return settings.model_copy(update={"simulated_url": provider.url}), provider
+
+
+def _refuse_lost_results(batch: Batch, sink: Sink, out: str) -> None:
+    """Refuse to resume with another file: results of the first one are no longer in Redis."""
+    progress = batch.progress()
+    if not isinstance(sink, ResultFile) or progress.unread is None:
+        return
+    lost = progress.finished - len(sink.written) - progress.unread
+    if batch.resumed and lost > 0:
+        raise OutputError(
+            f"{lost:,} results of batch {batch.id} were written to another file than {out}; "
+            "name that file with -o, or start again with another --batch-id"
+        )
+
+
+def _finish(sink: Sink, end: End) -> None:
+    try:
+        sink.finish(complete=end.progress.is_over)
+    except OutputError:
+        if end.failure is None:
+            raise
+
+
+def _new_log_folder(state_dir: Path, batch_id: str) -> Path:
+    """Make a new folder, so that removing it removes only our logs."""
+    parent = state_dir.expanduser().absolute() / "logs"
+    try:
+        parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f"{batch_id}-", dir=parent))
+    except OSError as error:
+        raise UsageError(f"no logs can be kept in {parent}: {error.strerror}") from error
+
+
+def _kept_logs(logs: Path, fleet: Fleet, end: End) -> str | None:
+    """Keep and name the logs if a worker died or the run failed; else remove them."""
+    if fleet.deaths or end.failure is not None:
+        return str(logs) if logs.exists() else None
+    shutil.rmtree(logs, ignore_errors=True)
+    return None
+
+
+def _close_in_time(close: Any, interrupts: Interrupts) -> None:
+    """Close within 5 s though Redis can't be reached; within 1 s after a second Ctrl-C."""
+    closing = threading.Thread(target=close, daemon=True)
+    closing.start()
+    until = time.monotonic() + 5.0
+    while closing.is_alive() and time.monotonic() < until - 4.0 * (interrupts.count >= 2):
+        closing.join(timeout=0.1)
+
+
+# -- afterwards
+
+
+def _summary(checked: CheckedRun, end: End, seconds: float, logs: str | None) -> Summary:
+    progress, code = end.progress, _code(end)
+    resumable = code in (exit_codes.INTERRUPTED, exit_codes.STOPPED) or end.failure is not None
+    return Summary(
+        batch_id=checked.spec.batch_id,
+        state=str(progress.state),
+        exit_code=code,
+        total=progress.total,
+        succeeded=progress.succeeded,
+        failed=progress.failed,
+        answered_now=end.answered_now,
+        errors=end.failures.counts,
+        input_tokens=progress.input_tokens,
+        output_tokens=progress.output_tokens,
+        cached_input_tokens=progress.cached_input_tokens,
+        cost=progress.cost,
+        maybe_billed=progress.maybe_billed,
+        seconds=round(seconds, 3),
+        output=None if checked.out == "-" else checked.out,
+        resume=resume_command(checked.spec.batch_id, sys.argv[1:]) if resumable else None,
+        logs=logs,
+        dry_run=checked.spec.config.dry_run,
+        resume_needs=_needs(checked.spec, progress) if resumable else None,
+    )
+
+
+def _needs(spec: BatchSpec, progress: BatchProgress) -> str | None:
+    """The options that must change before the batch is resumed, or None."""
+    if progress.state is not BatchState.BUDGET:
+        return None
+    tokens, cost = progress.input_tokens + progress.output_tokens, progress.cost or 0.0
+    needs = []
+    if spec.max_cost is not None and cost >= spec.max_cost:
+        needs.append(f"--max-cost above {cost:.6g}")
+    if spec.token_budget is not None and tokens >= spec.token_budget:
+        needs.append(f"--token-budget above {tokens}")
+    return " and ".join(needs) or "a larger --max-cost or --token-budget"
+
+
+def _code(end: End) -> int:
+    if end.interrupted:
+        return exit_codes.INTERRUPTED
+    if isinstance(end.failure, InputError):
+        return exit_codes.USAGE
+    return exit_codes.STOPPED if end.failure is not None else exit_code(end.progress)
+
+
+def resume_command(batch_id: str, arguments: list[str]) -> str:
+    """The command that was typed, with the batch id and without passwords in URLs."""
+    kept, skip = [], False
+    for argument in arguments:
+        if skip:
+            skip = False
+        elif argument == "--batch-id":
+            skip = True
+        elif argument != "--overwrite" and not argument.startswith("--batch-id="):
+            kept.append(_without_password(argument))
+    return shlex.join(["batchllm", *kept, "--batch-id", batch_id])
+
+
+def _without_password(argument: str) -> str:
+    option, equals, value = argument.partition("=")
+    if not option.startswith("--"):
+        option, equals, value = "", "", argument
+    return option + equals + without_secrets(safe_url(value) if "://" in value else value)
+
+
+def _report(summary: Summary, end: End, request: CommandRequest) -> None:
+    if end.failure is not None:
+        text = " ".join(str(end.failure).split()) or type(end.failure).__name__
+        say(f"Error: {text}")
+    if request.as_json:
+        print_json(summary.to_json())
+    if request.quiet and not summary.resume:
+        return
+    if not request.as_json or summary.resume:
+        on_stdout = not request.as_json and not request.quiet and request.out != "-"
+        console = to_stdout() if on_stdout else to_stderr()
+        print_summary(console, summary, end.failures.examples)

@@ -1,0 +1,106 @@
+"""`batchllm submit`: enqueue a batch for a fleet."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import time
+from typing import Any
+
+import click
+
+from batchllm_celery.cli import exit_codes, options
+from batchllm_celery.cli.batch_follower import BackgroundThread
+from batchllm_celery.cli.commands.run import open_rows, resume_command
+from batchllm_celery.cli.display.console import log_to, say, to_stderr
+from batchllm_celery.cli.display.wording import plural
+from batchllm_celery.cli.request import (
+    CommandRequest,
+    check_price,
+    check_strategy,
+    default_quota_name,
+    quota_of,
+    settings_of,
+    spec_of,
+    strategy_of,
+)
+from batchllm_celery.cli.signals import Interrupts
+from batchllm_celery.errors import UsageError
+from batchllm_celery.files.rows import Rows
+from batchllm_celery.models import BatchSpec, Quota
+from batchllm_celery.settings import Settings
+
+
+@click.command()
+@click.argument("source", metavar="INPUT")
+@options.model
+@options.rows
+@options.quota
+@options.batch
+@options.bounds
+@options.connection
+@options.quiet
+@options.verbose
+def submit(source: str, **shared: Any) -> int:
+    """Enqueue every row of INPUT for the workers of a fleet; print the batch's id.
+
+    The id is printed as soon as the batch is in Redis, so that `batchllm results ID --follow` can
+    start while rows are still read. Exit code: 0 enqueued, 2 not enqueued.
+    """
+    request = CommandRequest(**shared)
+    log_to(to_stderr(), verbose=request.verbose)
+    with contextlib.ExitStack() as stack, Interrupts().counted() as interrupts:
+        settings = settings_of(request)
+        strategy = strategy_of(request)
+        rows = open_rows(source, request, strategy, stack)
+        instance = None
+        if request.model or settings.app:
+            instance = check_strategy(strategy, settings)
+        spec = spec_of(request, strategy, source=source, queue="default", keep_results=True)
+        if instance is not None:
+            check_price(spec, instance, settings)
+        quota = quota_of(request, default_quota_name(strategy))
+        total = _submit(settings, spec, quota, request, rows, interrupts, stack)
+    if total is None:
+        command = resume_command(spec.batch_id, sys.argv[1:])
+        say(f"Interrupted before all rows were enqueued. Continue with: {command}")
+        return exit_codes.INTERRUPTED
+    if not request.quiet:
+        bad = f" ({plural(rows.bad, 'bad row')})" if rows.bad else ""
+        click.echo(f"{plural(total, 'item')} enqueued{bad}", err=True)
+    return exit_codes.OK
+
+
+def _submit(
+    settings: Settings,
+    spec: BatchSpec,
+    quota: Quota | None,
+    request: CommandRequest,
+    rows: Rows,
+    interrupts: Interrupts,
+    stack: contextlib.ExitStack,
+) -> int | None:
+    from batchllm_celery.producer import Producer
+
+    producer = stack.enter_context(Producer(settings))
+    producer.check()
+    batch = producer.open(spec, quota=quota, quota_update=request.quota_update)
+    click.echo(batch.id)
+    sys.stdout.flush()
+    if not request.quiet and not producer.workers():
+        click.echo("No worker is running yet; start some: batchllm worker", err=True)
+    stop, totals = threading.Event(), []
+    feeder = BackgroundThread("feeder", lambda: totals.append(batch.feed(rows, stop=stop)))
+    feeder.start()
+    while feeder.is_alive():
+        if interrupts.count:
+            stop.set()
+        if interrupts.count >= 2:
+            return None
+        time.sleep(0.05)
+    if feeder.failure is not None:
+        raise feeder.failure
+    if not totals:
+        raise UsageError("the rows were not enqueued")
+    return totals[0]

@@ -1,0 +1,179 @@
+"""The progress of a batch: a live bar on a terminal, a line every few seconds elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+from rich.text import Text
+
+from batchllm_celery.cli.display.wording import count, duration, money, rate, short
+from batchllm_celery.models import BatchProgress
+
+#: Seconds over which the rate is measured.
+RATE_WINDOW_SECONDS = 30.0
+#: Seconds between two lines of `PlainDisplay`.
+PLAIN_INTERVAL_SECONDS = 5.0
+
+
+class RateMeter:
+    """Items a second over the last half minute."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._seen: deque[tuple[float, int]] = deque()
+
+    def update(self, finished: int) -> float:
+        """Record how many items are finished now. Returns items per second."""
+        now = self._clock()
+        self._seen.append((now, finished))
+        while now - self._seen[0][0] > RATE_WINDOW_SECONDS:
+            self._seen.popleft()
+        since, before = self._seen[0]
+        return max(0.0, (finished - before) / (now - since)) if now > since else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What a display shows at one moment."""
+
+    progress: BatchProgress
+    total: int | None = None
+    """The number of all items, perhaps estimated; None if it is not known."""
+    rate: float = 0.0
+    doing: str = ""
+    """What the batch waits for, in a few words."""
+
+    @property
+    def eta(self) -> float | None:
+        """Seconds left at this rate."""
+        if self.total is None or self.rate <= 0:
+            return None
+        return max(0, self.total - self.progress.finished) / self.rate
+
+
+class Display(Protocol):
+    """Shows views."""
+
+    def update(self, view: View) -> None: ...
+    def say(self, text: str) -> None:
+        """One line that stays."""
+
+    def close(self) -> None: ...
+
+
+def counters(view: View) -> str:
+    """`✓ 1,200  ✗ 3  · 1.2M tokens · $0.0340`"""
+    progress = view.progress
+    tokens = progress.input_tokens + progress.output_tokens
+    parts = [f"✓ {count(progress.succeeded)}  ✗ {count(progress.failed)}"]
+    if progress.in_flight:
+        parts.append(f"{count(progress.in_flight)} under way")
+    if tokens:
+        parts.append(f"{short(tokens)} tokens")
+    if progress.cost is not None:
+        parts.append(money(progress.cost))
+    return " · ".join(parts)
+
+
+def headline(view: View) -> str:
+    """`1,203/10,000  45.1/s  3 min 15 s left`"""
+    total = "?" if view.total is None else count(view.total)
+    parts = [f"{count(view.progress.finished)}/{total}"]
+    if view.rate > 0:
+        parts.append(rate(view.rate))
+    if view.eta is not None and view.progress.finished:
+        parts.append(f"{duration(view.eta)} left")
+    return "  ".join(parts)
+
+
+class _Bar(Progress):
+    """A bar with a second line below it."""
+
+    below: RenderableType = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        yield self.below
+
+
+class LiveDisplay:
+    """A bar and a line of counters that redraw themselves and disappear when closed."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar = _Bar(
+            SpinnerColumn(),
+            BarColumn(bar_width=min(40, max(10, console.width - 45))),
+            TextColumn("{task.description}", markup=False),
+            console=console, refresh_per_second=8, transient=True,
+        )  # fmt: skip
+        self._task = self._bar.add_task("starting …", total=None)
+        self._bar.start()
+
+    def update(self, view: View) -> None:
+        below = Text("  " + counters(view))
+        if view.doing:
+            below.append(f" · {view.doing}", style="yellow")
+        self._bar.below = below
+        self._bar.update(
+            self._task,
+            description=headline(view),
+            completed=view.progress.finished,
+            total=view.total,
+        )
+
+    def say(self, text: str) -> None:
+        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def close(self) -> None:
+        self._bar.stop()
+
+
+class PlainDisplay:
+    """Prints a line every few seconds, for logs and pipes."""
+
+    def __init__(
+        self,
+        console: Console,
+        *,
+        interval: float = PLAIN_INTERVAL_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._console = console
+        self._interval = interval
+        self._clock = clock
+        self._next = clock() + interval
+
+    def update(self, view: View) -> None:
+        if self._clock() < self._next:
+            return
+        self._next = self._clock() + self._interval
+        doing = f" · {view.doing}" if view.doing else ""
+        self.say(f"{headline(view)}  {counters(view)}{doing}")
+
+    def say(self, text: str) -> None:
+        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+class QuietDisplay:
+    """Shows nothing."""
+
+    def update(self, view: View) -> None: ...
+    def say(self, text: str) -> None: ...
+    def close(self) -> None: ...
+
+
+def open_display(console: Console, *, quiet: bool) -> Display:
+    """The display for this terminal, log or `--quiet`."""
+    if quiet:
+        return QuietDisplay()
+    return LiveDisplay(console) if console.is_terminal else PlainDisplay(console)

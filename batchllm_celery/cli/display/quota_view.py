@@ -1,0 +1,56 @@
+"""The state of a quota and of a batch, in a few words."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from batchllm_celery.cli.display.wording import count, duration, short
+from batchllm_celery.models import BatchProgress, BatchState, QuotaLimits
+
+if TYPE_CHECKING:
+    from batchllm_celery.limiter import QuotaState
+
+_SHORT_NAMES = {
+    "requests_per_minute": "rpm",
+    "tokens_per_minute": "tpm",
+    "input_tokens_per_minute": "input tpm",
+    "output_tokens_per_minute": "output tpm",
+    "requests_per_day": "a day",
+    "max_concurrency": "at once",
+}
+
+
+def limits_words(limits: QuotaLimits) -> str:
+    """`600 rpm, 1.0M tpm`; `unlimited`; `no quota` if no limit was given."""
+    finite = [f"{short(value)} {_SHORT_NAMES[name]}" for name, value in limits.finite().items()]
+    return ", ".join(finite) or ("unlimited" if limits.given() else "no quota")
+
+
+def quota_words(state: QuotaState, now: float) -> str:
+    """Why calls wait for the quota; empty if none waits."""
+    if state.exhausted_until is not None and state.exhausted_until > now:
+        return f"the day's quota is used up, {duration(state.exhausted_until - now)} to its reset"
+    if state.cooldown_remaining > 0:
+        why = "a refusal" if state.consecutive else "a restart of Redis"
+        return f"cooling down for {duration(state.cooldown_remaining)} after {why}"
+    if state.probing:
+        return "the provider is refusing; trying one call at a time"
+    if state.ramp_position is not None:
+        return f"starting slowly after a refusal ({count(state.ramp_position)} starts)"
+    if state.waiting and state.rate_factor < 0.99:
+        return f"at {state.rate_factor:.0%} of the quota after refusals"
+    if not state.waiting:
+        return ""
+    return "at the quota's speed" if state.limits.finite() else "finding the provider's rate"
+
+
+def doing(progress: BatchProgress, quota: QuotaState | None, now: float) -> str:
+    """What a batch waits for, in a few words; empty if it waits for nothing."""
+    if progress.state is BatchState.PAUSED:
+        return "paused"
+    if progress.state is BatchState.PARKED:
+        until = f" for {duration(progress.parked_until - now)}" if progress.parked_until else ""
+        return f"parked{until}: the day's quota is used up"
+    if progress.state.stopped:
+        return str(progress.state) if progress.is_over else f"{progress.state}: ending what is left"
+    return quota_words(quota, now) if quota is not None else ""

@@ -1,0 +1,470 @@
+"""The options of a command as one frozen object, and the models that they stand for.
+
+Everything is checked here, before anything is enqueued.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import re
+import secrets
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from batchllm_celery.errors import FailureKind, StrategyNotFoundError, UsageError
+from batchllm_celery.files.prompt_template import PromptTemplate
+from batchllm_celery.files.readers import STDIN, Format
+from batchllm_celery.files.rows import Rows
+from batchllm_celery.models import (
+    BatchSpec,
+    CooldownPolicy,
+    ProcessorConfig,
+    Quota,
+    QuotaLimits,
+    RateLimitConfig,
+    RetryConfig,
+    StrategySpec,
+)
+from batchllm_celery.models.names import as_label, check_batch_id, check_label
+from batchllm_celery.settings import Settings
+
+#: Providers that `--model` reaches -> the environment variables that may hold their key.
+PROVIDER_KEYS: dict[str, tuple[str, ...]] = {
+    "gemini": ("GEMINI_API_KEY", "GOOGLE_API_KEY"),
+    "openai": ("OPENAI_API_KEY",),
+    "simulated": (),
+}
+_KEY_PAGES = {
+    "gemini": "https://aistudio.google.com/apikey",
+    "openai": "https://platform.openai.com/api-keys",
+}
+#: Prefix of the batch ids of dry runs, so that none is the id of a real batch.
+DRY_RUN_PREFIX = "dry-"
+SIMULATED_MODEL = "simulated-1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommandRequest:
+    """The options that several commands share, under their own names.
+
+    A command fills the fields that it offers; the others keep their defaults. None and False mean
+    that the option was not given.
+    """
+
+    # Where the fleet is.
+    redis_url: str | None = None
+    namespace: str | None = None
+    state_dir: str | None = None
+    # What answers.
+    model: str | None = None
+    strategy: str | None = None
+    params: str | None = None
+    app: str | None = None
+    system: str | None = None
+    schema: str | None = None
+    temperature: float | None = None
+    max_output_tokens: int | None = None
+    base_url: str | None = None
+    # The input.
+    prompt: str | None = None
+    format: Format = "auto"
+    strict: bool = False
+    # The quota. Infinity means unlimited.
+    rpm: float | None = None
+    tpm: float | None = None
+    input_tpm: float | None = None
+    output_tpm: float | None = None
+    rpd: float | None = None
+    max_concurrency: float | None = None
+    quota: str | None = None
+    quota_update: bool = False
+    after_429: str | None = None
+    # The batch and its bounds. Times are in seconds, costs in US dollars.
+    batch_id: str | None = None
+    items_per_task: int | None = None
+    queue: str | None = None
+    priority: int | None = None
+    dry_run: bool = False
+    max_attempts: int | None = None
+    attempt_timeout: float | None = None
+    item_timeout: float | None = None
+    deadline: float | None = None
+    max_cost: float | None = None
+    price: tuple[str, ...] = ()
+    token_budget: int | None = None
+    fail_fast: str | None = None
+    # Workers.
+    slots: int | None = None
+    # The output.
+    out: str | None = None
+    ordered: bool = False
+    overwrite: bool = False
+    as_json: bool = False
+    quiet: bool = False
+    verbose: bool = False
+
+
+def settings_of(request: CommandRequest) -> Settings:
+    """The settings of this process: those of the environment, overridden by the options."""
+    given: dict[str, Any] = {
+        "redis_url": request.redis_url,
+        "namespace": request.namespace,
+        "state_dir": request.state_dir,
+        "app": request.app,
+        "slots": request.slots,
+        "queue": request.queue,
+        "openai_base_url": request.base_url or None,
+    }
+    return Settings(**{name: value for name, value in given.items() if value is not None})
+
+
+# -- what runs
+
+
+def strategy_of(request: CommandRequest) -> StrategySpec:
+    """What `--model`, or `--strategy` with `--params`, asks for.
+
+    Raises:
+        UsageError: naming the option that is wrong or missing.
+    """
+    model, name = request.model, request.strategy
+    if model and name:
+        raise UsageError("--model and --strategy exclude each other; give one of them")
+    if name:
+        check_label(name, "--strategy")
+        return StrategySpec(name=name, params=_params(request) | _strategy_extras(request))
+    if not model:
+        raise UsageError("say what answers: --model PROVIDER:NAME, or --strategy NAME --app MODULE")
+    provider, _, model_name = model.partition(":")
+    if provider not in PROVIDER_KEYS:
+        known = ", ".join(f"{name}:NAME" for name in PROVIDER_KEYS if name != "simulated")
+        raise UsageError(
+            f"--model {model!r}: unknown provider {provider!r}; use {known} or simulated"
+        )
+    if not model_name and provider != "simulated":
+        raise UsageError(f"--model {model!r} names no model; write {provider}:NAME")
+    if request.base_url and provider != "openai":
+        raise UsageError("--base-url goes with --model openai:NAME only")
+    params = {"model": model_name or SIMULATED_MODEL} | _params(request) | _strategy_extras(request)
+    return StrategySpec(name=provider, params=params)
+
+
+def _strategy_extras(request: CommandRequest) -> dict[str, Any]:
+    extras = {
+        "system": request.system,
+        "temperature": request.temperature,
+        "max_output_tokens": request.max_output_tokens,
+        "schema": read_schema(request.schema),
+    }
+    return {name: value for name, value in extras.items() if value is not None}
+
+
+def _params(request: CommandRequest) -> dict[str, Any]:
+    text = request.params
+    if not text:
+        return {}
+    try:
+        params = json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"--params is not JSON: {error}") from None
+    if not isinstance(params, dict):
+        raise UsageError('--params must be a JSON object, as in {"model": "gemini-2.5-flash"}')
+    return params
+
+
+def read_schema(file: str | None) -> dict[str, Any] | None:
+    """The JSON Schema in a file.
+
+    Raises:
+        UsageError: if it can't be read, is no object, or no schema that can be checked against.
+    """
+    if file is None:
+        return None
+    try:
+        schema = json.loads(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--schema {file}: {error.strerror}") from None
+    except ValueError as error:
+        raise UsageError(f"--schema {file} is not JSON: {error}") from None
+    except RecursionError:
+        raise UsageError(f"--schema {file} is nested too deep") from None
+    if not isinstance(schema, dict):
+        raise UsageError(f"--schema {file} must hold a JSON Schema object")
+    from batchllm_celery.strategies.structured import OutputSchema
+
+    try:
+        OutputSchema(schema)
+    except UsageError as error:
+        raise UsageError(f"--schema {file}: {error}") from None
+    return schema
+
+
+def import_apps(settings: Settings) -> None:
+    """Import the modules of `--app`, which register strategies.
+
+    Raises:
+        UsageError: naming the module that can't be imported.
+    """
+    for module in filter(None, ((settings.app or "").replace(" ", "")).split(",")):
+        _import_app(module)
+
+
+def _import_app(module: str) -> None:
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise UsageError(f"--app {module}: {error}") from error
+    except Exception as error:
+        raise UsageError(f"--app {module} failed: {type(error).__name__}: {error}") from error
+
+
+def check_strategy(spec: StrategySpec, settings: Settings) -> Any:
+    """Build the strategy once before any item, so that a wrong name or parameter costs none.
+
+    Returns:
+        The strategy's instance.
+
+    Raises:
+        UsageError: the registry or the strategy's factory refused.
+    """
+    from batchllm_celery.strategies import catalog
+
+    import_apps(settings)
+    try:
+        return catalog.lookup(spec.name).build(spec)
+    except (UsageError, StrategyNotFoundError):
+        raise
+    except ImportError as error:
+        raise UsageError(f"strategy {spec.name!r} needs a package: {error}") from error
+    except Exception as error:
+        raise UsageError(f"strategy {spec.name!r}: {type(error).__name__}: {error}") from error
+
+
+def check_key(spec: StrategySpec, settings: Settings) -> None:
+    """Check that the API key is set, for providers that need one.
+
+    Raises:
+        UsageError: naming the variable to set and where to get a key.
+    """
+    names = PROVIDER_KEYS.get(spec.name, ())
+    if not names or any(os.environ.get(name) for name in names):
+        return
+    if spec.name == "openai" and settings.openai_base_url:
+        return  # a server of your own may want none
+    if spec.name == "gemini" and os.environ.get("GOOGLE_GENAI_USE_VERTEXAI", "").lower() in (
+        "1",
+        "true",
+    ):
+        return
+    page = _KEY_PAGES[spec.name]
+    raise UsageError(f"no API key for {spec.name}: set {names[0]} (get one at {page})")
+
+
+# -- under which limits
+
+
+def limits_of(request: CommandRequest) -> QuotaLimits:
+    """The limits that `--rpm` and the options like it give."""
+    return QuotaLimits(
+        requests_per_minute=request.rpm,
+        tokens_per_minute=request.tpm,
+        input_tokens_per_minute=request.input_tpm,
+        output_tokens_per_minute=request.output_tpm,
+        requests_per_day=request.rpd,
+        max_concurrency=request.max_concurrency,
+    )
+
+
+def policy_of(after_429: str | None) -> CooldownPolicy:
+    """The policy that `--after-429` names. The slow start has the numbers of batch-llm."""
+    if after_429 != "slow-start":
+        return CooldownPolicy()
+    from batchllm_celery.limiter import policy_from
+
+    return policy_from(RateLimitConfig())
+
+
+def quota_of(request: CommandRequest, default_name: str) -> Quota | None:
+    """The quota to set. None leaves the fleet's quota as it is: no limit was given, or it is a dry
+    run."""
+    limits = limits_of(request)
+    if request.dry_run:
+        return None
+    if not limits.given() and not request.after_429:
+        return None
+    name = _quota_name(request, default_name)
+    return Quota(name=name, limits=limits, policy=policy_of(request.after_429))
+
+
+def _quota_name(request: CommandRequest, default: str) -> str:
+    name = request.quota
+    return default if name is None else check_label(name, "--quota")
+
+
+def default_quota_name(spec: StrategySpec) -> str:
+    """The quota that the strategy was registered with, else the strategy's name."""
+    from batchllm_celery.strategies import catalog
+
+    known = catalog.lookup(spec.name).quota_for(spec) if spec.name in catalog else None
+    return as_label(known or spec.name)
+
+
+def model_name(spec: StrategySpec) -> str | None:
+    """The name that prices are looked up under; None for a strategy of the user's."""
+    if spec.name in PROVIDER_KEYS and spec.params.get("model"):
+        return f"{spec.name}:{spec.params['model']}"
+    return None
+
+
+def config_of(request: CommandRequest) -> ProcessorConfig:
+    """Attempts and time limits."""
+    retry: dict[str, Any] = {"max_attempts": request.max_attempts} if request.max_attempts else {}
+    given: dict[str, Any] = {
+        "timeout_per_item": request.attempt_timeout,
+        "item_timeout": request.item_timeout,
+        "dry_run": request.dry_run,
+    }
+    named = {name: value for name, value in given.items() if value}
+    return ProcessorConfig(retry=RetryConfig(**retry), **named)
+
+
+def fail_fast_of(text: str | None) -> tuple[FailureKind, ...]:
+    """The kinds of `--fail-fast KIND,...`.
+
+    Raises:
+        UsageError: naming the unknown kind and all known ones.
+    """
+    kinds = []
+    for name in filter(None, (part.strip() for part in (text or "").split(","))):
+        try:
+            kinds.append(FailureKind(name))
+        except ValueError:
+            raise UsageError(
+                f"--fail-fast: unknown kind {name!r}; known are {', '.join(FailureKind)}"
+            ) from None
+    return tuple(kinds)
+
+
+def prices_of(request: CommandRequest, strategy: StrategySpec) -> dict[str, tuple[float, float]]:
+    """The prices of `--price` by model; "" stands for every model that is not named.
+
+    Raises:
+        UsageError: for something that is no price.
+    """
+    prices = {}
+    for text in request.price:
+        name, _, numbers = text.rpartition("=")
+        if name and ":" not in name and strategy.name in PROVIDER_KEYS:
+            name = f"{strategy.name}:{name}"
+        try:
+            read, written = (float(number) for number in numbers.split(","))
+        except ValueError:
+            read = written = -1.0
+        if not (0 <= read < math.inf and 0 <= written < math.inf):
+            raise UsageError(
+                f"--price {text!r}: write IN,OUT or MODEL=IN,OUT, as 0.3,2.5 "
+                "(US dollars per million tokens)"
+            )
+        prices[name] = (read, written)
+    return prices
+
+
+def check_price(spec: BatchSpec, instance: Any, settings: Settings) -> None:
+    """Check that `--max-cost` can stop the batch: each model of the strategy needs a price.
+
+    Raises:
+        UsageError: naming the model that has no price.
+    """
+    if spec.max_cost is None or "" in spec.prices:
+        return
+    from batchllm_celery.execution import Prices
+
+    prices = Prices(settings.prices_file)
+    models = instance.models() or (f"strategy {spec.strategy.name!r}",)
+    for model in models:
+        if model not in spec.prices and prices.of(model) is None:
+            raise UsageError(
+                f"--max-cost would never bind: no price is known for {model}; give it with "
+                "--price IN,OUT (US dollars per million tokens), or use --token-budget"
+            )
+
+
+def batch_id_for(source: str) -> str:
+    """A readable id that no other batch has, as `reviews-1122-2104-3f2a`."""
+    stem = "batch" if source == STDIN else Path(source).stem
+    clean = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.")[:40] or "batch"
+    return f"{clean}-{time.strftime('%m%d-%H%M')}-{secrets.token_hex(2)}"
+
+
+def spec_of(
+    request: CommandRequest,
+    strategy: StrategySpec,
+    *,
+    source: str,
+    queue: str | None,
+    keep_results: bool,
+) -> BatchSpec:
+    """The specification of the batch.
+
+    Args:
+        request: the options.
+        strategy: what answers.
+        source: names the batch where `--batch-id` does not.
+        queue: the default of `--queue`; None means a private queue of this batch.
+        keep_results: whether results stay in Redis after they have been read.
+
+    Raises:
+        UsageError: naming the option that is wrong. pydantic's own error names a wrong bound.
+    """
+    batch_id = request.batch_id
+    given = batch_id is not None
+    batch_id = check_batch_id(batch_id, "--batch-id") if given else batch_id_for(source)
+    if request.dry_run:
+        batch_id = DRY_RUN_PREFIX + batch_id.removeprefix(DRY_RUN_PREFIX)
+    elif given and batch_id.startswith(DRY_RUN_PREFIX):
+        raise UsageError(
+            f"--batch-id {batch_id!r}: ids that begin with {DRY_RUN_PREFIX!r} are dry runs"
+        )
+    return BatchSpec(
+        batch_id=batch_id,
+        strategy=strategy,
+        quota=_quota_name(request, default_quota_name(strategy)),
+        config=config_of(request),
+        queue=request.queue or queue or f"run.{batch_id}",
+        priority=request.priority or 0,
+        items_per_task=request.items_per_task,
+        deadline=request.deadline,
+        max_cost=request.max_cost,
+        token_budget=request.token_budget,
+        fail_fast=fail_fast_of(request.fail_fast),
+        keep_results=keep_results,
+        prices=prices_of(request, strategy),
+        model=model_name(strategy),
+    )
+
+
+# -- over which rows
+
+
+def rows_of(request: CommandRequest, source: str, strategy: StrategySpec) -> Rows:
+    """The opened input.
+
+    Raises:
+        InputError: it can't be read, or it has no row.
+    """
+    template = request.prompt
+    return Rows(
+        source,
+        strategy,
+        template=PromptTemplate(template) if template else None,
+        format=request.format,
+        tunable=strategy.name in PROVIDER_KEYS,
+    )

@@ -1,0 +1,1 @@
+"""Input files as rows, and result files: for the commands, and for programs of your own."""
