@@ -48,15 +48,17 @@ if TYPE_CHECKING:
     )
     from batchllm_celery.observability import MetricsObserver
     from batchllm_celery.producer import Batch, Producer
+    from batchllm_celery.providers import (
+        GeminiCachedStrategy,
+        GeminiStrategy,
+        OpenAICompatibleStrategy,
+        PydanticAIStrategy,
+    )
     from batchllm_celery.settings import Settings
     from batchllm_celery.strategies import (
         CallableStrategy,
         EscalatingStrategy,
-        GeminiCachedStrategy,
-        GeminiStrategy,
         LLMCallStrategy,
-        OpenAICompatibleStrategy,
-        PydanticAIStrategy,
         strategy,
     )
     from batchllm_celery.worker import install
@@ -133,17 +135,14 @@ _HOMES = {
     ),
     "observability": ("MetricsObserver",),
     "producer": ("Batch", "Producer"),
-    "settings": ("Settings",),
-    "strategies": (
-        "CallableStrategy",
-        "EscalatingStrategy",
+    "providers": (
         "GeminiCachedStrategy",
         "GeminiStrategy",
-        "LLMCallStrategy",
         "OpenAICompatibleStrategy",
         "PydanticAIStrategy",
-        "strategy",
     ),
+    "settings": ("Settings",),
+    "strategies": ("CallableStrategy", "EscalatingStrategy", "LLMCallStrategy", "strategy"),
     "worker": ("install",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

@@ -12,7 +12,8 @@ from pydantic import BaseModel
 
 from batchllm_celery.errors import FailureKind, ProviderError, UsageError
 from batchllm_celery.models import Completion, Failure, RetryState, TokenUsage, TOutput
-from batchllm_celery.strategies import gemini_client, openai_client
+from batchllm_celery.providers.gemini import client as gemini_client
+from batchllm_celery.providers.openai import client as openai_client
 from batchllm_celery.strategies.base import Answer, LLMCallStrategy, ProcessResources
 from batchllm_celery.strategies.failures import charged, classify
 from batchllm_celery.strategies.structured import remember_feedback, with_feedback

@@ -6,9 +6,9 @@ from typing import Any
 
 from batchllm_celery.errors import UsageError
 from batchllm_celery.models import TOutput
-from batchllm_celery.strategies import gemini_client
+from batchllm_celery.providers.gemini import client as gemini_client
+from batchllm_celery.providers.gemini.strategy import GeminiStrategy
 from batchllm_celery.strategies.base import ProcessResources
-from batchllm_celery.strategies.gemini import GeminiStrategy
 
 
 class SimulatedStrategy(GeminiStrategy[TOutput]):

@@ -27,13 +27,11 @@ from batchllm_celery.limiter.quota_state import LiveState, QuotaSetup
 from batchllm_celery.limiter.records import lua_reader, pack, unpack
 from batchllm_celery.limiter.settlements import Settlements
 from batchllm_celery.models import Quota, QuotaLimits, RateLimitConfig, TokenUsage
+from batchllm_celery.providers import GeminiStrategy, OpenAICompatibleStrategy, SimulatedStrategy
 from batchllm_celery.strategies import (
     CallableStrategy,
     EscalatingStrategy,
-    GeminiStrategy,
     LLMCallStrategy,
-    OpenAICompatibleStrategy,
-    SimulatedStrategy,
     StructuredStrategy,
 )
 

@@ -24,9 +24,9 @@ from pydantic import BaseModel
 from batchllm_celery.connection import Connection
 from batchllm_celery.errors import ProviderError, UsageError, describe
 from batchllm_celery.models import TOutput
-from batchllm_celery.strategies import gemini_client
+from batchllm_celery.providers.gemini import client as gemini_client
+from batchllm_celery.providers.gemini.strategy import GeminiStrategy
 from batchllm_celery.strategies.base import Opened
-from batchllm_celery.strategies.gemini import GeminiStrategy
 from batchllm_celery.strategies.structured import Schema
 
 logger = logging.getLogger("batchllm_celery")

@@ -19,10 +19,10 @@ from batchllm_celery.models import (
     TokenUsage,
     TOutput,
 )
+from batchllm_celery.providers.bodies import unreadable
+from batchllm_celery.providers.gemini import client as gemini_client
 from batchllm_celery.redaction import keep_secret
-from batchllm_celery.strategies import gemini_client
 from batchllm_celery.strategies.base import LLMCallStrategy, ProcessResources
-from batchllm_celery.strategies.bodies import unreadable
 from batchllm_celery.strategies.failures import charged, classify
 from batchllm_celery.strategies.structured import (
     OutputSchema,

@@ -8,8 +8,9 @@ from typing import Any
 
 from batchllm_celery.errors import FailureKind, ProviderError
 from batchllm_celery.models import Completion, Failure, RetryState, TOutput
+from batchllm_celery.providers import bodies
+from batchllm_celery.providers.openai import client as openai_client
 from batchllm_celery.redaction import keep_secret
-from batchllm_celery.strategies import bodies, openai_client
 from batchllm_celery.strategies.base import LLMCallStrategy, ProcessResources
 from batchllm_celery.strategies.failures import charged, classify
 from batchllm_celery.strategies.structured import (
