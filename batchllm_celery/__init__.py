@@ -19,6 +19,13 @@ from typing import TYPE_CHECKING, Any
 from batchllm_celery._version import __version__
 
 if TYPE_CHECKING:
+    from batchllm_celery.compat.metrics import MetricsObserver
+    from batchllm_celery.compat.processor import ParallelBatchProcessor
+    from batchllm_celery.compat.rate_limits import (
+        ExponentialBackoffStrategy,
+        FixedDelayStrategy,
+        RateLimitStrategy,
+    )
     from batchllm_celery.errors import (
         BatchLLMError,
         FailureKind,
@@ -26,12 +33,6 @@ if TYPE_CHECKING:
         ProviderError,
         UsageError,
     )
-    from batchllm_celery.limiter import (
-        ExponentialBackoffStrategy,
-        FixedDelayStrategy,
-        RateLimitStrategy,
-    )
-    from batchllm_celery.local import ParallelBatchProcessor
     from batchllm_celery.models import (
         BatchResult,
         Completion,
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
         TokenUsage,
         WorkItemResult,
     )
-    from batchllm_celery.observability import MetricsObserver
     from batchllm_celery.producer import Batch, Producer
     from batchllm_celery.providers import (
         GeminiCachedStrategy,
@@ -110,6 +110,13 @@ __all__ = [
 #: Where each public name lives. Imported on first use, so that `import batchllm_celery` is quick
 #: and a provider's SDK is loaded only by those who call it.
 _HOMES = {
+    "compat.metrics": ("MetricsObserver",),
+    "compat.processor": ("ParallelBatchProcessor",),
+    "compat.rate_limits": (
+        "ExponentialBackoffStrategy",
+        "FixedDelayStrategy",
+        "RateLimitStrategy",
+    ),
     "errors": (
         "BatchLLMError",
         "FailureKind",
@@ -117,8 +124,6 @@ _HOMES = {
         "ProviderError",
         "UsageError",
     ),
-    "limiter": ("ExponentialBackoffStrategy", "FixedDelayStrategy", "RateLimitStrategy"),
-    "local": ("ParallelBatchProcessor",),
     "models": (
         "BatchResult",
         "Completion",
@@ -133,7 +138,6 @@ _HOMES = {
         "TokenUsage",
         "WorkItemResult",
     ),
-    "observability": ("MetricsObserver",),
     "producer": ("Batch", "Producer"),
     "providers": (
         "GeminiCachedStrategy",

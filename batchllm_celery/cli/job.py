@@ -215,7 +215,7 @@ def policy_of(after_429: str | None) -> CooldownPolicy:
     """What `--after-429` asks for; batch-llm's own numbers for the slow start."""
     if after_429 != "slow-start":
         return CooldownPolicy()
-    from batchllm_celery.limiter import policy_from
+    from batchllm_celery.compat.rate_limits import policy_from
 
     return policy_from(RateLimitConfig())
 

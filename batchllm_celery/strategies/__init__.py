@@ -2,7 +2,7 @@
 those are in `providers`."""
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from batchllm_celery.strategies.base import (
     Answer,
@@ -27,15 +27,31 @@ from batchllm_celery.strategies.registry import (
 )
 from batchllm_celery.strategies.structured import OutputSchema, StructuredStrategy
 
+if TYPE_CHECKING:
+    from batchllm_celery.providers import (
+        GeminiCachedStrategy,
+        GeminiResponse,
+        GeminiStrategy,
+        OpenAICompatibleStrategy,
+        PydanticAIStrategy,
+        SimulatedStrategy,
+    )
+
 __all__ = [
     "Answer",
     "CallableStrategy",
     "EscalatingStrategy",
+    "GeminiCachedStrategy",
+    "GeminiResponse",
+    "GeminiStrategy",
     "LLMCallStrategy",
+    "OpenAICompatibleStrategy",
     "OutputSchema",
     "ProcessResources",
+    "PydanticAIStrategy",
     "Registration",
     "Registry",
+    "SimulatedStrategy",
     "StrategyCatalog",
     "StructuredStrategy",
     "as_completion",
@@ -48,8 +64,18 @@ __all__ = [
 ]
 
 
+#: Providers' classes, which are in `providers`; the names here are a documented path.
+_PROVIDERS = (
+    "GeminiCachedStrategy",
+    "GeminiResponse",
+    "GeminiStrategy",
+    "OpenAICompatibleStrategy",
+    "PydanticAIStrategy",
+    "SimulatedStrategy",
+)
+
+
 def __getattr__(name: str) -> Any:
-    """Providers' strategies under their former path (`strategies.GeminiCachedStrategy`)."""
-    if not name.endswith(("Strategy", "Response")):
+    if name not in _PROVIDERS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module("batchllm_celery.providers"), name)

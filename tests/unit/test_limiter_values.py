@@ -10,15 +10,17 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from batchllm_celery.compat.rate_limits import (
+    ExponentialBackoffStrategy,
+    FixedDelayStrategy,
+    RateLimitStrategy,
+    policy_from,
+)
 from batchllm_celery.limiter import (
     CallOutcome,
     Estimate,
     Estimator,
-    ExponentialBackoffStrategy,
-    FixedDelayStrategy,
     Permit,
-    RateLimitStrategy,
-    policy_from,
 )
 from batchllm_celery.limiter.permit import ReportedLimit, ReportedLimits, SettledCall
 from batchllm_celery.limiter.protocol import AcquireReply, CallReport
