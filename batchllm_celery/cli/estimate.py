@@ -22,7 +22,6 @@ BYTES_PER_TOKEN = 3
 #: What an answer is taken to be, where nothing says how long it may get.
 DEFAULT_OUTPUT_TOKENS = 300
 DEFAULT_SECONDS_PER_CALL = 2.0
-DEFAULT_IN_FLIGHT = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +36,7 @@ class Size:
 
 
 @dataclass(frozen=True, slots=True)
-class Estimate:
+class BatchEstimate:
     """Size, cost in US dollars (None: no price known) and duration in seconds."""
 
     size: Size
@@ -83,7 +82,7 @@ def estimate(source: str, **chosen: Any) -> int:
         size, job.limits_of(chosen), in_flight, chosen["seconds_per_call"]
     )
     cost, without_cache = costs(size, model, settings)
-    result = Estimate(size, model, cost, without_cache, seconds, bound_by)
+    result = BatchEstimate(size, model, cost, without_cache, seconds, bound_by)
     if chosen["as_json"]:
         print_json(asdict(result))
     else:
@@ -164,7 +163,7 @@ def _times(cost: float | None, items: int) -> float | None:
     return None if cost is None else cost * items
 
 
-def show(console: Console, result: Estimate) -> None:
+def show(console: Console, result: BatchEstimate) -> None:
     """Print an estimate."""
     size = result.size
     table = Table.grid(padding=(0, 2))
@@ -179,7 +178,7 @@ def show(console: Console, result: Estimate) -> None:
     console.print(table, highlight=False)
 
 
-def _cost_words(result: Estimate) -> str:
+def _cost_words(result: BatchEstimate) -> str:
     if result.cost is None:
         return f"no price is known for {result.model or 'this strategy'}"
     text = money(result.cost)

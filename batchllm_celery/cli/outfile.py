@@ -36,7 +36,7 @@ class OutputError(UsageError):
     """The result file can't be used, or can't be written any further."""
 
 
-class Delivered(Protocol):
+class DeliveredResult(Protocol):
     """One result as it comes from the ledger."""
 
     @property
@@ -50,7 +50,7 @@ class Delivered(Protocol):
 class Sink(Protocol):
     """Where results go."""
 
-    def write(self, results: Sequence[Delivered]) -> None:
+    def write(self, results: Sequence[DeliveredResult]) -> None:
         """Take results; they are not durable yet."""
 
     def sync(self) -> str | None:
@@ -98,10 +98,10 @@ class _Turns:
         self._written = written
         self._ordered = ordered
         self._next = 0
-        self._waiting: dict[int, Delivered] = {}
+        self._waiting: dict[int, DeliveredResult] = {}
         self._receipts: deque[tuple[int, str]] = deque()
 
-    def take(self, results: Iterable[Delivered]) -> Iterator[Delivered]:
+    def take(self, results: Iterable[DeliveredResult]) -> Iterator[DeliveredResult]:
         for result in results:
             self._receipts.append((result.index, result.receipt))
             if not self._ordered or result.index in self._written:
@@ -110,7 +110,7 @@ class _Turns:
                 self._waiting[result.index] = result
         yield from self._in_turn()
 
-    def _in_turn(self) -> Iterator[Delivered]:
+    def _in_turn(self) -> Iterator[DeliveredResult]:
         while self._waiting:
             if self._next in self._waiting:
                 yield self._waiting.pop(self._next)
@@ -118,7 +118,7 @@ class _Turns:
                 return
             self._next += 1
 
-    def rest(self) -> list[Delivered]:
+    def rest(self) -> list[DeliveredResult]:
         """What still waits, in order: for a batch that will bring nothing more."""
         waiting, self._waiting = self._waiting, {}
         return [waiting[index] for index in sorted(waiting)]
@@ -139,7 +139,7 @@ class StreamSink:
         self._to_a_person = stream.isatty()
         self._receipt: str | None = None
 
-    def write(self, results: Sequence[Delivered]) -> None:
+    def write(self, results: Sequence[DeliveredResult]) -> None:
         lines = b"".join(to_line(result.line) for result in results)
         if self._to_a_person:  # a terminal obeys what may stand in an answer
             lines = printable_json(lines.decode()).encode()
@@ -218,7 +218,7 @@ class ResultFile:
 
     # -- writing ----------------------------------------------------------------------------------
 
-    def write(self, results: Sequence[Delivered]) -> None:
+    def write(self, results: Sequence[DeliveredResult]) -> None:
         """Write those whose turn it is; second outcomes go to the journal."""
         new: list[bytes] = []
         again: list[bytes] = []

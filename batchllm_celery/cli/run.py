@@ -29,7 +29,7 @@ from batchllm_celery.cli.outfile import (
     refuse_real_results,
 )
 from batchllm_celery.cli.progress_display import open_display
-from batchllm_celery.cli.session import End, Interrupts, RedisWatch, Session
+from batchllm_celery.cli.session import End, Interrupts, RedisWatch, RunSession
 from batchllm_celery.cli.summary import Summary, exit_code, print_summary
 from batchllm_celery.errors import InputError, UsageError
 from batchllm_celery.events import Events
@@ -45,7 +45,7 @@ DEFAULT_WORKERS = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class RunPlan:
     """A checked request."""
 
     settings: Settings
@@ -98,7 +98,7 @@ def run(source: str, **chosen: Any) -> int:
 # -- before anything is enqueued
 
 
-def _plan(source: str, chosen: dict[str, Any], stack: contextlib.ExitStack) -> Plan:
+def _plan(source: str, chosen: dict[str, Any], stack: contextlib.ExitStack) -> RunPlan:
     settings = job.settings_of(chosen)
     strategy = job.strategy_of(chosen)
     out = chosen["out"] or default_out(source, dry_run=chosen["dry_run"])
@@ -117,7 +117,7 @@ def _plan(source: str, chosen: dict[str, Any], stack: contextlib.ExitStack) -> P
     check_out(out, spec.batch_id, overwrite=_overwrites(chosen))
     settings = settings.model_copy(update={"queue": spec.queue})
     quota = job.quota_of(chosen, job.default_quota_name(strategy))
-    return Plan(settings, spec, quota, chosen["quota_update"], rows, out, chosen["workers"])
+    return RunPlan(settings, spec, quota, chosen["quota_update"], rows, out, chosen["workers"])
 
 
 def open_rows(
@@ -159,7 +159,7 @@ def _refuse_same_file(source: str, out: str) -> None:
 
 
 def _run(
-    plan: Plan,
+    plan: RunPlan,
     chosen: dict[str, Any],
     console: Console,
     interrupts: Interrupts,
@@ -188,7 +188,7 @@ def _run(
     stack.callback(fleet.kill)
     display = open_display(console, quiet=chosen["quiet"])
     display.say(f"Batch {batch.id}" + (", going on where it was" if batch.resumed else ""))
-    session = Session(
+    session = RunSession(
         producer, batch, plan.rows, sink, fleet, display,
         interrupts=interrupts, redis=redis, drain_seconds=settings.drain_seconds,
         check=provider.check if provider is not None else None,
@@ -205,7 +205,7 @@ def _run(
 
 
 def _with_simulation(
-    plan: Plan, chosen: dict[str, Any], stack: contextlib.ExitStack
+    plan: RunPlan, chosen: dict[str, Any], stack: contextlib.ExitStack
 ) -> tuple[Settings, SimulatedProviderProcess | None]:
     """Settings for the workers; for `--model simulated` with a provider of our own and its URL."""
     settings = plan.settings
@@ -271,7 +271,7 @@ def _in_time(close: Any, interrupts: Interrupts) -> None:
 # -- afterwards
 
 
-def _summary(plan: Plan, end: End, seconds: float, logs: str | None) -> Summary:
+def _summary(plan: RunPlan, end: End, seconds: float, logs: str | None) -> Summary:
     progress, code = end.progress, _code(end)
     resumable = code in (exit_codes.INTERRUPTED, exit_codes.STOPPED) or end.failure is not None
     return Summary(

@@ -72,7 +72,7 @@ class RedisWatch:
             self.away_since = None
 
 
-class Job(threading.Thread):
+class WorkThread(threading.Thread):
     """A daemon thread that keeps what it failed with."""
 
     def __init__(self, name: str, work: Callable[[], None]) -> None:
@@ -103,7 +103,7 @@ class End:
     failure: Exception | None = None
 
 
-class Session:
+class RunSession:
     """Feeds, follows and writes one batch until it is over, interrupted or broken.
 
     Args:
@@ -150,9 +150,9 @@ class Session:
         self._written = 0
         self._idle_takes = 0
         self._failures = Failures()
-        self._feeder = Job("feeder", self._feed)
-        self._writer = Job("writer", self._write)
-        self._watcher = Job("watcher", self._watch)
+        self._feeder = WorkThread("feeder", self._feed)
+        self._writer = WorkThread("writer", self._write)
+        self._watcher = WorkThread("watcher", self._watch)
 
     # -- the three threads ------------------------------------------------------------------------
 
@@ -256,7 +256,7 @@ class Session:
                 "Stopping: waiting for the calls in flight. Ctrl-C again stops at once."
             )
         self._stop_feeding.set()
-        pause = Job("pause", self._pause)
+        pause = WorkThread("pause", self._pause)
         pause.start()
         self._fleet.drain()
         deadline = time.monotonic() + self._drain_seconds + LAST_RESULTS_SECONDS
@@ -274,7 +274,7 @@ class Session:
         if not self._progress.is_over and not self._progress.state.stopped:
             self._batch.pause()
 
-    def _has_everything(self, pause: Job, since: float) -> bool:
+    def _has_everything(self, pause: WorkThread, since: float) -> bool:
         """Whether the last results have been written: two takes in a row brought nothing."""
         if self._writer.failure is not None or since > LAST_RESULTS_SECONDS:
             return True
@@ -285,7 +285,7 @@ class Session:
         self._writer.join(timeout=LAST_RESULTS_SECONDS)
         progress = self._progress
         if self._redis.away_since is None and self._interrupts.count < 2:
-            last = Job("last look", self._look)
+            last = WorkThread("last look", self._look)
             last.start()
             last.join(timeout=LAST_RESULTS_SECONDS)
             progress = self._progress

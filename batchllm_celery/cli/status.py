@@ -56,7 +56,7 @@ class Status:
         }
 
 
-class Observer:
+class FleetView:
     """Looks at a fleet again and again, and so knows rates."""
 
     def __init__(self, producer: Producer, batch_id: str | None) -> None:
@@ -97,7 +97,7 @@ def status(batch_id: str | None, watch: bool, as_json: bool, **chosen: Any) -> i
 
     with Producer(job.settings_of(chosen)) as producer:
         producer.check()
-        observer = Observer(producer, batch_id)
+        observer = FleetView(producer, batch_id)
         seen = observer.look()
         if watch:
             return _watch(observer, as_json=as_json)
@@ -108,7 +108,7 @@ def status(batch_id: str | None, watch: bool, as_json: bool, **chosen: Any) -> i
     return exit_codes.OK
 
 
-def _watch(observer: Observer, *, as_json: bool) -> int:
+def _watch(observer: FleetView, *, as_json: bool) -> int:
     with Interrupts().counted() as interrupts:
         if as_json:
             _every_second(interrupts, lambda: print_json(observer.look().to_json()))

@@ -13,7 +13,7 @@ import click
 from batchllm_celery.cli import exit_codes, job, options
 from batchllm_celery.cli.console import log_to, say, to_stderr
 from batchllm_celery.cli.run import open_rows, resume_command
-from batchllm_celery.cli.session import Interrupts, Job
+from batchllm_celery.cli.session import Interrupts, WorkThread
 from batchllm_celery.cli.wording import plural
 from batchllm_celery.errors import UsageError
 from batchllm_celery.models import BatchSpec, Quota
@@ -79,7 +79,7 @@ def _submit(
     if not chosen["quiet"] and not producer.workers():
         click.echo("No worker is running yet; start some: batchllm worker", err=True)
     stop, totals = threading.Event(), []
-    feeder = Job("feeder", lambda: totals.append(batch.feed(rows, stop=stop)))
+    feeder = WorkThread("feeder", lambda: totals.append(batch.feed(rows, stop=stop)))
     feeder.start()
     while feeder.is_alive():
         if interrupts.count:
