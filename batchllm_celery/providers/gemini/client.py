@@ -15,15 +15,12 @@ from zoneinfo import ZoneInfo
 from batchllm_celery.errors import FailureKind, ProviderError
 from batchllm_celery.models import TokenUsage
 from batchllm_celery.providers import bodies, google_rpc
-from batchllm_celery.providers.http import bounded_response, redirected
+from batchllm_celery.providers.http import EXTRA_CONNECTIONS, bounded_response, redirected
 from batchllm_celery.redaction import keep_secret
 from batchllm_celery.strategies.base import Opened, ProcessResources
 from batchllm_celery.strategies.failures import condensed, retry_after_of
 from batchllm_celery.strategies.usage import MOST_TOKENS
 from batchllm_celery.strategies.usage import count as tokens
-
-#: Sockets beyond the slots: cache calls, and those of cancelled calls that still close.
-SPARE_CONNECTIONS = 16
 
 _BLOCKED = {
     "SAFETY",
@@ -66,7 +63,7 @@ async def _open(slots: int, base_url: str | None, api_key: str | None) -> Opened
     types = genai.types
     # It says "AFC is enabled" for each call, at INFO.
     logging.getLogger("google_genai.models").setLevel(logging.WARNING)
-    connector = aiohttp.TCPConnector(limit=slots + SPARE_CONNECTIONS, keepalive_timeout=60)
+    connector = aiohttp.TCPConnector(limit=slots + EXTRA_CONNECTIONS, keepalive_timeout=60)
     session = aiohttp.ClientSession(
         connector=connector,
         trust_env=True,
