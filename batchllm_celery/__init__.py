@@ -19,6 +19,13 @@ from typing import TYPE_CHECKING, Any
 from batchllm_celery._version import __version__
 
 if TYPE_CHECKING:
+    from batchllm_celery.compat.metrics import MetricsObserver
+    from batchllm_celery.compat.processor import ParallelBatchProcessor
+    from batchllm_celery.compat.rate_limits import (
+        ExponentialBackoffStrategy,
+        FixedDelayStrategy,
+        RateLimitStrategy,
+    )
     from batchllm_celery.errors import (
         BatchLLMError,
         FailureKind,
@@ -26,12 +33,6 @@ if TYPE_CHECKING:
         ProviderError,
         UsageError,
     )
-    from batchllm_celery.limiter import (
-        ExponentialBackoffStrategy,
-        FixedDelayStrategy,
-        RateLimitStrategy,
-    )
-    from batchllm_celery.local import ParallelBatchProcessor
     from batchllm_celery.models import (
         BatchResult,
         Completion,
@@ -46,17 +47,18 @@ if TYPE_CHECKING:
         TokenUsage,
         WorkItemResult,
     )
-    from batchllm_celery.observability import MetricsObserver
     from batchllm_celery.producer import Batch, Producer
+    from batchllm_celery.providers import (
+        GeminiCachedStrategy,
+        GeminiStrategy,
+        OpenAICompatibleStrategy,
+        PydanticAIStrategy,
+    )
     from batchllm_celery.settings import Settings
     from batchllm_celery.strategies import (
         CallableStrategy,
         EscalatingStrategy,
-        GeminiCachedStrategy,
-        GeminiStrategy,
         LLMCallStrategy,
-        OpenAICompatibleStrategy,
-        PydanticAIStrategy,
         strategy,
     )
     from batchllm_celery.worker import install
@@ -108,6 +110,13 @@ __all__ = [
 #: Where each public name lives. Imported on first use, so that `import batchllm_celery` is quick
 #: and a provider's SDK is loaded only by those who call it.
 _HOMES = {
+    "compat.metrics": ("MetricsObserver",),
+    "compat.processor": ("ParallelBatchProcessor",),
+    "compat.rate_limits": (
+        "ExponentialBackoffStrategy",
+        "FixedDelayStrategy",
+        "RateLimitStrategy",
+    ),
     "errors": (
         "BatchLLMError",
         "FailureKind",
@@ -115,8 +124,6 @@ _HOMES = {
         "ProviderError",
         "UsageError",
     ),
-    "limiter": ("ExponentialBackoffStrategy", "FixedDelayStrategy", "RateLimitStrategy"),
-    "local": ("ParallelBatchProcessor",),
     "models": (
         "BatchResult",
         "Completion",
@@ -131,19 +138,15 @@ _HOMES = {
         "TokenUsage",
         "WorkItemResult",
     ),
-    "observability": ("MetricsObserver",),
     "producer": ("Batch", "Producer"),
-    "settings": ("Settings",),
-    "strategies": (
-        "CallableStrategy",
-        "EscalatingStrategy",
+    "providers": (
         "GeminiCachedStrategy",
         "GeminiStrategy",
-        "LLMCallStrategy",
         "OpenAICompatibleStrategy",
         "PydanticAIStrategy",
-        "strategy",
     ),
+    "settings": ("Settings",),
+    "strategies": ("CallableStrategy", "EscalatingStrategy", "LLMCallStrategy", "strategy"),
     "worker": ("install",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

@@ -106,12 +106,11 @@ class CooldownEnded(Event):
 
 @dataclass(frozen=True, slots=True)
 class QuotaOversize(Event):
-    """A request needs more tokens than the quota's bucket holds; it runs alone when it is full."""
+    """A call needs more tokens than the quota's bucket holds; it runs alone when that is full."""
 
     quota: str
-    dimension: str
-    needed: float
-    capacity: float
+    tokens: int
+    """Estimated tokens of the largest call."""
 
 
 @dataclass(frozen=True, slots=True)

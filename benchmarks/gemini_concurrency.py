@@ -29,9 +29,9 @@ from batchllm_celery import (
     QuotaLimits,
     Settings,
 )
+from batchllm_celery.providers.gemini.client import open_client
 from batchllm_celery.simulation.client import spawn
 from batchllm_celery.strategies import ProcessResources
-from batchllm_celery.strategies.gemini_client import open_client
 from batchllm_celery.worker.runtime import Runtime
 from tests.support import ValkeyServer
 

@@ -16,9 +16,10 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
+from batchllm_celery.compat.rate_limits import policy_from
 from batchllm_celery.connection import Connection
 from batchllm_celery.keys import Keys
-from batchllm_celery.limiter import CallOutcome, Estimate, Limiter, policy_from
+from batchllm_celery.limiter import CallOutcome, Estimate, Limiter
 from batchllm_celery.models import Quota, RateLimitConfig
 from benchmarks.lab import table
 from tests.support import ValkeyServer

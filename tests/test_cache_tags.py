@@ -12,11 +12,12 @@ pytest.importorskip("google.genai", reason="google-genai is not installed")
 from google.genai import types
 
 from batchllm_celery.errors import UsageError
+from batchllm_celery.providers import GeminiCachedStrategy
+from batchllm_celery.providers.gemini.cache import display_name_of, fingerprint_of, has_tags
+from batchllm_celery.providers.simulated import open_simulated_client
 from batchllm_celery.settings import Settings
 from batchllm_celery.simulation import SimulatedProvider
-from batchllm_celery.strategies import GeminiCachedStrategy, ProcessResources, Registry
-from batchllm_celery.strategies.gemini_cache import display_name_of, fingerprint_of, has_tags
-from batchllm_celery.strategies.simulated import open_simulated_client
+from batchllm_celery.strategies import ProcessResources, Registry
 
 MODEL = "gemini-2.0-flash"
 CONTENT = ["You answer questions about the handbook.", "The handbook: always be kind."]

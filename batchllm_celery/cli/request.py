@@ -287,7 +287,7 @@ def policy_of(after_429: str | None) -> CooldownPolicy:
     """The policy that `--after-429` names. The slow start has the numbers of batch-llm."""
     if after_429 != "slow-start":
         return CooldownPolicy()
-    from batchllm_celery.limiter import policy_from
+    from batchllm_celery.compat.rate_limits import policy_from
 
     return policy_from(RateLimitConfig())
 

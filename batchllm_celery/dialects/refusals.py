@@ -34,7 +34,6 @@ class Refusals:
         return iter(self.refusals)
 
 
-NO_WORD = "unsupported"
 UNKNOWN = "unsupported: it would be lost in the translation"
 
 

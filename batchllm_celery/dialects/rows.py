@@ -163,7 +163,7 @@ def check_body(reader: Reader, dialect: DialectName, body: Mapping[str, Any]) ->
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class RowOutcome:
     """What became of one row.
 
     Args:
@@ -192,7 +192,7 @@ class Outcome:
     dialect: DialectName = "openai"
 
     @classmethod
-    def of_failure(cls, key: str, failure: FailedAnswer, **given: Any) -> Outcome:
+    def of_failure(cls, key: str, failure: FailedAnswer, **given: Any) -> RowOutcome:
         """The outcome of a reply that failed."""
         return cls(
             key,
@@ -204,13 +204,13 @@ class Outcome:
         )
 
 
-def write_row(row_format: RowFormat, outcome: Outcome) -> tuple[str, bool]:
+def write_row(row_format: RowFormat, outcome: RowOutcome) -> tuple[str, bool]:
     """A result row as the provider's batch API writes it, without its line end, and whether it
     belongs into the file of errors (which OpenAI alone has)."""
     return _WRITERS[row_format](outcome)
 
 
-def _write_openai(outcome: Outcome) -> tuple[str, bool]:
+def _write_openai(outcome: RowOutcome) -> tuple[str, bool]:
     error: Any = None
     response = None
     request_id = outcome.request_id or ""
@@ -228,7 +228,7 @@ def _write_openai(outcome: Outcome) -> tuple[str, bool]:
     return f'{line[:-1]}, "error": {_dumps(error)}}}', outcome.completion is None
 
 
-def _write_gemini(outcome: Outcome) -> tuple[str, bool]:
+def _write_gemini(outcome: RowOutcome) -> tuple[str, bool]:
     body = _answer_body(outcome, ("candidates", "promptFeedback", "prompt_feedback"))
     if body is not None:
         return _spliced({"key": outcome.key}, "response", body), False
@@ -236,7 +236,7 @@ def _write_gemini(outcome: Outcome) -> tuple[str, bool]:
     return _dumps({"key": outcome.key, "error": error}), False
 
 
-def _write_anthropic(outcome: Outcome) -> tuple[str, bool]:
+def _write_anthropic(outcome: RowOutcome) -> tuple[str, bool]:
     body = _answer_body(outcome, ("content",))
     if body is not None:
         result = _spliced({"type": "succeeded"}, "message", body)
@@ -252,14 +252,14 @@ def _write_anthropic(outcome: Outcome) -> tuple[str, bool]:
     return _spliced({"custom_id": outcome.key}, "result", result), False
 
 
-_WRITERS: dict[RowFormat, Callable[[Outcome], tuple[str, bool]]] = {
+_WRITERS: dict[RowFormat, Callable[[RowOutcome], tuple[str, bool]]] = {
     "openai": _write_openai,
     "gemini": _write_gemini,
     "anthropic": _write_anthropic,
 }
 
 
-def _answer_body(outcome: Outcome, names: tuple[str, ...]) -> str | None:
+def _answer_body(outcome: RowOutcome, names: tuple[str, ...]) -> str | None:
     """The body that the provider's own file would hold: of an answer, and of one that was cut or
     blocked, since there it is an answer too."""
     raw = _raw_object(outcome)
@@ -270,7 +270,7 @@ def _answer_body(outcome: Outcome, names: tuple[str, ...]) -> str | None:
     return None
 
 
-def _raw_object(outcome: Outcome) -> str | None:
+def _raw_object(outcome: RowOutcome) -> str | None:
     """The kept body where it is a JSON object, on one line."""
     if outcome.raw is None:
         return None
@@ -287,7 +287,7 @@ def _has(raw: str, names: tuple[str, ...]) -> bool:
     return any(name in value for name in names)
 
 
-def _translated(outcome: Outcome) -> dict[str, Any]:
+def _translated(outcome: RowOutcome) -> dict[str, Any]:
     completion = outcome.completion
     assert completion is not None
     model, answer_id = outcome.model, f"batchllm-{_digest(outcome)}"
@@ -311,11 +311,11 @@ def _dumps(value: Any) -> str:
     return json.dumps(value, ensure_ascii=True, default=str)
 
 
-def _row_id(outcome: Outcome) -> str:
+def _row_id(outcome: RowOutcome) -> str:
     return f"batch_req_{_digest(outcome)}"
 
 
-def _digest(outcome: Outcome) -> str:
+def _digest(outcome: RowOutcome) -> str:
     name = f"{outcome.batch_id}\n{outcome.key}".encode("utf-8", "surrogatepass")
     return hashlib.sha256(name).hexdigest()[:32]
 
@@ -328,7 +328,6 @@ _ENDED = {
     FailureKind.BUDGET: "canceled",
     FailureKind.DEADLINE: "expired",
 }
-_TIMEOUTS = frozenset({FailureKind.FRAMEWORK_TIMEOUT, FailureKind.PROVIDER_TIMEOUT})
 
 
 def _openai_code(kind: FailureKind | None) -> str:
@@ -336,7 +335,7 @@ def _openai_code(kind: FailureKind | None) -> str:
     return codes.get(kind or FailureKind.UNKNOWN, (kind or FailureKind.UNKNOWN).value)
 
 
-def _openai_error(outcome: Outcome) -> dict[str, Any]:
+def _openai_error(outcome: RowOutcome) -> dict[str, Any]:
     kind = outcome.kind or FailureKind.UNKNOWN
     message = condense(outcome.message)
     return {"error": {"message": message, "type": kind.value, "param": None, "code": kind.value}}
@@ -405,7 +404,7 @@ _ANTHROPIC_KINDS = {
 }
 
 
-def _anthropic_type(outcome: Outcome) -> str:
+def _anthropic_type(outcome: RowOutcome) -> str:
     status = outcome.status
     if status is None or status < 400:
         return _ANTHROPIC_KINDS.get(outcome.kind or FailureKind.UNKNOWN, "api_error")

@@ -1,5 +1,8 @@
 """The fleet-wide limiter: start times for provider calls, decided in Redis on Redis' clock."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from batchllm_celery.limiter.estimator import Estimator
 from batchllm_celery.limiter.limiter import Limiter
 from batchllm_celery.limiter.permit import (
@@ -9,13 +12,15 @@ from batchllm_celery.limiter.permit import (
     ReportedLimit,
     ReportedLimits,
 )
-from batchllm_celery.limiter.policies import (
-    ExponentialBackoffStrategy,
-    FixedDelayStrategy,
-    RateLimitStrategy,
-    policy_from,
-)
 from batchllm_celery.limiter.quota_state import QuotaState
+
+if TYPE_CHECKING:
+    from batchllm_celery.compat.rate_limits import (
+        ExponentialBackoffStrategy,
+        FixedDelayStrategy,
+        RateLimitStrategy,
+        policy_from,
+    )
 
 __all__ = [
     "CallOutcome",
@@ -31,3 +36,17 @@ __all__ = [
     "ReportedLimits",
     "policy_from",
 ]
+
+#: batch-llm's, which is in `compat`; the names here are a documented path.
+_COMPAT = (
+    "ExponentialBackoffStrategy",
+    "FixedDelayStrategy",
+    "RateLimitStrategy",
+    "policy_from",
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _COMPAT:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("batchllm_celery.compat.rate_limits"), name)

@@ -206,8 +206,7 @@ class QuotaClient:
 
     def _warn_of_oversize(self, sent: SentRequest) -> None:
         largest = max((one.input_tokens + one.output_tokens for one in sent.estimates), default=0)
-        logger.warning("limiter.oversize quota=%s tokens=%d", self.queue.quota, largest)
-        self._events.emit(QuotaOversize(self.queue.quota, "tokens", largest, 0.0))
+        self._events.emit(QuotaOversize(self.queue.quota, largest))
 
     def _log_failure(self, error: Exception) -> None:
         logger.error("limiter.failed quota=%s error=%s", self.queue.quota, type(error).__name__)

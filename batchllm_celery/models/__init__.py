@@ -9,7 +9,6 @@ from batchllm_celery.models.config import (
     RetryConfig,
 )
 from batchllm_celery.models.failure import (
-    CONTROL_KINDS,
     FAILURE_POLICIES,
     Failure,
     FailurePolicy,
@@ -31,7 +30,6 @@ from batchllm_celery.models.retry_state import RetryState
 from batchllm_celery.models.usage import NO_TOKENS, TokenUsage
 
 __all__ = [
-    "CONTROL_KINDS",
     "FAILURE_POLICIES",
     "MAX_OVERLOADS",
     "NO_TOKENS",

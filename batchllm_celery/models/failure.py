@@ -27,7 +27,6 @@ class FailurePolicy:
 
     retried: bool
     uses_attempt: bool = True
-    cools_down: bool = False
     stops_batch: bool = False
     waits: bool = True
     """Whether backoff comes before the retry (validation errors are retried at once)."""
@@ -39,7 +38,7 @@ _STOP = FailurePolicy(retried=False, uses_attempt=False)
 
 #: docs/failures.md shows this table; a test keeps the two the same.
 FAILURE_POLICIES: dict[FailureKind, FailurePolicy] = {
-    FailureKind.RATE_LIMITED: FailurePolicy(retried=True, uses_attempt=False, cools_down=True),
+    FailureKind.RATE_LIMITED: FailurePolicy(retried=True, uses_attempt=False),
     # The day's quota: the batch is parked until the reset (or fails it, by choice).
     FailureKind.QUOTA_EXHAUSTED: FailurePolicy(retried=True, uses_attempt=False),
     FailureKind.OVERLOADED: _CALL,
@@ -64,8 +63,3 @@ FAILURE_POLICIES: dict[FailureKind, FailurePolicy] = {
     FailureKind.SKIPPED: _STOP,
     FailureKind.UNKNOWN: _CALL,
 }
-
-#: Outcomes that a control decision caused: a resumed batch runs these items again.
-CONTROL_KINDS = frozenset(
-    {FailureKind.CANCELLED, FailureKind.DEADLINE, FailureKind.BUDGET, FailureKind.ABORTED}
-)

@@ -68,7 +68,3 @@ def _value(value: object) -> str:
     text = str(value)
     # A quoted form keeps one event on one line, whatever an item is called.
     return text if text and text.isprintable() and " " not in text else json.dumps(text)
-
-
-#: The listener that everybody uses: the package's logger, at the level it is set to.
-log_event = LogListener()

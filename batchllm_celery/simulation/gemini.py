@@ -11,9 +11,9 @@ from batchllm_celery.simulation.answers import count_tokens
 from batchllm_celery.simulation.caches import DEFAULT_TTL_SECONDS, CachedContent
 from batchllm_celery.simulation.config import RetryHint
 from batchllm_celery.simulation.provider import Provider
-from batchllm_celery.simulation.quotas import Refusal
-from batchllm_celery.simulation.replies import GenerateRequest, Outcome, Reply
-from batchllm_celery.simulation.wire import Answer, WireError, retry_after_header
+from batchllm_celery.simulation.quotas import QuotaRefusal
+from batchllm_celery.simulation.replies import GenerateRequest, Reply, ReplyOutcome
+from batchllm_celery.simulation.wire import HttpAnswer, WireError, retry_after_header
 
 _STATUS_NAMES = {
     400: "INVALID_ARGUMENT",
@@ -95,28 +95,28 @@ def parse_generate(provider: Provider, model: str, body: Mapping[str, Any]) -> G
     )
 
 
-def generated(request: GenerateRequest, reply: Reply) -> Answer:
+def generated(request: GenerateRequest, reply: Reply) -> HttpAnswer:
     """The body of an answer, or of one that failed."""
-    if reply.outcome is Outcome.ERROR:
+    if reply.outcome is ReplyOutcome.ERROR:
         return error(WireError(reply.status, _MESSAGES.get(reply.status, "Simulated error.")))
     body: dict[str, Any] = {
         "usageMetadata": _usage(reply),
         "modelVersion": request.model,
         "responseId": "simulated",
     }
-    if reply.outcome is Outcome.BLOCKED:
+    if reply.outcome is ReplyOutcome.BLOCKED:
         body["promptFeedback"] = {"blockReason": "SAFETY", "safetyRatings": _ratings("HIGH")}
-        return Answer(200, body)
+        return HttpAnswer(200, body)
     candidate: dict[str, Any] = {
         "content": {"role": "model", "parts": [_part(reply)]},
-        "finishReason": "MAX_TOKENS" if reply.outcome is Outcome.TRUNCATED else "STOP",
+        "finishReason": "MAX_TOKENS" if reply.outcome is ReplyOutcome.TRUNCATED else "STOP",
         "index": 0,
         "safetyRatings": _ratings("NEGLIGIBLE"),
     }
-    return Answer(200, {"candidates": [candidate], **body})
+    return HttpAnswer(200, {"candidates": [candidate], **body})
 
 
-def refused(provider: Provider, request: GenerateRequest, refusal: Refusal) -> Answer:
+def refused(provider: Provider, request: GenerateRequest, refusal: QuotaRefusal) -> HttpAnswer:
     """The body of a 429, with the violated quota and the retry hint."""
     metric, quota_id = _QUOTAS[refusal.limit_name]
     limit = f"{refusal.limit:g}"
@@ -143,7 +143,7 @@ def refused(provider: Provider, request: GenerateRequest, refusal: Refusal) -> A
     return error(WireError(429, message, details=details, headers=headers))
 
 
-def error(problem: WireError) -> Answer:
+def error(problem: WireError) -> HttpAnswer:
     """The body of an error."""
     body: dict[str, Any] = {
         "code": problem.status,
@@ -152,7 +152,7 @@ def error(problem: WireError) -> Answer:
     }
     if problem.details:
         body["details"] = problem.details
-    return Answer(problem.status, {"error": body}, problem.headers)
+    return HttpAnswer(problem.status, {"error": body}, problem.headers)
 
 
 def count(body: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,9 +8,9 @@ from typing import Any
 from batchllm_celery.simulation.answers import digest_of
 from batchllm_celery.simulation.config import RetryHint
 from batchllm_celery.simulation.provider import Provider
-from batchllm_celery.simulation.quotas import Refusal
-from batchllm_celery.simulation.replies import GenerateRequest, Outcome, Reply
-from batchllm_celery.simulation.wire import Answer, WireError, retry_after_header
+from batchllm_celery.simulation.quotas import QuotaRefusal
+from batchllm_celery.simulation.replies import GenerateRequest, Reply, ReplyOutcome
+from batchllm_celery.simulation.wire import HttpAnswer, WireError, retry_after_header
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 #: Our limit -> OpenAI's error type and words.
@@ -58,9 +58,11 @@ def parse_chat(provider: Provider, body: Mapping[str, Any]) -> GenerateRequest:
     )
 
 
-def completed(provider: Provider, request: GenerateRequest, reply: Reply, number: int) -> Answer:
+def completed(
+    provider: Provider, request: GenerateRequest, reply: Reply, number: int
+) -> HttpAnswer:
     """The body of a completion, or of one that failed."""
-    if reply.outcome is Outcome.ERROR:
+    if reply.outcome is ReplyOutcome.ERROR:
         message = "The server had an error while processing your request. Sorry about that!"
         if reply.status == 503:
             message = "The engine is currently overloaded, please try again later"
@@ -74,10 +76,10 @@ def completed(provider: Provider, request: GenerateRequest, reply: Reply, number
         "choices": [_choice(reply, digest_of(request.prompt))],
         "usage": _usage(reply, cached),
     }
-    return Answer(200, body)
+    return HttpAnswer(200, body)
 
 
-def refused(provider: Provider, request: GenerateRequest, refusal: Refusal) -> Answer:
+def refused(provider: Provider, request: GenerateRequest, refusal: QuotaRefusal) -> HttpAnswer:
     """The body of a 429."""
     if refusal.limit_name == "billing":
         message = "You exceeded your current quota, please check your plan and billing details."
@@ -98,7 +100,7 @@ def refused(provider: Provider, request: GenerateRequest, refusal: Refusal) -> A
     return error(problem, kind)
 
 
-def error(problem: WireError, kind: str | None = None) -> Answer:
+def error(problem: WireError, kind: str | None = None) -> HttpAnswer:
     """The body of an error."""
     usual = "server_error" if problem.status >= 500 else "invalid_request_error"
     body = {
@@ -107,7 +109,7 @@ def error(problem: WireError, kind: str | None = None) -> Answer:
         "param": None,
         "code": problem.code,
     }
-    return Answer(problem.status, {"error": body}, problem.headers)
+    return HttpAnswer(problem.status, {"error": body}, problem.headers)
 
 
 def models(provider: Provider) -> dict[str, Any]:
@@ -153,8 +155,8 @@ def _forced_tool(body: Mapping[str, Any]) -> tuple[str | None, Mapping[str, Any]
 
 def _choice(reply: Reply, digest: str) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": reply.text, "refusal": None}
-    finish = "length" if reply.outcome is Outcome.TRUNCATED else "stop"
-    if reply.outcome is Outcome.BLOCKED:
+    finish = "length" if reply.outcome is ReplyOutcome.TRUNCATED else "stop"
+    if reply.outcome is ReplyOutcome.BLOCKED:
         finish = "content_filter"
         message |= {"content": None, "refusal": "I can't help with that."}
     elif reply.tool is not None:

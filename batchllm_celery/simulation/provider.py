@@ -13,8 +13,8 @@ from batchllm_celery.simulation.answers import count_tokens
 from batchllm_celery.simulation.caches import Caches
 from batchllm_celery.simulation.config import SimulationConfig
 from batchllm_celery.simulation.journal import Call, Journal
-from batchllm_celery.simulation.quotas import Limits, Refusal
-from batchllm_celery.simulation.replies import GenerateRequest, Outcome, Reply, decide
+from batchllm_celery.simulation.quotas import Limits, QuotaRefusal
+from batchllm_celery.simulation.replies import GenerateRequest, Reply, ReplyOutcome, decide
 
 #: OpenAI caches prompts from this many tokens on, in steps of 128.
 _SHORTEST_CACHED_PROMPT = 1024
@@ -138,7 +138,9 @@ class Provider:
         self._systems.add(hash(system))
         return 0
 
-    async def answer(self, wire: str, request: GenerateRequest) -> tuple[Call, Reply | Refusal]:
+    async def answer(
+        self, wire: str, request: GenerateRequest
+    ) -> tuple[Call, Reply | QuotaRefusal]:
         """Let the call in or refuse it, and wait as long as the answer takes."""
         refusal = self._refusal(request)
         if refusal is not None:
@@ -155,20 +157,20 @@ class Provider:
 
     def reject(self, wire: str, model: str, status: int) -> None:
         """Count a request for an answer that is wrong in itself."""
-        self._arrive(Call(0, 0, wire, model, "", 0, status, Outcome.REJECTED))
+        self._arrive(Call(0, 0, wire, model, "", 0, status, ReplyOutcome.REJECTED))
 
-    def _refusal(self, request: GenerateRequest) -> Refusal | None:
+    def _refusal(self, request: GenerateRequest) -> QuotaRefusal | None:
         if self.config.billing_exhausted:
-            return Refusal("billing", 0, 0)
+            return QuotaRefusal("billing", 0, 0)
         if self._injected.count > 0:
             self._injected.count -= 1
-            return Refusal("injected", 0, self._injected.retry_after)
+            return QuotaRefusal("injected", 0, self._injected.retry_after)
         most = self.config.max_concurrency
         if most is not None and self.stats.in_flight >= most:
-            return Refusal("concurrency", most, self.config.latency or 1.0)
+            return QuotaRefusal("concurrency", most, self.config.latency or 1.0)
         return None
 
-    def _refused(self, wire: str, request: GenerateRequest, refusal: Refusal) -> Call:
+    def _refused(self, wire: str, request: GenerateRequest, refusal: QuotaRefusal) -> Call:
         return self._arrive(
             Call(
                 number=0,
@@ -178,7 +180,7 @@ class Provider:
                 prompt=request.prompt,
                 attempt=0,
                 status=429,
-                outcome=Outcome.REFUSED,
+                outcome=ReplyOutcome.REFUSED,
                 limit=refusal.limit_name,
                 retry_after=refusal.retry_after,
                 user=request.user,

@@ -153,7 +153,7 @@ class SlidingWindow:
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
+class QuotaRefusal:
     """Why a call is not let in: the limit's name, its size, and when to come back."""
 
     limit_name: str
@@ -178,7 +178,7 @@ class Limits:
         self._meters: dict[str, Meter] = {}
         self._build(config, now)
 
-    def admit(self, input_tokens: int, output_tokens: int, now: float) -> Refusal | None:
+    def admit(self, input_tokens: int, output_tokens: int, now: float) -> QuotaRefusal | None:
         """Charge the call, or say which limit refuses it longest."""
         if not self._meters:
             return None
@@ -197,12 +197,12 @@ class Limits:
         self._config = config
         self._build(config, now)
 
-    def _longest_wait(self, amounts: Mapping[str, float], now: float) -> Refusal | None:
-        longest: Refusal | None = None
+    def _longest_wait(self, amounts: Mapping[str, float], now: float) -> QuotaRefusal | None:
+        longest: QuotaRefusal | None = None
         for name, meter in self._meters.items():
             wait = meter.wait(amounts[name], now)
             if wait > 0 and (longest is None or wait > longest.retry_after):
-                longest = Refusal(name, meter.limit, wait)
+                longest = QuotaRefusal(name, meter.limit, wait)
         return longest
 
     def _build(self, config: SimulationConfig, now: float) -> None:

@@ -16,7 +16,7 @@ from batchllm_celery.simulation.config import SimulationConfig
 _NORMAL = NormalDist()
 
 
-class Outcome(StrEnum):
+class ReplyOutcome(StrEnum):
     """How a call ends."""
 
     OK = "ok"
@@ -54,7 +54,7 @@ class GenerateRequest:
 class Reply:
     """The decision: what to answer, and after how long."""
 
-    outcome: Outcome
+    outcome: ReplyOutcome
     status: int
     latency: float
     """Seconds."""
@@ -98,7 +98,7 @@ def decide(config: SimulationConfig, request: GenerateRequest, attempt: int) -> 
     if broken is not None:
         return Reply(*broken, latency, input_tokens=tokens, cached_tokens=cached)
     if Chance(config.seed, request.prompt, 0)[0] < config.block_rate:
-        return Reply(Outcome.BLOCKED, 200, latency, input_tokens=tokens, cached_tokens=cached)
+        return Reply(ReplyOutcome.BLOCKED, 200, latency, input_tokens=tokens, cached_tokens=cached)
     outcome, text, output_tokens = _answer(config, request, chance[3])
     return Reply(
         outcome,
@@ -122,29 +122,29 @@ def _latency(config: SimulationConfig, first: float, second: float) -> float:
     return max(0.0, latency + config.jitter * (2 * second - 1))
 
 
-def _broken(config: SimulationConfig, chance: float) -> tuple[Outcome, int] | None:
+def _broken(config: SimulationConfig, chance: float) -> tuple[ReplyOutcome, int] | None:
     if chance < config.drop_rate:
-        return Outcome.DROPPED, 0
+        return ReplyOutcome.DROPPED, 0
     chance -= config.drop_rate
     if chance < config.error_rate:
         which = int(chance / config.error_rate * len(config.error_statuses))
-        return Outcome.ERROR, config.error_statuses[which]
+        return ReplyOutcome.ERROR, config.error_statuses[which]
     return None
 
 
 def _answer(
     config: SimulationConfig, request: GenerateRequest, chance: float
-) -> tuple[Outcome, str, int]:
+) -> tuple[ReplyOutcome, str, int]:
     structured = request.wants_json or request.tool is not None
     text = (
         json_text_for(request.prompt, request.schema) if structured else answer_to(request.prompt)
     )
     tokens = config.output_tokens or count_tokens(text)
     if structured and chance < config.bad_output_rate:
-        return Outcome.MALFORMED, text[: len(text) // 2], tokens
+        return ReplyOutcome.MALFORMED, text[: len(text) // 2], tokens
     if chance >= 1 - config.truncated_rate:
-        return Outcome.TRUNCATED, text[: len(text) // 2], max(1, tokens // 2)
+        return ReplyOutcome.TRUNCATED, text[: len(text) // 2], max(1, tokens // 2)
     limit = request.max_output_tokens
     if limit is not None and tokens > limit:
-        return Outcome.TRUNCATED, text[: len(text) * limit // tokens], limit
-    return Outcome.OK, text, tokens
+        return ReplyOutcome.TRUNCATED, text[: len(text) * limit // tokens], limit
+    return ReplyOutcome.OK, text, tokens

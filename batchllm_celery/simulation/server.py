@@ -18,9 +18,9 @@ from batchllm_celery.simulation import gemini, openai
 from batchllm_celery.simulation.config import SimulationConfig
 from batchllm_celery.simulation.journal import Call
 from batchllm_celery.simulation.provider import Provider, Stats
-from batchllm_celery.simulation.quotas import Refusal
-from batchllm_celery.simulation.replies import Outcome
-from batchllm_celery.simulation.wire import Answer, WireError
+from batchllm_celery.simulation.quotas import QuotaRefusal
+from batchllm_celery.simulation.replies import ReplyOutcome
+from batchllm_celery.simulation.wire import HttpAnswer, WireError
 
 _GEMINI_VERSIONS = ("v1", "v1beta", "v1alpha")
 _MAX_BODY_BYTES = 64 * 1024 * 1024
@@ -212,9 +212,9 @@ async def _gemini_call(provider: Provider, request: web.Request) -> web.StreamRe
         provider.reject("gemini", model, problem.status)
         return _response(gemini.error(problem))
     _, reply = await provider.answer("gemini", asked)
-    if isinstance(reply, Refusal):
+    if isinstance(reply, QuotaRefusal):
         return _response(gemini.refused(provider, asked, reply))
-    if reply.outcome is Outcome.DROPPED:
+    if reply.outcome is ReplyOutcome.DROPPED:
         return _dropped(request)
     return _response(gemini.generated(asked, reply))
 
@@ -230,9 +230,9 @@ async def _chat(provider: Provider, request: web.Request) -> web.StreamResponse:
         provider.reject("openai", model, problem.status)
         return _response(openai.error(problem))
     call, reply = await provider.answer("openai", asked)
-    if isinstance(reply, Refusal):
+    if isinstance(reply, QuotaRefusal):
         return _response(openai.refused(provider, asked, reply))
-    if reply.outcome is Outcome.DROPPED:
+    if reply.outcome is ReplyOutcome.DROPPED:
         return _dropped(request)
     return _response(openai.completed(provider, asked, reply, call.number))
 
@@ -277,7 +277,7 @@ async def _gemini_operation(
     provider.stats.operations[name] += 1
     try:
         gemini.check_key(provider, _gemini_key(request))
-        return _response(Answer(200, operation(await _body(request))))
+        return _response(HttpAnswer(200, operation(await _body(request))))
     except WireError as problem:
         return _response(gemini.error(problem))
 
@@ -288,7 +288,7 @@ async def _models(provider: Provider, request: web.Request) -> web.StreamRespons
         openai.check_key(provider, request.headers.get("Authorization"))
     except WireError as problem:
         return _response(openai.error(problem))
-    return _response(Answer(200, openai.models(provider)))
+    return _response(HttpAnswer(200, openai.models(provider)))
 
 
 async def _stats(provider: Provider, request: web.Request) -> web.StreamResponse:
@@ -300,32 +300,32 @@ async def _stats(provider: Provider, request: web.Request) -> web.StreamResponse
         ]
     if "prompts" in request.query:
         summary["prompt_counts"] = dict(provider.prompt_counts())
-    return _response(Answer(200, summary))
+    return _response(HttpAnswer(200, summary))
 
 
 async def _calls(provider: Provider, request: web.Request) -> web.StreamResponse:
     after = int(request.query.get("after", 0))
     calls = [call.to_json() for call in provider.calls if call.number > after]
-    return _response(Answer(200, {"calls": calls}))
+    return _response(HttpAnswer(200, {"calls": calls}))
 
 
 async def _settings(provider: Provider, request: web.Request) -> web.StreamResponse:
     try:
         provider.change(**await _body(request))
     except (WireError, ValueError) as problem:
-        return _response(Answer(400, {"error": str(problem)}))
-    return _response(Answer(200, provider.config.model_dump(mode="json", exclude={"api_key"})))
+        return _response(HttpAnswer(400, {"error": str(problem)}))
+    return _response(HttpAnswer(200, provider.config.model_dump(mode="json", exclude={"api_key"})))
 
 
 async def _refuse(provider: Provider, request: web.Request) -> web.StreamResponse:
     body = await _body(request)
     provider.refuse(int(body.get("count", 1)), float(body.get("retry_after", 1.0)))
-    return _response(Answer(200, {}))
+    return _response(HttpAnswer(200, {}))
 
 
 async def _reset(provider: Provider, request: web.Request) -> web.StreamResponse:
     provider.reset()
-    return _response(Answer(200, {}))
+    return _response(HttpAnswer(200, {}))
 
 
 async def _body(request: web.Request) -> dict[str, Any]:
@@ -347,7 +347,7 @@ def _cache_name(request: web.Request) -> str:
     return f"cachedContents/{request.match_info['id']}"
 
 
-def _response(answer: Answer) -> web.Response:
+def _response(answer: HttpAnswer) -> web.Response:
     return web.Response(
         status=answer.status,
         body=json.dumps(answer.body, ensure_ascii=False).encode(),

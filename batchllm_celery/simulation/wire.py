@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from batchllm_celery.simulation.quotas import Refusal
+from batchllm_celery.simulation.quotas import QuotaRefusal
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class HttpAnswer:
     """An HTTP answer with a JSON body."""
 
     status: int
@@ -47,6 +47,6 @@ class WireError(Exception):
         self.code = code
 
 
-def retry_after_header(refusal: Refusal) -> dict[str, str]:
+def retry_after_header(refusal: QuotaRefusal) -> dict[str, str]:
     """Whole seconds, rounded up, as HTTP has it."""
     return {"Retry-After": str(max(1, math.ceil(refusal.retry_after)))}

@@ -1,4 +1,8 @@
-"""How calls are made: one strategy per provider or way of calling. SDKs are imported lazily."""
+"""What a strategy is, how it gets its name, and what its failures mean. No provider is named here:
+those are in `providers`."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from batchllm_celery.strategies.base import (
     Answer,
@@ -6,7 +10,6 @@ from batchllm_celery.strategies.base import (
     ProcessResources,
     as_completion,
 )
-from batchllm_celery.strategies.builtin import register_builtins
 from batchllm_celery.strategies.callable import CallableStrategy
 from batchllm_celery.strategies.escalation import EscalatingStrategy
 from batchllm_celery.strategies.failures import (
@@ -15,11 +18,6 @@ from batchllm_celery.strategies.failures import (
     extract_token_usage,
     stamp_usage,
 )
-from batchllm_celery.strategies.gemini import GeminiResponse, GeminiStrategy
-from batchllm_celery.strategies.gemini_cache import GeminiCachedStrategy
-from batchllm_celery.strategies.model_strings import check_environment, spec_for_model
-from batchllm_celery.strategies.openai_compatible import OpenAICompatibleStrategy
-from batchllm_celery.strategies.pydantic_ai import PydanticAIStrategy
 from batchllm_celery.strategies.registry import (
     Registration,
     Registry,
@@ -27,10 +25,17 @@ from batchllm_celery.strategies.registry import (
     catalog,
     strategy,
 )
-from batchllm_celery.strategies.simulated import SimulatedStrategy
 from batchllm_celery.strategies.structured import OutputSchema, StructuredStrategy
 
-register_builtins(catalog)
+if TYPE_CHECKING:
+    from batchllm_celery.providers import (
+        GeminiCachedStrategy,
+        GeminiResponse,
+        GeminiStrategy,
+        OpenAICompatibleStrategy,
+        PydanticAIStrategy,
+        SimulatedStrategy,
+    )
 
 __all__ = [
     "Answer",
@@ -51,12 +56,26 @@ __all__ = [
     "StructuredStrategy",
     "as_completion",
     "catalog",
-    "check_environment",
     "classify",
     "classify_for",
     "extract_token_usage",
-    "register_builtins",
-    "spec_for_model",
     "stamp_usage",
     "strategy",
 ]
+
+
+#: Providers' classes, which are in `providers`; the names here are a documented path.
+_PROVIDERS = (
+    "GeminiCachedStrategy",
+    "GeminiResponse",
+    "GeminiStrategy",
+    "OpenAICompatibleStrategy",
+    "PydanticAIStrategy",
+    "SimulatedStrategy",
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PROVIDERS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("batchllm_celery.providers"), name)

@@ -1,12 +1,13 @@
 """Names for strategies, and the one instance of each that a process holds.
 
-catalog    name -> factory; filled by `@strategy` when a module is imported
+catalog    name -> factory; filled by `@strategy` when a module is imported, and by `providers`
 Registry   (name, parameters) -> instance, prepared once, closed once
 """
 
 from __future__ import annotations
 
 import asyncio
+import importlib
 import inspect
 import json
 import time
@@ -103,10 +104,22 @@ def _parameters(factory: Factory) -> str:
 
 
 class StrategyCatalog:
-    """Registered names. The module-level `catalog` is the one that `@strategy` fills."""
+    """Registered names. The module-level `catalog` is the one that `@strategy` fills.
 
-    def __init__(self) -> None:
+    Args:
+        builtins: module whose `register_builtins(catalog)` is called before the first use.
+    """
+
+    def __init__(self, builtins: str | None = None) -> None:
+        self._builtins = builtins
         self._registrations: dict[str, Registration] = {}
+
+    @property
+    def _known(self) -> dict[str, Registration]:
+        builtins, self._builtins = self._builtins, None
+        if builtins is not None:
+            importlib.import_module(builtins).register_builtins(self)
+        return self._registrations
 
     def register(self, registration: Registration) -> None:
         """Add a name; importing its module again replaces it.
@@ -117,13 +130,13 @@ class StrategyCatalog:
         check_label(registration.name, "strategy name")
         if registration.quota is not None:
             check_label(registration.quota, "quota name")
-        known = self._registrations.get(registration.name)
+        known = self._known.get(registration.name)
         if known is not None and not _same_code(known.factory, registration.factory):
             raise UsageError(
                 f"strategy {registration.name!r} is already registered by "
                 f"{known.factory.__module__}.{known.factory.__qualname__}; choose another name"
             )
-        self._registrations[registration.name] = registration
+        self._known[registration.name] = registration
 
     def lookup(self, name: str) -> Registration:
         """The registration of `name`.
@@ -132,7 +145,7 @@ class StrategyCatalog:
             StrategyNotFoundError: naming those that are known.
         """
         try:
-            return self._registrations[name]
+            return self._known[name]
         except KeyError:
             raise StrategyNotFoundError(
                 f"no strategy {name!r} is registered here; known are {', '.join(sorted(self))}. "
@@ -140,10 +153,10 @@ class StrategyCatalog:
             ) from None
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._registrations)
+        return iter(self._known)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._registrations
+        return name in self._known
 
 
 def _same_code(one: Factory, other: Factory) -> bool:
@@ -162,7 +175,7 @@ def _file(factory: Factory) -> str | None:
         return None
 
 
-catalog = StrategyCatalog()
+catalog = StrategyCatalog(builtins="batchllm_celery.providers")
 
 
 def strategy(name: str, *, quota: str | None = None) -> Callable[[F], F]:

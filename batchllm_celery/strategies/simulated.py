@@ -1,38 +1,5 @@
-"""The simulated provider: the real Gemini client, pointed at a server of ours."""
+"""A documented path; the code is in `providers.simulated`."""
 
-from __future__ import annotations
+from batchllm_celery.providers.simulated import SimulatedStrategy, open_simulated_client
 
-from typing import Any
-
-from batchllm_celery.errors import UsageError
-from batchllm_celery.models import TOutput
-from batchllm_celery.strategies import gemini_client
-from batchllm_celery.strategies.base import ProcessResources
-from batchllm_celery.strategies.gemini import GeminiStrategy
-
-
-class SimulatedStrategy(GeminiStrategy[TOutput]):
-    """`GeminiStrategy` against the simulated provider at `Settings.simulated_url`.
-
-    Takes the same arguments. No API key leaves the process: it sends a dummy.
-    """
-
-    provider = "simulated"
-
-    async def _open_client(self, resources: ProcessResources) -> Any:
-        return await open_simulated_client(resources)
-
-
-async def open_simulated_client(resources: ProcessResources) -> Any:
-    """The process's client for the simulated provider.
-
-    Raises:
-        UsageError: where the settings name none.
-    """
-    url = resources.settings.simulated_url
-    if url is None:
-        raise UsageError(
-            "no simulated provider: start one with `batchllm simulate` and set "
-            "BATCHLLM_SIMULATED_URL to the URL it prints"
-        )
-    return await gemini_client.open_client(resources, base_url=url, api_key="simulated-key")
+__all__ = ["SimulatedStrategy", "open_simulated_client"]

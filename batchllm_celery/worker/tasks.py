@@ -63,7 +63,7 @@ class ItemsFailed(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class TaskOutcome:
     """A task's result, which is shown and never stored. Not a string: Flower would quote it."""
 
     text: str
@@ -128,7 +128,7 @@ def install(
         time_limit=NO_TIME_LIMIT,
         soft_time_limit=NO_TIME_LIMIT,
     )
-    def run_items(self: Any, batch_id: str, indexes: list[int]) -> Outcome:
+    def run_items(self: Any, batch_id: str, indexes: list[int]) -> TaskOutcome:
         request = self.request
         return event_loop.run(process.run_items(request.id, request.hostname, batch_id, indexes))
 
@@ -178,7 +178,7 @@ class _Process:
 
     async def run_items(
         self, task_id: str, hostname: str | None, batch_id: str, indexes: list[int]
-    ) -> Outcome:
+    ) -> TaskOutcome:
         runtime = self._current()
         async with self._retry_events.of(task_id, hostname) as retries:
             tally = await runtime.run_items(
@@ -193,7 +193,7 @@ class _Process:
             )
         if tally.failed:
             raise ItemsFailed(f"{tally}{retries}")
-        return Outcome(f"{tally}{retries}")
+        return TaskOutcome(f"{tally}{retries}")
 
     def connect(self) -> None:
         """Listen to the worker's signals, which reach this process only if it is a worker."""

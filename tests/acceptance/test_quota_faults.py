@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from batchllm_celery import Batch, Producer, Quota, QuotaLimits, RateLimitConfig
-from batchllm_celery.limiter import policy_from
+from batchllm_celery.compat.rate_limits import policy_from
 from batchllm_celery.simulation import SimulationClient, spawn
 from tests.acceptance.fleet import Fleet
 from tests.support import Stalls, ValkeyServer, assert_within_rate, wait_until

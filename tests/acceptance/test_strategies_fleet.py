@@ -30,9 +30,9 @@ from batchllm_celery import (
     WorkItemResult,
 )
 from batchllm_celery.models import BatchProgress, BatchState, CooldownPolicy
+from batchllm_celery.providers import GeminiCachedStrategy
 from batchllm_celery.settings import Settings
 from batchllm_celery.simulation import SimulatedProvider
-from batchllm_celery.strategies import GeminiCachedStrategy
 from tests.acceptance.fleet import (
     Fleet,
     assert_nothing_left,

@@ -16,21 +16,18 @@ from pydantic import BaseModel
 
 from batchllm_celery.errors import FailureKind, ProviderError, UsageError
 from batchllm_celery.models import RetryState, StrategySpec, TokenUsage
+from batchllm_celery.providers import GeminiResponse, GeminiStrategy, SimulatedStrategy
+from batchllm_celery.providers.gemini.client import seconds_to_pacific_midnight
 from batchllm_celery.settings import Settings
 from batchllm_celery.simulation import SimulatedProvider, answer_to
 from batchllm_celery.strategies import (
-    GeminiResponse,
-    GeminiStrategy,
     LLMCallStrategy,
     ProcessResources,
     Registry,
-    SimulatedStrategy,
     as_completion,
     classify_for,
     extract_token_usage,
-    spec_for_model,
 )
-from batchllm_celery.strategies.gemini_client import seconds_to_pacific_midnight
 
 PROMPT = "Describe a lighthouse in ten words."
 
@@ -109,7 +106,9 @@ async def test_strategies_of_one_process_share_one_client() -> None:
     async with SimulatedProvider() as provider:
         registry = Registry(resources_for(provider.url))
         many = [
-            await registry.get(spec_for_model("simulated:m", system=f"system {n}"))
+            await registry.get(
+                StrategySpec(name="simulated", params={"model": "m", "system": f"system {n}"})
+            )
             for n in range(20)
         ]
         await asyncio.gather(*(registry.prepare(one) for one in many))

@@ -13,16 +13,12 @@ import pytest
 from batchllm_celery.connection import Connection
 from batchllm_celery.errors import FailureKind, ProviderError
 from batchllm_celery.keys import Keys
+from batchllm_celery.providers import GeminiCachedStrategy
+from batchllm_celery.providers.gemini import cache as gemini_cache
+from batchllm_celery.providers.simulated import open_simulated_client
 from batchllm_celery.settings import Settings
 from batchllm_celery.simulation import SimulatedProvider, answer_to
-from batchllm_celery.strategies import (
-    GeminiCachedStrategy,
-    ProcessResources,
-    Registry,
-    as_completion,
-    gemini_cache,
-)
-from batchllm_celery.strategies.simulated import open_simulated_client
+from batchllm_celery.strategies import ProcessResources, Registry, as_completion
 from tests.support import wait_until_async
 
 CONTENT = ["The handbook. " * 200]

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
+from batchllm_celery.compat.rate_limits import policy_from
 from batchllm_celery.connection import Connection
 from batchllm_celery.errors import QuotaConflictError, QuotaUnavailableError
 from batchllm_celery.events import CooldownStarted, Event, Events
 from batchllm_celery.keys import Keys
-from batchllm_celery.limiter import CallOutcome, Estimate, Limiter, Permit, policy_from
+from batchllm_celery.limiter import CallOutcome, Estimate, Limiter, Permit
 from batchllm_celery.models import Quota, QuotaLimits, RateLimitConfig, TokenUsage
 from tests.support import Stalls, ValkeyServer, assert_within_rate, wait_until_async
 

@@ -15,6 +15,7 @@ import pytest
 
 from batchllm_celery import (
     FailureKind,
+    FixedDelayStrategy,
     LLMCallStrategy,
     LLMWorkItem,
     MetricsObserver,
@@ -28,11 +29,10 @@ from batchllm_celery import (
     UsageError,
     WorkItemResult,
 )
+from batchllm_celery.compat.middleware import Middleware
+from batchllm_celery.compat.observers import BaseObserver, ProcessingEvent
 from batchllm_celery.errors import QuotaConflictError, RedisUnavailableError
-from batchllm_celery.execution.middleware import Middleware
-from batchllm_celery.limiter import FixedDelayStrategy
 from batchllm_celery.models import RateLimitConfig
-from batchllm_celery.observability import BaseObserver, ProcessingEvent
 from batchllm_celery.testing import MockAgent, MockStrategy, mock_strategy
 from tests.acceptance.fleet import ROOT, assert_nothing_left
 

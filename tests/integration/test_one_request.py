@@ -16,8 +16,8 @@ from openai import AsyncOpenAI
 
 from batchllm_celery import GeminiStrategy, LLMCallStrategy, OpenAICompatibleStrategy
 from batchllm_celery.models import FAILURE_POLICIES
+from batchllm_celery.providers.pydantic_ai import PydanticAIModelStrategy
 from batchllm_celery.strategies import classify_for
-from batchllm_celery.strategies.pydantic_ai import PydanticAIModelStrategy
 
 PART = {"content": {"role": "model", "parts": [{"text": "half"}]}}
 CONTINUED = {

@@ -13,17 +13,16 @@ from pydantic import BaseModel
 pytest.importorskip("openai", reason="the openai extra is not installed")
 
 from batchllm_celery.errors import FailureKind, ProviderError, UsageError
-from batchllm_celery.models import RetryState, TokenUsage
+from batchllm_celery.models import RetryState, StrategySpec, TokenUsage
+from batchllm_celery.providers import OpenAICompatibleStrategy
 from batchllm_celery.settings import Settings
 from batchllm_celery.simulation import SimulatedProvider, answer_to
 from batchllm_celery.strategies import (
-    OpenAICompatibleStrategy,
     ProcessResources,
     Registry,
     as_completion,
     classify_for,
     extract_token_usage,
-    spec_for_model,
 )
 
 PROMPT = "Describe a lighthouse in ten words."
@@ -75,8 +74,10 @@ async def test_a_registered_model_string_uses_the_process_s_own_server() -> None
     async with SimulatedProvider() as provider:
         settings = Settings(openai_base_url=provider.openai_url)
         registry = Registry(ProcessResources(settings=settings))
-        one = await registry.get(spec_for_model("openai:m"))
-        two = await registry.get(spec_for_model("openai:m", system="Be brief."))
+        one = await registry.get(StrategySpec(name="openai", params={"model": "m"}))
+        two = await registry.get(
+            StrategySpec(name="openai", params={"model": "m", "system": "Be brief."})
+        )
         await asyncio.gather(registry.prepare(one), registry.prepare(two))
         assert as_completion(await one.execute(PROMPT, 1, 9)).output == answer_to(PROMPT)
         assert vars(one)["client"] is vars(two)["client"]

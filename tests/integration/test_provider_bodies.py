@@ -16,17 +16,15 @@ pytest.importorskip("openai", reason="the openai extra is not installed")
 
 from batchllm_celery.errors import FailureKind as K
 from batchllm_celery.errors import ProviderError
-from batchllm_celery.models import Failure, RetryState
+from batchllm_celery.models import Failure, RetryState, StrategySpec
+from batchllm_celery.providers import OpenAICompatibleStrategy, SimulatedStrategy
 from batchllm_celery.settings import Settings
 from batchllm_celery.strategies import (
     LLMCallStrategy,
-    OpenAICompatibleStrategy,
     ProcessResources,
     Registry,
-    SimulatedStrategy,
     as_completion,
     classify_for,
-    spec_for_model,
 )
 
 JSON = "application/json"
@@ -476,7 +474,7 @@ async def test_pydantic_ai_s_words_do_not_hide_whose_fault_it_was(
     monkeypatch.setenv("GOOGLE_GEMINI_BASE_URL", url)
     monkeypatch.setenv("GEMINI_API_KEY", "k")
     registry = Registry(ProcessResources(settings=Settings(openai_base_url=f"{url}/v1")))
-    strategy = await registry.get(spec_for_model(f"pydantic-ai:{wire}:m"))
+    strategy = await registry.get(StrategySpec(name="pydantic-ai", params={"model": f"{wire}:m"}))
     await registry.prepare(strategy)
     state, failure, done = RetryState(), None, None
     try:

@@ -23,18 +23,10 @@ from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.openai import OpenAIProvider
 
 from batchllm_celery.errors import FailureKind
-from batchllm_celery.models import Failure
+from batchllm_celery.models import Failure, StrategySpec
+from batchllm_celery.providers import OpenAICompatibleStrategy, PydanticAIStrategy, http
 from batchllm_celery.settings import Settings
-from batchllm_celery.strategies import (
-    OpenAICompatibleStrategy,
-    ProcessResources,
-    PydanticAIStrategy,
-    Registry,
-    as_completion,
-    classify_for,
-    http,
-    spec_for_model,
-)
+from batchllm_celery.strategies import ProcessResources, Registry, as_completion, classify_for
 
 PROMPT = "the prompt that stays here"
 KEY = "the-key-that-stays-here"
@@ -79,7 +71,8 @@ async def outcome(
     settings = Settings(openai_base_url=str(server.make_url("/v1")))
     registry = Registry(ProcessResources(settings=settings))
     stack.push_async_callback(registry.close)
-    strategy = await registry.get(spec_for_model(model))
+    name, _, params = model.partition(":")
+    strategy = await registry.get(StrategySpec(name=name, params={"model": params}))
     await registry.prepare(strategy)
     try:
         async with asyncio.timeout(30):

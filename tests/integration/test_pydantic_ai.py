@@ -14,19 +14,18 @@ from pydantic_ai.models.function import FunctionModel
 from pydantic_ai.models.test import TestModel
 
 from batchllm_celery.errors import FailureKind, UsageError
-from batchllm_celery.models import RetryState
+from batchllm_celery.models import RetryState, StrategySpec
+from batchllm_celery.providers import PydanticAIStrategy
+from batchllm_celery.providers import pydantic_ai as module
 from batchllm_celery.settings import Settings
 from batchllm_celery.simulation import SimulatedProvider, answer_to
 from batchllm_celery.strategies import (
     ProcessResources,
-    PydanticAIStrategy,
     Registry,
     as_completion,
     classify_for,
     extract_token_usage,
-    spec_for_model,
 )
-from batchllm_celery.strategies import pydantic_ai as module
 
 PROMPT = "Describe a lighthouse in ten words."
 
@@ -43,7 +42,9 @@ async def registered(
     monkeypatch.setenv("GEMINI_API_KEY", "k")
     settings = Settings(openai_base_url=provider.openai_url)
     registry = Registry(ProcessResources(settings=settings))
-    strategy = await registry.get(spec_for_model(f"pydantic-ai:{model}", **options))
+    strategy = await registry.get(
+        StrategySpec(name="pydantic-ai", params={"model": model, **options})
+    )
     await registry.prepare(strategy)
     return registry, strategy
 

@@ -288,7 +288,7 @@ def row(kind: FailureKind, policy: FailurePolicy) -> tuple[str, ...]:
         f"`{kind.value}`",
         wait,
         yes(policy.uses_attempt),
-        yes(policy.cools_down),
+        yes(kind is FailureKind.RATE_LIMITED),
         yes(policy.stops_batch),
     )
 

@@ -10,15 +10,17 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from batchllm_celery.compat.rate_limits import (
+    ExponentialBackoffStrategy,
+    FixedDelayStrategy,
+    RateLimitStrategy,
+    policy_from,
+)
 from batchllm_celery.limiter import (
     CallOutcome,
     Estimate,
     Estimator,
-    ExponentialBackoffStrategy,
-    FixedDelayStrategy,
     Permit,
-    RateLimitStrategy,
-    policy_from,
 )
 from batchllm_celery.limiter.permit import ReportedLimit, ReportedLimits, SettledCall
 from batchllm_celery.limiter.protocol import AcquireReply, CallReport
@@ -27,13 +29,11 @@ from batchllm_celery.limiter.quota_state import LiveState, QuotaSetup
 from batchllm_celery.limiter.records import lua_reader, pack, unpack
 from batchllm_celery.limiter.settlements import Settlements
 from batchllm_celery.models import Quota, QuotaLimits, RateLimitConfig, TokenUsage
+from batchllm_celery.providers import GeminiStrategy, OpenAICompatibleStrategy, SimulatedStrategy
 from batchllm_celery.strategies import (
     CallableStrategy,
     EscalatingStrategy,
-    GeminiStrategy,
     LLMCallStrategy,
-    OpenAICompatibleStrategy,
-    SimulatedStrategy,
     StructuredStrategy,
 )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from batchllm_celery.execution.middleware import Middleware, MiddlewareChain
+from batchllm_celery.compat.middleware import Middleware, MiddlewareChain
 from batchllm_celery.models import LLMWorkItem, WorkItemResult
 
 

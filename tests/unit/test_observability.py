@@ -16,15 +16,12 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from prometheus_client import CollectorRegistry, generate_latest
 
 from batchllm_celery import events
+from batchllm_celery.compat import observers
+from batchllm_celery.compat.metrics import MetricsObserver
+from batchllm_celery.compat.observers import ObserverFeed, ProcessingEvent
 from batchllm_celery.errors import FailureKind
 from batchllm_celery.events import Event, Events
-from batchllm_celery.observability import (
-    LogListener,
-    MetricsObserver,
-    ObserverFeed,
-    ProcessingEvent,
-    observers,
-)
+from batchllm_celery.observability import LogListener
 from batchllm_celery.observability.logging import _LINES, line_of
 from batchllm_celery.observability.otel import OpenTelemetryListener
 from batchllm_celery.observability.prometheus import PrometheusListener

@@ -11,7 +11,7 @@ import time
 import pytest
 from rich.console import Console
 
-from batchllm_celery.progress import ProgressReporter, RichProgressBar
+from batchllm_celery.compat.progress import ProgressReporter, RichProgressBar
 
 
 async def test_a_callback_hears_every_interval_and_the_end_in_order() -> None:

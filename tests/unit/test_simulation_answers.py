@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 
 from batchllm_celery.simulation import SimulationConfig, answer_to, digest_of, json_answer_to
 from batchllm_celery.simulation.answers import count_tokens
-from batchllm_celery.simulation.replies import Chance, GenerateRequest, Outcome, decide
+from batchllm_celery.simulation.replies import Chance, GenerateRequest, ReplyOutcome, decide
 
 PROMPTS = ["", "Summarise: the lazy dog", "日本語のテキスト", "x" * 10_000, '{"quote": "\\""}']
 
@@ -139,7 +139,7 @@ def test_different_prompts_choose_different_values() -> None:
     assert {json_answer_to(f"prompt {n}", schema) for n in range(50)} == {"a", "b", "c"}
 
 
-def shares(config: SimulationConfig, **request: Any) -> dict[Outcome, float]:
+def shares(config: SimulationConfig, **request: Any) -> dict[ReplyOutcome, float]:
     outcomes = [
         decide(config, GenerateRequest("m", f"prompt {n}", **request), attempt=1).outcome
         for n in range(4000)
@@ -150,18 +150,18 @@ def shares(config: SimulationConfig, **request: Any) -> dict[Outcome, float]:
 @pytest.mark.parametrize(
     ("rate", "outcome"),
     [
-        ("error_rate", Outcome.ERROR),
-        ("drop_rate", Outcome.DROPPED),
-        ("bad_output_rate", Outcome.MALFORMED),
-        ("block_rate", Outcome.BLOCKED),
-        ("truncated_rate", Outcome.TRUNCATED),
+        ("error_rate", ReplyOutcome.ERROR),
+        ("drop_rate", ReplyOutcome.DROPPED),
+        ("bad_output_rate", ReplyOutcome.MALFORMED),
+        ("block_rate", ReplyOutcome.BLOCKED),
+        ("truncated_rate", ReplyOutcome.TRUNCATED),
     ],
 )
-def test_each_rate_is_the_share_of_calls_that_end_so(rate: str, outcome: Outcome) -> None:
+def test_each_rate_is_the_share_of_calls_that_end_so(rate: str, outcome: ReplyOutcome) -> None:
     """A rate of a tenth makes about a tenth of the calls end in its way, and the rest well."""
     found = shares(SimulationConfig().changed(**{rate: 0.1}), wants_json=True)
     assert found[outcome] == pytest.approx(0.1, abs=0.02)
-    assert set(found) == {outcome, Outcome.OK}
+    assert set(found) == {outcome, ReplyOutcome.OK}
 
 
 def test_both_error_statuses_occur() -> None:
@@ -175,7 +175,7 @@ def test_decisions_follow_from_seed_prompt_and_attempt() -> None:
     """The same attempt ends the same way; another attempt or seed may end in another way."""
     config = SimulationConfig(error_rate=0.5, latency=1.0, jitter=0.5)
 
-    def fates(config: SimulationConfig, attempt: int) -> list[tuple[Outcome, float]]:
+    def fates(config: SimulationConfig, attempt: int) -> list[tuple[ReplyOutcome, float]]:
         replies = (decide(config, GenerateRequest("m", str(n)), attempt) for n in range(50))
         return [(reply.outcome, reply.latency) for reply in replies]
 
@@ -204,7 +204,7 @@ def test_latency_keeps_its_mean(tail: float) -> None:
 def test_an_output_limit_cuts_the_answer() -> None:
     """An answer longer than the request's limit is cut there and says so."""
     reply = decide(SimulationConfig(), GenerateRequest("m", "word " * 100, max_output_tokens=5), 1)
-    assert (reply.outcome, reply.output_tokens) == (Outcome.TRUNCATED, 5)
+    assert (reply.outcome, reply.output_tokens) == (ReplyOutcome.TRUNCATED, 5)
     assert answer_to("word " * 100).startswith(reply.text)
 
 

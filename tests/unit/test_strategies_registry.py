@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
+import subprocess
+import sys
 import time
 from typing import Any
 
@@ -154,6 +157,79 @@ def test_the_decorator_registers_under_a_name() -> None:
     found = catalog.lookup("test-decorated")
     assert (found.factory, found.quota) == (decorated, "q")
     assert {"gemini", "gemini-cached", "openai", "pydantic-ai", "simulated"} <= set(catalog)
+
+
+def loaded_by(code: str) -> set[str]:
+    """The package's modules that a fresh process has imported after `code`."""
+    show = "\nimport sys; print(*[m for m in sys.modules if m.startswith('batchllm_celery')])"
+    done = subprocess.run(
+        [sys.executable, "-c", code + show], capture_output=True, text=True, check=True
+    )
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "others"),
+    [
+        ("gemini", "gemini", {"openai", "pydantic_ai", "simulated"}),
+        ("gemini-cached", "gemini", {"openai", "pydantic_ai", "simulated"}),
+        ("openai", "openai", {"gemini", "pydantic_ai", "simulated"}),
+        ("simulated", "simulated", {"openai", "pydantic_ai"}),
+    ],
+)
+def test_only_the_provider_that_is_built_is_imported(name: str, own: str, others: set[str]) -> None:
+    """Built-in names are known without a provider's import."""
+    loaded = loaded_by(
+        "from batchllm_celery.models import StrategySpec\n"
+        "from batchllm_celery.strategies import catalog\n"
+        f"assert {name!r} in catalog\n"
+        f"catalog.lookup({name!r}).build(StrategySpec(name={name!r}, params={{'model': 'm'}}))"
+    )
+    package = "batchllm_celery.providers"
+    assert f"{package}.{own}" in loaded
+    assert not {f"{package}.{other}" for other in others} & loaded
+
+
+def test_a_strategy_s_own_module_imports_no_provider() -> None:
+    """The classes of `strategies` do without; a built-in's name is looked up when it is needed."""
+    loaded = loaded_by("from batchllm_celery.strategies import CallableStrategy, Registry, catalog")
+    assert not {module for module in loaded if module.startswith("batchllm_celery.providers")}
+
+
+@pytest.mark.parametrize("name", ["gemini", "simulated"])
+def test_a_built_in_name_is_taken_from_the_first_moment(name: str) -> None:
+    """Also where the user's `@strategy` is the first that touches the catalog."""
+    loaded_by(
+        "from batchllm_celery import UsageError, strategy\n"
+        "try:\n"
+        f"    strategy({name!r})(lambda: None)\n"
+        "except UsageError as error:\n"
+        "    assert 'already registered' in str(error)\n"
+        "else:\n"
+        "    raise SystemExit('it was registered')"
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "home"),
+    [
+        ("strategies:GeminiCachedStrategy", "providers.gemini"),
+        ("strategies:OpenAICompatibleStrategy", "providers.openai"),
+        ("strategies.gemini_cache:has_tags", "providers.gemini.cache"),
+        ("strategies.simulated:SimulatedStrategy", "providers.simulated"),
+        ("execution.middleware:Middleware", "compat.middleware"),
+        ("observability:MetricsObserver", "compat.metrics"),
+        ("progress:RichProgressBar", "compat.progress"),
+        ("limiter:FixedDelayStrategy", "compat.rate_limits"),
+    ],
+)
+def test_a_documented_path_names_the_same_object(path: str, home: str) -> None:
+    """An `isinstance` by either path is the same question; an unknown name stays one."""
+    module, _, name = path.partition(":")
+    found = importlib.import_module(f"batchllm_celery.{module}")
+    there = importlib.import_module(f"batchllm_celery.{home}")
+    assert getattr(found, name) is getattr(there, name)
+    assert not hasattr(found, "NoSuchStrategy")
 
 
 async def test_a_thousand_callers_prepare_once() -> None:

@@ -8,16 +8,13 @@ import pytest
 
 from batchllm_celery.errors import FailureKind, ProviderError, UsageError
 from batchllm_celery.models import Completion, RetryState, StrategySpec, TokenUsage
-from batchllm_celery.settings import Settings
 from batchllm_celery.strategies import (
     CallableStrategy,
     EscalatingStrategy,
     LLMCallStrategy,
     as_completion,
     catalog,
-    check_environment,
     classify_for,
-    spec_for_model,
 )
 from batchllm_celery.strategies.failures import priced_as
 
@@ -162,54 +159,28 @@ async def test_all_levels_share_the_life_cycle() -> None:
         EscalatingStrategy([])
 
 
-# -- model strings
-
-
-def test_a_model_string_becomes_a_registered_strategy() -> None:
-    """Only what was given is among the parameters, so equal requests share one instance."""
-    spec = spec_for_model("gemini:gemini-2.5-flash", system="Be brief.", temperature=0.0)
-    assert spec == StrategySpec(
-        name="gemini",
-        params={"model": "gemini-2.5-flash", "system": "Be brief.", "temperature": 0.0},
-    )
+# -- built-in names
 
 
 @pytest.mark.parametrize(
-    ("model", "name", "quota"),
+    ("name", "model", "quota"),
     [
-        ("gemini:gemini-2.5-flash", "gemini", "gemini:gemini-2.5-flash"),
-        ("gemini-cached:gemini-2.5-flash", "gemini-cached", "gemini:gemini-2.5-flash"),
-        ("openai:gpt-4.1-mini", "openai", "openai:gpt-4.1-mini"),
-        ("openai:org/model:free", "openai", "openai:org/model:free"),
-        ("pydantic-ai:gemini:gemini-2.5-flash", "pydantic-ai", "gemini:gemini-2.5-flash"),
-        ("simulated", "simulated", "simulated:simulated-flash"),
-        ("simulated:fast", "simulated", "simulated:fast"),
+        ("gemini", "gemini-2.5-flash", "gemini:gemini-2.5-flash"),
+        ("gemini-cached", "gemini-2.5-flash", "gemini:gemini-2.5-flash"),
+        ("openai", "gpt-4.1-mini", "openai:gpt-4.1-mini"),
+        ("openai", "org/model:free", "openai:org/model:free"),
+        ("pydantic-ai", "gemini:gemini-2.5-flash", "gemini:gemini-2.5-flash"),
+        ("simulated", "fast", "simulated:fast"),
     ],
 )
-def test_every_provider_builds_and_names_its_quota(model: str, name: str, quota: str) -> None:
+def test_every_provider_builds_and_names_its_quota(name: str, model: str, quota: str) -> None:
     """The quota is known before the strategy is built, and the built one agrees."""
-    schema = {"type": "object"}
-    spec = spec_for_model(model, system="s", schema=schema, temperature=0.5, max_output_tokens=9)
+    params = {"model": model, "system": "s", "temperature": 0.5, "max_output_tokens": 9}
+    spec = StrategySpec(name=name, params={**params, "schema": {"type": "object"}})
     registration = catalog.lookup(spec.name)
-    assert (spec.name, registration.quota_for(spec)) == (name, quota)
+    assert registration.quota_for(spec) == quota
     built = registration.build(spec)
     assert (built.model_name, built.max_output_tokens) == (quota, 9)
-
-
-@pytest.mark.parametrize(
-    ("model", "words"),
-    [
-        ("claude:opus", "unknown model provider 'claude'.*gemini, gemini-cached, openai"),
-        ("gpt-4", "unknown model provider 'gpt-4'"),
-        ("gemini:", "names no model; write it like gemini:gemini-2.5-flash"),
-        ("openai", "names no model"),
-        ("", "unknown model provider"),
-    ],
-)
-def test_an_unknown_model_is_one_clear_line(model: str, words: str) -> None:
-    """It names what is known."""
-    with pytest.raises(UsageError, match=words):
-        spec_for_model(model)
 
 
 @pytest.mark.parametrize("key", ["base_url", "api_key", "client"])
@@ -219,40 +190,3 @@ def test_no_message_can_name_a_server_or_a_key(key: str) -> None:
         spec = StrategySpec(name=name, params={"model": "m", key: "http://evil.example"})
         with pytest.raises(UsageError, match=key):
             catalog.lookup(name).build(spec)
-
-
-@pytest.mark.parametrize(
-    ("model", "words"),
-    [
-        ("gemini:m", r"GEMINI_API_KEY \(or GOOGLE_API_KEY\) is not set.*https://aistudio"),
-        ("gemini-cached:m", "GEMINI_API_KEY"),
-        ("pydantic-ai:gemini:m", "GEMINI_API_KEY"),
-        ("openai:m", "OPENAI_API_KEY is not set.*https://platform.openai.com"),
-        ("pydantic-ai:openai:m", "OPENAI_API_KEY"),
-        ("simulated", "BATCHLLM_SIMULATED_URL is not set.*batchllm simulate"),
-    ],
-)
-def test_a_missing_key_is_named_with_where_to_get_one(
-    monkeypatch: pytest.MonkeyPatch, model: str, words: str
-) -> None:
-    """Known without a call to anybody."""
-    for name in ("GEMINI_API_KEY", "GOOGLE_API_KEY", "OPENAI_API_KEY", "OPENAI_BASE_URL"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.delenv("BATCHLLM_SIMULATED_URL", raising=False)
-    with pytest.raises(UsageError, match=words):
-        check_environment(spec_for_model(model), Settings())
-
-
-def test_a_present_key_satisfies_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Either Gemini variable, OpenAI's key or a server of one's own, the simulated URL; a
-    registered strategy of the user's own is not our business."""
-    for name in ("GEMINI_API_KEY", "GOOGLE_API_KEY", "OPENAI_API_KEY", "OPENAI_BASE_URL"):
-        monkeypatch.delenv(name, raising=False)
-    own = Settings(openai_base_url="http://localhost:1/v1", simulated_url="http://localhost:2")
-    check_environment(spec_for_model("openai:m"), own)
-    check_environment(spec_for_model("simulated"), own)
-    check_environment(StrategySpec(name="mine"), Settings())
-    monkeypatch.setenv("GOOGLE_API_KEY", "k")
-    check_environment(spec_for_model("gemini:m"), Settings())
-    monkeypatch.setenv("OPENAI_API_KEY", "k")
-    check_environment(spec_for_model("openai:m"), Settings())

@@ -12,7 +12,7 @@ import pytest
 from batchllm_celery.dialects import anthropic, gemini, openai, responses
 from batchllm_celery.dialects.answers import Answer, FailedAnswer
 from batchllm_celery.dialects.refusals import Refusals
-from batchllm_celery.dialects.rows import Outcome, Row, read_row, recognise, write_row
+from batchllm_celery.dialects.rows import Row, RowOutcome, read_row, recognise, write_row
 from batchllm_celery.errors import FailureKind, InputError
 from batchllm_celery.models import Completion, TokenUsage
 from batchllm_celery.models.request import NativeRequest, Request
@@ -211,10 +211,10 @@ def test_a_row_of_gemini_may_name_its_model() -> None:
 # -- rows out
 
 
-def outcome_of(answer: Answer | FailedAnswer, raw: str, **fields: Any) -> Outcome:
+def outcome_of(answer: Answer | FailedAnswer, raw: str, **fields: Any) -> RowOutcome:
     if isinstance(answer, FailedAnswer):
-        return Outcome.of_failure("k", answer, raw=raw, **fields)
-    return Outcome(
+        return RowOutcome.of_failure("k", answer, raw=raw, **fields)
+    return RowOutcome(
         "k",
         completion=answer,
         status=answer.status,
@@ -224,7 +224,7 @@ def outcome_of(answer: Answer | FailedAnswer, raw: str, **fields: Any) -> Outcom
     )
 
 
-def line(row_format: Any, outcome: Outcome) -> tuple[dict[str, Any], bool]:
+def line(row_format: Any, outcome: RowOutcome) -> tuple[dict[str, Any], bool]:
     text, is_error = write_row(row_format, outcome)
     assert "\n" not in text
     return json.loads(text), is_error
@@ -285,7 +285,7 @@ def test_a_cut_answer_is_in_openais_error_file_with_its_text() -> None:
     ],
 )
 def test_what_no_reply_came_for_has_openais_error(kind: FailureKind, code: str) -> None:
-    row, is_error = line("openai", Outcome("k", kind=kind, message="T: why"))
+    row, is_error = line("openai", RowOutcome("k", kind=kind, message="T: why"))
     assert is_error
     assert row["response"] is None
     assert row["error"] == {"code": code, "message": "T: why"}
@@ -324,7 +324,7 @@ def test_result_rows_of_gemini() -> None:
 def test_failures_of_gemini_have_googles_codes(
     status: int | None, kind: FailureKind, code: int
 ) -> None:
-    row, _ = line("gemini", Outcome("k", kind=kind, message="T: why", status=status))
+    row, _ = line("gemini", RowOutcome("k", kind=kind, message="T: why", status=status))
     assert row == {"key": "k", "error": {"code": code, "message": "T: why"}}
 
 
@@ -340,10 +340,10 @@ def test_result_rows_of_anthropic() -> None:
     failure = anthropic.read_answer(529, {}, json.dumps(error).encode())
     row, _ = line("anthropic", outcome_of(failure, json.dumps(error)))
     assert row["result"] == {"type": "errored", "error": error}
-    row, _ = line("anthropic", Outcome("k", kind=K.FRAMEWORK_TIMEOUT, message="T: why"))
+    row, _ = line("anthropic", RowOutcome("k", kind=K.FRAMEWORK_TIMEOUT, message="T: why"))
     assert row["result"]["error"]["error"] == {"type": "timeout_error", "message": "T: why"}
     for kind, name in ((K.CANCELLED, "canceled"), (K.DEADLINE, "expired")):
-        row, _ = line("anthropic", Outcome("k", kind=kind, message="x"))
+        row, _ = line("anthropic", RowOutcome("k", kind=kind, message="x"))
         assert row["result"] == {"type": name}
 
 
@@ -352,10 +352,10 @@ def test_result_rows_of_anthropic_are_read_by_its_sdk() -> None:
     raw = json.dumps(claude())
     outcomes = [
         outcome_of(anthropic.read_answer(200, {}, raw.encode()), raw),
-        Outcome("k", kind=K.FRAMEWORK_TIMEOUT, message="T: why"),
-        Outcome("k", kind=K.OVERLOADED, message="T: why", status=529, raw="<html>"),
-        Outcome("k", kind=K.CANCELLED, message="x"),
-        Outcome("k", kind=K.DEADLINE, message="x"),
+        RowOutcome("k", kind=K.FRAMEWORK_TIMEOUT, message="T: why"),
+        RowOutcome("k", kind=K.OVERLOADED, message="T: why", status=529, raw="<html>"),
+        RowOutcome("k", kind=K.CANCELLED, message="x"),
+        RowOutcome("k", kind=K.DEADLINE, message="x"),
     ]
     types = []
     for outcome in outcomes:
@@ -368,7 +368,7 @@ def test_result_rows_of_anthropic_are_read_by_its_sdk() -> None:
 def test_an_answer_of_another_provider_has_the_form_of_the_row() -> None:
     """Without a body of that form, one is made of the answer; the model says whose it is."""
     usage = TokenUsage(input_tokens=3, output_tokens=2)
-    outcome = Outcome("k", completion=Completion("hi", usage), model="gemini:flash")
+    outcome = RowOutcome("k", completion=Completion("hi", usage), model="gemini:flash")
     row, _ = line("openai", outcome)
     types: Any = importlib.import_module("openai.types.chat")
     body = types.ChatCompletion.model_validate(row["response"]["body"], strict=True)
@@ -378,7 +378,7 @@ def test_an_answer_of_another_provider_has_the_form_of_the_row() -> None:
         ("gemini", "gemini", gemini),
         ("anthropic", "anthropic", anthropic),
     ):
-        made = Outcome(
+        made = RowOutcome(
             "k",
             completion=Completion("hi", usage),
             model="openai:m",
@@ -388,11 +388,11 @@ def test_an_answer_of_another_provider_has_the_form_of_the_row() -> None:
         body = row["response"] if row_format == "gemini" else row["result"]["message"]
         answer = module.read_answer(200, {}, json.dumps(body).encode())
         assert answer.output == "hi"
-    response = Outcome("k", completion=Completion("hi"), model="m", dialect="responses")
+    response = RowOutcome("k", completion=Completion("hi"), model="m", dialect="responses")
     row, _ = line("openai", response)
     read_back = responses.read_answer(200, {}, json.dumps(row["response"]["body"]).encode())
     assert isinstance(read_back, Answer)
-    vectors = Outcome("k", completion=Completion([[0.5]]), model="m", dialect="embeddings")
+    vectors = RowOutcome("k", completion=Completion([[0.5]]), model="m", dialect="embeddings")
     row, _ = line("openai", vectors)
     assert row["response"]["body"]["data"][0]["embedding"] == [0.5]
 
@@ -400,7 +400,7 @@ def test_an_answer_of_another_provider_has_the_form_of_the_row() -> None:
 def test_ids_and_words_can_not_break_a_line() -> None:
     key = 'a"b\n\u2028\ud800'
     for row_format in ("openai", "gemini", "anthropic"):
-        row, _ = line(row_format, Outcome(key, kind=K.UNKNOWN, message="x\ny\u2028"))
+        row, _ = line(row_format, RowOutcome(key, kind=K.UNKNOWN, message="x\ny\u2028"))
         assert row.get("custom_id", row.get("key")) == key
     raw = json.dumps(chat("a\nb"), indent=2).replace("\n", "\r\n")
     answer = openai.read_answer(200, {}, raw.encode())

@@ -19,10 +19,11 @@ from batchllm_celery.models import (
     TokenUsage,
     TOutput,
 )
+from batchllm_celery.providers.bodies import unreadable
+from batchllm_celery.providers.gemini import client as gemini_client
+from batchllm_celery.providers.strategy import ProviderStrategy
 from batchllm_celery.redaction import keep_secret
-from batchllm_celery.strategies import gemini_client
-from batchllm_celery.strategies.base import LLMCallStrategy, ProcessResources
-from batchllm_celery.strategies.bodies import unreadable
+from batchllm_celery.strategies.base import ProcessResources
 from batchllm_celery.strategies.failures import charged, classify
 from batchllm_celery.strategies.structured import (
     OutputSchema,
@@ -46,7 +47,7 @@ class GeminiResponse(Model, Generic[TOutput]):
     """The SDK's own object: in process only, it is not stored with the result."""
 
 
-class GeminiStrategy(LLMCallStrategy[TOutput]):
+class GeminiStrategy(ProviderStrategy[TOutput]):
     """Calls a Gemini model.
 
         GeminiStrategy(model="gemini-2.5-flash", system="Answer in one word.")
@@ -101,7 +102,6 @@ class GeminiStrategy(LLMCallStrategy[TOutput]):
             "thinking_config": _thinking(thinking_budget),
             **_structured(self.schema),
         }
-        self._owned: ProcessResources | None = None
         self._request_config: Any = None
 
     # -- life cycle
@@ -119,21 +119,8 @@ class GeminiStrategy(LLMCallStrategy[TOutput]):
         await asyncio.to_thread(importlib.import_module, "google.genai.types")
         self._request_config = self._build_config({})
 
-    async def close(self) -> None:
-        """Close what this instance opened for itself; the registry closes what is shared."""
-        if self._owned is not None:
-            owned, self._owned, self.client = self._owned, None, None
-            await owned.close()
-
     async def _open_client(self, resources: ProcessResources) -> Any:
         return await gemini_client.open_client(resources)
-
-    def _resources(self) -> ProcessResources:
-        if self.resources is not None:
-            return self.resources
-        if self._owned is None:
-            self._owned = ProcessResources()
-        return self._owned
 
     # -- calls
 

@@ -6,8 +6,7 @@ import asyncio
 import importlib
 import json
 import logging
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import datetime, timedelta
 from functools import partial
 from typing import Any
@@ -15,16 +14,13 @@ from zoneinfo import ZoneInfo
 
 from batchllm_celery.errors import FailureKind, ProviderError
 from batchllm_celery.models import TokenUsage
+from batchllm_celery.providers import bodies, google_rpc
+from batchllm_celery.providers.http import EXTRA_CONNECTIONS, bounded_response, redirected
 from batchllm_celery.redaction import keep_secret
-from batchllm_celery.strategies import bodies
 from batchllm_celery.strategies.base import Opened, ProcessResources
-from batchllm_celery.strategies.failures import condensed, kind_of_refusal, retry_after_of
-from batchllm_celery.strategies.http import bounded_response, redirected
+from batchllm_celery.strategies.failures import condensed, retry_after_of
 from batchllm_celery.strategies.usage import MOST_TOKENS
 from batchllm_celery.strategies.usage import count as tokens
-
-#: Sockets beyond the slots: cache calls, and those of cancelled calls that still close.
-SPARE_CONNECTIONS = 16
 
 _BLOCKED = {
     "SAFETY",
@@ -40,10 +36,6 @@ _BLOCKED = {
 }
 #: The one end of a whole answer. Others that are not named here, and those still to come, fail.
 _GOOD_END = "STOP"
-_LIMIT_0 = re.compile(r"\blimit: 0(?![.\d])")
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)s")
-_KEY_REASONS = {"API_KEY_INVALID", "API_KEY_EXPIRED", "API_KEY_SERVICE_BLOCKED", "SERVICE_DISABLED"}
-_BILLING_REASONS = {"BILLING_DISABLED", "CONSUMER_SUSPENDED", "CONSUMER_INVALID"}
 
 
 async def open_client(
@@ -71,7 +63,7 @@ async def _open(slots: int, base_url: str | None, api_key: str | None) -> Opened
     types = genai.types
     # It says "AFC is enabled" for each call, at INFO.
     logging.getLogger("google_genai.models").setLevel(logging.WARNING)
-    connector = aiohttp.TCPConnector(limit=slots + SPARE_CONNECTIONS, keepalive_timeout=60)
+    connector = aiohttp.TCPConnector(limit=slots + EXTRA_CONNECTIONS, keepalive_timeout=60)
     session = aiohttp.ClientSession(
         connector=connector,
         trust_env=True,
@@ -292,13 +284,13 @@ def _refused(
 ) -> ProviderError:
     """What an error's body says: of an error status, or (`status` by its own word) of a 200."""
     fields = bodies.fields_of(body)
-    details, words = details_of(fields), bodies.words_of(body)
-    retry_after = retry_delay(details)
+    details, words = google_rpc.details_of(fields), bodies.words_of(body)
+    retry_after = google_rpc.retry_delay(details)
     if retry_after is None:
         retry_after = retry_after_of(headers)
     kind = FailureKind.UNKNOWN
     if status is not None and status >= 300:
-        kind = kind_of_error(status, details, words)
+        kind = google_rpc.kind_of_error(status, details, words)
     if kind is FailureKind.QUOTA_EXHAUSTED and retry_after is None:
         retry_after = seconds_to_pacific_midnight(datetime.now(_PACIFIC))
     named = fields.get("status")
@@ -319,60 +311,3 @@ def seconds_to_pacific_midnight(now: datetime) -> float:
     """Gemini's day quotas are reset at midnight Pacific time."""
     tomorrow = (now + timedelta(days=1)).replace(hour=0, minute=0, second=0, microsecond=0)
     return tomorrow.timestamp() - now.timestamp()
-
-
-def details_of(fields: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The google.rpc details of an error's body."""
-    details = fields.get("details")
-    found = details if isinstance(details, list) else []
-    return [detail for detail in found if isinstance(detail, Mapping)]
-
-
-def _of_type(details: list[Mapping[str, Any]], name: str) -> Iterator[Mapping[str, Any]]:
-    return (detail for detail in details if str(detail.get("@type", "")).endswith(f".{name}"))
-
-
-def retry_delay(details: list[Mapping[str, Any]]) -> float | None:
-    """Seconds to wait, where a `RetryInfo` says so."""
-    for detail in _of_type(details, "RetryInfo"):
-        match = _DURATION.fullmatch(str(detail.get("retryDelay", "")))
-        if match:
-            return float(match.group(1))
-    return None
-
-
-def kind_of_error(code: int, details: list[Mapping[str, Any]], message: str) -> FailureKind:
-    """The failure kind of a Google error: by its details, then its status and words."""
-    reasons = {str(detail.get("reason")) for detail in _of_type(details, "ErrorInfo")}
-    if reasons & _KEY_REASONS or (code == 400 and "api key" in message.lower()):
-        return FailureKind.AUTHENTICATION
-    if reasons & _BILLING_REASONS:
-        return FailureKind.BILLING
-    if code == 429:
-        return _kind_of_429(details, message)
-    if code == 400 and "billing" in message.lower():
-        return FailureKind.BILLING
-    return kind_of_refusal(code, message)
-
-
-def _kind_of_429(details: list[Mapping[str, Any]], message: str) -> FailureKind:
-    """Which 429. The message alone won't do: every one of them says "check your plan and billing
-    details"; the violated quota's id tells minute from day, a free tier of 0 that money is
-    missing."""
-    violations = [
-        violation
-        for detail in _of_type(details, "QuotaFailure")
-        for violation in detail.get("violations") or ()
-    ]
-    words = json.dumps(violations, default=str) + message
-    nothing = any(str(violation.get("quotaValue")) == "0" for violation in violations)
-    if re.search(r"free_?tier", words, re.IGNORECASE) and (nothing or _LIMIT_0.search(message)):
-        return FailureKind.BILLING
-    if "prepayment" in message.lower():
-        return FailureKind.BILLING
-    names = " ".join(
-        str(violation.get(name, "")) for violation in violations for name in ("quotaId", "subject")
-    )
-    if re.search(r"PerDay|per day", f"{names} {message}", re.IGNORECASE):
-        return FailureKind.QUOTA_EXHAUSTED
-    return FailureKind.RATE_LIMITED

@@ -16,6 +16,10 @@ from typing import Any, Generic
 
 from redis.exceptions import RedisError
 
+from batchllm_celery.compat.middleware import Middleware, MiddlewareChain
+from batchllm_celery.compat.observers import ObserverFeed, ProcessorObserver
+from batchllm_celery.compat.progress import ProgressCallback, ProgressReporter
+from batchllm_celery.compat.rate_limits import RateLimitStrategy, policy_from
 from batchllm_celery.connection import Connection
 from batchllm_celery.embedded import resolve_url
 from batchllm_celery.errors import FailureKind, UsageError, describe
@@ -29,9 +33,8 @@ from batchllm_celery.events import (
     WorkerStopped,
 )
 from batchllm_celery.execution import ItemJob, ItemRunner, OpenGate, Prices, Stopped
-from batchllm_celery.execution.middleware import Middleware, MiddlewareChain
 from batchllm_celery.keys import Keys
-from batchllm_celery.limiter import Estimator, Limiter, RateLimitStrategy, policy_from
+from batchllm_celery.limiter import Estimator, Limiter
 from batchllm_celery.models import (
     FAILURE_POLICIES,
     BatchResult,
@@ -47,8 +50,6 @@ from batchllm_celery.models import (
     WorkItemResult,
 )
 from batchllm_celery.observability.logging import LogListener
-from batchllm_celery.observability.observers import ObserverFeed, ProcessorObserver
-from batchllm_celery.progress import ProgressCallback, ProgressReporter
 from batchllm_celery.settings import Settings
 from batchllm_celery.strategies.base import LLMCallStrategy, ProcessResources
 from batchllm_celery.strategies.registry import Registry, catalog

@@ -12,15 +12,12 @@ from typing import Any
 
 from batchllm_celery.errors import FailureKind, ProviderError, UsageError
 from batchllm_celery.models import TokenUsage
+from batchllm_celery.providers import bodies, google_rpc
+from batchllm_celery.providers.http import EXTRA_CONNECTIONS, bounded_client, redirected
 from batchllm_celery.redaction import keep_secret, keep_secrets_in
-from batchllm_celery.strategies import bodies, gemini_client
 from batchllm_celery.strategies.base import Opened, ProcessResources
 from batchllm_celery.strategies.failures import condensed, kind_of_refusal, retry_after_of
-from batchllm_celery.strategies.http import bounded_client, redirected
 from batchllm_celery.strategies.usage import Reading, count, reasoned_output
-
-#: Sockets beyond the slots: those of cancelled calls that still close.
-SPARE_CONNECTIONS = 16
 
 _BILLING_CODES = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
 _BLOCKED_CODES = {"content_filter", "content_policy_violation"}
@@ -72,7 +69,7 @@ async def _open(slots: int, base_url: str | None, api_key: str | None) -> Opened
             "(get one at https://platform.openai.com/api-keys)",
             kind=FailureKind.AUTHENTICATION,
         )
-    most = slots + SPARE_CONNECTIONS
+    most = slots + EXTRA_CONNECTIONS
     limits = type(openai.DEFAULT_CONNECTION_LIMITS)(
         max_connections=most, max_keepalive_connections=most, keepalive_expiry=60.0
     )
@@ -274,9 +271,9 @@ def _refused(
 ) -> ProviderError:
     """What an error's body says: of an error status, or (`status` by its own word) of a 200."""
     fields = bodies.fields_of(body)
-    details = gemini_client.details_of(fields)
+    details = google_rpc.details_of(fields)
     words = bodies.words_of(body)
-    wait = gemini_client.retry_delay(details)
+    wait = google_rpc.retry_delay(details)
     if wait is None:
         wait = retry_after_of(headers)
     if wait is None:
@@ -312,7 +309,7 @@ def _kind(
     if status is None or status < 300:
         return FailureKind.UNKNOWN
     if details:  # Gemini's endpoint of this format
-        return gemini_client.kind_of_error(status, details, words)
+        return google_rpc.kind_of_error(status, details, words)
     if status != 429:
         return kind_of_refusal(status, words)
     if words.startswith("Request too large"):

@@ -12,6 +12,9 @@ from urllib.parse import urljoin
 from batchllm_celery.errors import FailureKind, ProviderError
 from batchllm_celery.redaction import host_of
 
+#: Sockets of a connection pool beyond the worker's slots, for cancelled calls that still close and
+#: for calls that need no slot (a context cache's).
+EXTRA_CONNECTIONS = 16
 #: Bytes of one answer, decompressed. Text answers stay under 1 MiB; images come in a few.
 MOST_BYTES = 64 * 1024 * 1024
 _CHUNK = 64 * 1024

@@ -12,7 +12,9 @@ from pydantic import BaseModel
 
 from batchllm_celery.errors import FailureKind, ProviderError, UsageError
 from batchllm_celery.models import Completion, Failure, RetryState, TokenUsage, TOutput
-from batchllm_celery.strategies import gemini_client, openai_client
+from batchllm_celery.providers.gemini import client as gemini_client
+from batchllm_celery.providers.openai import client as openai_client
+from batchllm_celery.providers.strategy import ProviderStrategy
 from batchllm_celery.strategies.base import Answer, LLMCallStrategy, ProcessResources
 from batchllm_celery.strategies.failures import charged, classify
 from batchllm_celery.strategies.structured import remember_feedback, with_feedback
@@ -96,7 +98,7 @@ class PydanticAIStrategy(LLMCallStrategy[TOutput]):
         return None
 
 
-class PydanticAIModelStrategy(PydanticAIStrategy[Any]):
+class PydanticAIModelStrategy(PydanticAIStrategy[Any], ProviderStrategy[Any]):
     """An agent built from names: what the registered `pydantic-ai` strategy is.
 
     Args:
@@ -127,7 +129,6 @@ class PydanticAIModelStrategy(PydanticAIStrategy[Any]):
         self._schema = schema
         settings = {"temperature": temperature, "max_tokens": max_output_tokens}
         self._settings = {name: value for name, value in settings.items() if value is not None}
-        self._owned: ProcessResources | None = None
 
     async def prepare(self) -> None:
         """Open the client and build the agent.
@@ -137,9 +138,7 @@ class PydanticAIModelStrategy(PydanticAIStrategy[Any]):
             ProviderError: of kind `authentication` where there is no API key.
         """
         pydantic_ai = await asyncio.to_thread(import_pydantic_ai)
-        if self.resources is None and self._owned is None:
-            self._owned = ProcessResources()
-        model = await self._build_model(self.resources or self._owned or ProcessResources())
+        model = await self._build_model(self._resources())
         output_type = str if self._schema is None else pydantic_ai.StructuredDict(self._schema)
         self.agent = pydantic_ai.Agent(
             model,
@@ -151,11 +150,6 @@ class PydanticAIModelStrategy(PydanticAIStrategy[Any]):
         # It has no tools: one request is all that it needs.
         limits = importlib.import_module("pydantic_ai.usage").UsageLimits
         self._run_options = {"usage_limits": limits(request_limit=1)}
-
-    async def close(self) -> None:
-        """Close what this instance opened for itself."""
-        if self._owned is not None:
-            await self._owned.close()
 
     async def _build_model(self, resources: ProcessResources) -> Any:
         if self.provider == "gemini":

@@ -1,21 +1,59 @@
-"""The strategies that every process knows by name. Their parameters are what a message may say,
-so none of them is a URL, a key or code."""
+"""The providers: a client, a strategy and what else each has. None knows another.
+
+The strategies that every process knows by name are registered here. A provider is imported when
+the first of its strategies is built.
+"""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from batchllm_celery.strategies.base import LLMCallStrategy
-from batchllm_celery.strategies.gemini import GeminiStrategy
-from batchllm_celery.strategies.gemini_cache import GeminiCachedStrategy
-from batchllm_celery.strategies.openai_compatible import OpenAICompatibleStrategy
-from batchllm_celery.strategies.pydantic_ai import PydanticAIModelStrategy
 from batchllm_celery.strategies.registry import Registration, StrategyCatalog
-from batchllm_celery.strategies.simulated import SimulatedStrategy
+
+if TYPE_CHECKING:
+    from batchllm_celery.providers.gemini import (
+        GeminiCachedStrategy,
+        GeminiResponse,
+        GeminiStrategy,
+    )
+    from batchllm_celery.providers.openai import OpenAICompatibleStrategy
+    from batchllm_celery.providers.pydantic_ai import PydanticAIStrategy
+    from batchllm_celery.providers.simulated import SimulatedStrategy
+
+__all__ = [
+    "GeminiCachedStrategy",
+    "GeminiResponse",
+    "GeminiStrategy",
+    "OpenAICompatibleStrategy",
+    "PydanticAIStrategy",
+    "SimulatedStrategy",
+    "register_builtins",
+]
+
+#: Class -> the module that it is imported from at its first use.
+_HOMES = {
+    "GeminiCachedStrategy": "gemini",
+    "GeminiResponse": "gemini",
+    "GeminiStrategy": "gemini",
+    "OpenAICompatibleStrategy": "openai",
+    "PydanticAIStrategy": "pydantic_ai",
+    "SimulatedStrategy": "simulated",
+}
 
 
-def gemini(
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+# -- factories by name. Their parameters are what a message may say: no URL, no key, no code.
+
+
+def _gemini(
     model: str,
     *,
     system: str | None = None,
@@ -24,7 +62,8 @@ def gemini(
     max_output_tokens: int | None = None,
     thinking_budget: int | None = None,
 ) -> LLMCallStrategy[Any]:
-    """`GeminiStrategy` by its parameters."""
+    from batchllm_celery.providers.gemini import GeminiStrategy
+
     return GeminiStrategy(
         model,
         system=system,
@@ -35,7 +74,7 @@ def gemini(
     )
 
 
-def gemini_cached(
+def _gemini_cached(
     model: str,
     *,
     cached_content: str | list[str] | None = None,
@@ -48,7 +87,8 @@ def gemini_cached(
     max_output_tokens: int | None = None,
     thinking_budget: int | None = None,
 ) -> LLMCallStrategy[Any]:
-    """`GeminiCachedStrategy` by its parameters."""
+    from batchllm_celery.providers.gemini import GeminiCachedStrategy
+
     return GeminiCachedStrategy(
         model,
         cached_content=cached_content,
@@ -63,7 +103,7 @@ def gemini_cached(
     )
 
 
-def openai(
+def _openai(
     model: str,
     *,
     system: str | None = None,
@@ -72,7 +112,8 @@ def openai(
     max_output_tokens: int | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> LLMCallStrategy[Any]:
-    """`OpenAICompatibleStrategy` by its parameters; the server is the process's own setting."""
+    from batchllm_celery.providers.openai import OpenAICompatibleStrategy
+
     return OpenAICompatibleStrategy(
         model,
         system=system,
@@ -83,7 +124,7 @@ def openai(
     )
 
 
-def simulated(
+def _simulated(
     model: str = "simulated-flash",
     *,
     system: str | None = None,
@@ -92,7 +133,8 @@ def simulated(
     max_output_tokens: int | None = None,
     thinking_budget: int | None = None,
 ) -> LLMCallStrategy[Any]:
-    """`SimulatedStrategy` by its parameters."""
+    from batchllm_celery.providers.simulated import SimulatedStrategy
+
     return SimulatedStrategy(
         model,
         system=system,
@@ -103,14 +145,33 @@ def simulated(
     )
 
 
+def _pydantic_ai(
+    model: str,
+    *,
+    system: str | None = None,
+    schema: Mapping[str, Any] | None = None,
+    temperature: float | None = None,
+    max_output_tokens: int | None = None,
+) -> LLMCallStrategy[Any]:
+    from batchllm_celery.providers.pydantic_ai import PydanticAIModelStrategy
+
+    return PydanticAIModelStrategy(
+        model,
+        system=system,
+        schema=schema,
+        temperature=temperature,
+        max_output_tokens=max_output_tokens,
+    )
+
+
 def register_builtins(catalog: StrategyCatalog) -> None:
     """Add the built-in names."""
     for registration in (
-        Registration("gemini", gemini, provider="gemini"),
-        Registration("gemini-cached", gemini_cached, provider="gemini"),
-        Registration("openai", openai, provider="openai"),
+        Registration("gemini", _gemini, provider="gemini"),
+        Registration("gemini-cached", _gemini_cached, provider="gemini"),
+        Registration("openai", _openai, provider="openai"),
         # Its `model` names its provider: pydantic-ai:gemini:NAME draws on gemini:NAME's quota.
-        Registration("pydantic-ai", PydanticAIModelStrategy, provider=""),
-        Registration("simulated", simulated, provider="simulated"),
+        Registration("pydantic-ai", _pydantic_ai, provider=""),
+        Registration("simulated", _simulated, provider="simulated"),
     ):
         catalog.register(registration)

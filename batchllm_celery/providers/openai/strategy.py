@@ -8,9 +8,10 @@ from typing import Any
 
 from batchllm_celery.errors import FailureKind, ProviderError
 from batchllm_celery.models import Completion, Failure, RetryState, TOutput
+from batchllm_celery.providers import bodies
+from batchllm_celery.providers.openai import client as openai_client
+from batchllm_celery.providers.strategy import ProviderStrategy
 from batchllm_celery.redaction import keep_secret
-from batchllm_celery.strategies import bodies, openai_client
-from batchllm_celery.strategies.base import LLMCallStrategy, ProcessResources
 from batchllm_celery.strategies.failures import charged, classify
 from batchllm_celery.strategies.structured import (
     OutputSchema,
@@ -23,7 +24,7 @@ from batchllm_celery.strategies.structured import (
 PAGES_BEFORE_DOUBT = 1
 
 
-class OpenAICompatibleStrategy(LLMCallStrategy[TOutput]):
+class OpenAICompatibleStrategy(ProviderStrategy[TOutput]):
     """Calls `chat/completions`.
 
         OpenAICompatibleStrategy("gpt-4.1-mini", system="Answer in one word.")
@@ -73,7 +74,6 @@ class OpenAICompatibleStrategy(LLMCallStrategy[TOutput]):
         self.extra = dict(extra or {})
         self.model_name = f"{self.provider}:{model}"
         self._api_key = api_key
-        self._owned: ProcessResources | None = None
         self._pages: int | None = 0
         self._request: dict[str, Any] | None = None
 
@@ -97,12 +97,6 @@ class OpenAICompatibleStrategy(LLMCallStrategy[TOutput]):
             keep_secret(getattr(self.client, "api_key", None))
             self.client = openai_client.without_retries(self.client)
         self._request = self._build_request()
-
-    async def close(self) -> None:
-        """Close what this instance opened for itself; the registry closes what is shared."""
-        if self._owned is not None:
-            owned, self._owned, self.client = self._owned, None, None
-            await owned.close()
 
     async def execute(
         self, prompt: str, attempt: int, timeout: float, state: RetryState | None = None
@@ -132,13 +126,6 @@ class OpenAICompatibleStrategy(LLMCallStrategy[TOutput]):
         """SDK errors by their status and code."""
         translated = openai_client.translate(exception)
         return classify(translated) if translated is not None else None
-
-    def _resources(self) -> ProcessResources:
-        if self.resources is not None:
-            return self.resources
-        if self._owned is None:
-            self._owned = ProcessResources()
-        return self._owned
 
     async def _call(self, prompt: str) -> tuple[Any, Callable[[], Any]]:
         """The answer's body, and how to have the SDK's object of it.

@@ -6,8 +6,8 @@ import json
 from collections.abc import Generator
 from typing import Any
 
+from batchllm_celery.compat.observers import BaseObserver, ProcessingEvent, translate
 from batchllm_celery.events import Event
-from batchllm_celery.observability.observers import BaseObserver, ProcessingEvent, translate
 
 _COUNTERS = ("items_processed", "items_succeeded", "items_failed", "rate_limits_hit")
 _GAUGES = ("avg_processing_time", "success_rate", "total_cooldown_time")
