@@ -1,4 +1,4 @@
-"""The ledger's Lua scripts: each is `batch.lua`, what they share, and a file of its own."""
+"""The ledger's Lua scripts, in `lua/`. Each includes `batch.lua`, which holds what they share."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ _NOT_THEN = ("#!lua flags=\n", "redis.call('SETRANGE', KEYS[3], 0, '')\n")
 
 def _load(name: str, *, at_maxmemory: bool = True) -> Script:
     head, before_7 = _AT_MAXMEMORY if at_maxmemory else _NOT_THEN
-    return Script.load(
-        "batchllm_celery.ledger", name, shared="batch.lua", head=head, head_before_7=before_7
-    )
+    return Script.load("batchllm_celery.ledger", f"lua/{name}", head=head, head_before_7=before_7)
 
 
 CREATE = _load("create.lua", at_maxmemory=False)

@@ -200,7 +200,7 @@ async def test_what_a_failed_call_left_behind_goes_back(
     done = failing == "claim.lua"
 
     async def run(script: Any, batch_id: str, args: Any = ()) -> Any:
-        if script.name == failing:
+        if script.name == f"lua/{failing}":
             if done:
                 await real(script, batch_id, args)
             raise RedisDeniedError("denied")

@@ -1,4 +1,4 @@
--- batch.lua: what every script of the ledger begins with; `scripts.py` puts it before each.
+-- batch.lua: what every script of the ledger includes.
 --
 -- KEYS     the keys of one batch in the order of `keys.BatchKeys`
 -- A script that is not `create` answers false, and writes nothing, when the batch has no meta:

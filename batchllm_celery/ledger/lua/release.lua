@@ -5,6 +5,7 @@
 --          answer, what cut its call off ('' for none was, 'back' for one that begin let in and
 --          that was never made)
 -- returns  {state, items given back}
+--#include batch.lua
 if not load_meta() then return false end
 local process, count = ARGV[1], 0
 local score = ARGV[2] == '0' and AT_ONCE or NOW + tonumber(ARGV[2])

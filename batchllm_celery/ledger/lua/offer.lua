@@ -3,6 +3,7 @@
 -- ARGV     1 items at most, 2 milliseconds until they may be offered again,
 --          3 1: only what was given back or lost
 -- returns  {state, indexes, items ready, items unfinished, process, counter, ...}
+--#include batch.lua
 if not load_meta() then return false end
 check_keys()
 local state, indexes = state_now(), {}

@@ -3,6 +3,7 @@
 -- ARGV     1 bytes of the bitmap to look at (8 items each)
 -- returns  {1 when there is more, else 0, indexes reopened, items left as they are because their
 --          payload is gone}
+--#include batch.lua
 if not load_meta() then return false end
 if not meta.reopen or is_stopped() then
   meta.reopen, meta.reopen_at = nil, nil

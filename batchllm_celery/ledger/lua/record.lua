@@ -7,6 +7,7 @@
 --
 -- A failure needs the claim. A success needs only the item as it is now, without an outcome:
 -- a worker that was given up comes back with an answer that is paid for.
+--#include batch.lua
 local FIELDS = 12
 local CONTROL = {cancelled = true, deadline = true, budget = true, aborted = true}
 if not load_meta() then return false end

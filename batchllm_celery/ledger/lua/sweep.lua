@@ -2,6 +2,7 @@
 --
 -- ARGV     1 items at most, 2 payload bytes to read at most
 -- returns  {state, items still ready}
+--#include batch.lua
 if not load_meta() then return false end
 local state = state_now()
 if is_stopped() then

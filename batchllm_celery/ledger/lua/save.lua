@@ -3,6 +3,7 @@
 -- ARGV     1 process, then for each item: index, token, its text, calls cut off, 1 when the call
 --          that begin let in was not made
 -- returns  for each item 1, or 0 when it is no longer this process's
+--#include batch.lua
 if not load_meta() then return false end
 local process, answers, kept = ARGV[1], {}, false
 for n = 2, #ARGV, 5 do

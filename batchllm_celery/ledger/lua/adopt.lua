@@ -2,6 +2,7 @@
 --
 -- ARGV     1 process, then for each item: index, token, round, fingerprint, phase
 -- returns  items that are this process's now
+--#include batch.lua
 if not load_meta() then return false end
 local process, count = ARGV[1], 0
 for n = 2, #ARGV, 5 do

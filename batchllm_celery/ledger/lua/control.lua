@@ -2,6 +2,7 @@
 --
 -- ARGV     1 pause | resume | cancel | retry | park, 2 for park: until (ms)
 -- returns  {state, round, 1 when items are to be reopened, else 0, 1 when the budget is spent}
+--#include batch.lua
 if not load_meta() then return false end
 local action = ARGV[1]
 state_now()

@@ -2,6 +2,7 @@
 --
 -- ARGV     1 process
 -- returns  {state, 1 when it had been given up (or is new) and should adopt its items, else 0}
+--#include batch.lua
 if not load_meta() then return false end
 local process = ARGV[1]
 local counter = call('HGET', PROCS, process)

@@ -4,6 +4,7 @@
 --          4 slots, 5 suspects that it holds, 6 most losses among those, 7.. indexes
 -- returns  {state, revision, spec or false, now, claims, held, gone}; a claim is
 --          {index, stored payload, losses, round, text of earlier attempts}
+--#include batch.lua
 if not load_meta() then return false end
 check_keys()
 local process, token = ARGV[1], ARGV[2]

@@ -2,6 +2,7 @@
 --
 -- ARGV     1 holder of the consumer lock, 2 entry id, 3 the id after it
 -- returns  1, or 0 when somebody else holds the lock
+--#include batch.lua
 if not load_meta() then return false end
 local lock = call('HGET', META, 'lock:consumer')
 if not lock or string.sub(lock, string.find(lock, ' ', 1, true) + 1) ~= ARGV[1] then return 0 end

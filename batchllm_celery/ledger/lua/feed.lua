@@ -5,6 +5,7 @@
 --          payload, and '' or the result line of a row that can't be run
 -- returns  {fed, state, indexes that need a message}; {fed, 'full'} when there is no room;
 --          {fed, 'gap'} when rows before the first index are missing
+--#include batch.lua
 if not load_meta() then return false end
 local first, count = tonumber(ARGV[1]), (#ARGV - 4) / 3
 if first > meta.fed then return {meta.fed, 'gap'} end

@@ -6,6 +6,7 @@
 -- ARGV     1 process, then for each item: index, token
 -- returns  {state, for each item 1 (go), 0 (no longer this process's), or the number of its calls
 --          as a negative number: there are to be no more}
+--#include batch.lua
 if not load_meta() then return false end
 check_keys()
 local process, state = ARGV[1], state_now()

@@ -2,6 +2,7 @@
 --
 -- ARGV     1 process, 2 the heartbeat counter that did not change, 3 cursor ('0' at first)
 -- returns  {next cursor ('0' at the end), items set free}; {'0', -1} when it has come back
+--#include batch.lua
 if not load_meta() then return false end
 local process = ARGV[1]
 local counter = call('HGET', PROCS, process)

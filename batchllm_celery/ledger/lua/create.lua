@@ -6,6 +6,7 @@
 --          items kept for a retry, 11 queue, 12 calls of one item at most (in a round)
 -- returns  what happened (new | attached | resumed | conflict), round, items fed, and the stored
 --          spec where there was one
+--#include batch.lua
 local found = load_meta()
 local known = call('HGET', META, 'spec')
 local identity = call('HGET', META, 'identity')

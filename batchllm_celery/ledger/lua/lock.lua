@@ -3,6 +3,7 @@
 -- ARGV     1 take | renew | release, 2 consumer | producer, 3 owner, 4 lease (ms),
 --          5 for take: a dead owner that may be replaced ('' for none)
 -- returns  {1, owner} when it is (or was) the caller's, else {0, who holds it, for how long (ms)}
+--#include batch.lua
 if not load_meta() then return false end
 local action, field, owner = ARGV[1], 'lock:' .. ARGV[2], ARGV[3]
 local held = call('HGET', META, field)
