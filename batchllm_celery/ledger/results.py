@@ -10,8 +10,8 @@ from typing import Any
 import pydantic_core
 
 from batchllm_celery.errors import FailureKind
-from batchllm_celery.ledger.claims import Tries
-from batchllm_celery.ledger.payload import decode_head, too_deep
+from batchllm_celery.ledger.codec import decode_head, too_deep
+from batchllm_celery.ledger.holding import Tries
 from batchllm_celery.models import WorkItemResult
 
 #: The words of outcomes that no worker wrote.

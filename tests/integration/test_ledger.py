@@ -584,7 +584,7 @@ async def test_each_of_a_queues_many_batches_is_looked_after(
     one: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A look takes some of a very long list, the next one goes on behind them."""
-    monkeypatch.setattr("batchllm_celery.ledger.ledger.BATCHES_A_LOOK", 2)
+    monkeypatch.setattr("batchllm_celery.ledger.recovery.BATCHES_A_LOOK", 2)
     for name in ("a", "b", "c", "d", "e"):
         await one.create(spec(name))
         await one.feed(name, 0, rows(1))

@@ -10,7 +10,6 @@ import pytest
 import redis.exceptions as redis_errors
 
 from batchllm_celery.connection import (
-    Coalescer,
     Connection,
     Reminder,
     Script,
@@ -20,6 +19,7 @@ from batchllm_celery.connection import (
 from batchllm_celery.connection.redis_connection import passes_by_itself
 from batchllm_celery.errors import RedisDeniedError, RedisUnavailableError, UsageError
 from batchllm_celery.events import ConnectionLost, ConnectionRestored, Event, Events
+from batchllm_celery.ledger.batching import Coalescer
 from tests.support import Clock, wait_until_async
 
 

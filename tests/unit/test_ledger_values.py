@@ -8,10 +8,10 @@ import math
 import pytest
 
 from batchllm_celery.errors import FailureKind, UsageError
-from batchllm_celery.ledger.claims import Claim, Holding, Tries
+from batchllm_celery.ledger.codec import Payload, Stored, fingerprint, strategy_identity
+from batchllm_celery.ledger.holding import Claim, Holding, Tries
 from batchllm_celery.ledger.locks import died_here, new_process_id
 from batchllm_celery.ledger.observer import Observer
-from batchllm_celery.ledger.payload import Payload, Stored, fingerprint, strategy_identity
 from batchllm_celery.ledger.results import decode_entry, encode_result
 from batchllm_celery.models import (
     BatchSpec,

@@ -22,11 +22,11 @@ from batchllm_celery.events import Events
 from batchllm_celery.keys import Keys
 from batchllm_celery.ledger import scripts
 from batchllm_celery.ledger.calls import Argument, text
-from batchllm_celery.ledger.claims import Claim
+from batchllm_celery.ledger.claims import CALL_ITEMS, RECORD_FIELDS, REOFFER, WorkerSide
+from batchllm_celery.ledger.feeding import ProducerSide
+from batchllm_celery.ledger.holding import Claim
 from batchllm_celery.ledger.locks import died_here
 from batchllm_celery.ledger.observer import Observer
-from batchllm_celery.ledger.producer_side import ProducerSide
-from batchllm_celery.ledger.worker_side import CALL_ITEMS, RECORD_FIELDS, REOFFER, WorkerSide
 from batchllm_celery.models import BatchState
 from batchllm_celery.settings import Settings
 

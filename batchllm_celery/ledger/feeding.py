@@ -14,9 +14,9 @@ from batchllm_celery.errors import BatchConflictError, InputError
 from batchllm_celery.events import Events
 from batchllm_celery.keys import Keys
 from batchllm_celery.ledger import scripts
+from batchllm_celery.ledger.batches import Control
 from batchllm_celery.ledger.calls import Argument, text
-from batchllm_celery.ledger.control import Control
-from batchllm_celery.ledger.payload import Payload, fingerprint, strategy_identity
+from batchllm_celery.ledger.codec import Payload, fingerprint, strategy_identity
 from batchllm_celery.ledger.results import Outcome, decode_entry, encode_result
 from batchllm_celery.models import (
     FAILURE_POLICIES,
