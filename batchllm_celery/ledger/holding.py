@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from batchllm_celery.ledger.codec import Payload
 from batchllm_celery.models import NO_TOKENS, BatchSpec, BatchState, RetryState, TokenUsage
-
-#: What a strategy may remember of one item between its attempts; it is written after each of them.
-MOST_STATE_BYTES = 500_000
 
 
 @dataclass(slots=True, eq=False)
@@ -66,52 +62,6 @@ class ClaimReply:
     claims: list[Claim] = field(default_factory=list)
     held: list[int] = field(default_factory=list)
     gone: list[int] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class Tries:
-    """What earlier attempts left, as `save.lua` stores it."""
-
-    attempts: int = 0
-    refusals: int = 0
-    state: RetryState = field(default_factory=RetryState)
-    usage: TokenUsage = NO_TOKENS
-    overloads: int = 0
-    last_error: str = ""
-
-    def encode(self) -> bytes:
-        """JSON.
-
-        Raises:
-            TypeError: if the retry state holds something that is no JSON.
-            ValueError: if it is larger than `MOST_STATE_BYTES`, or refers to itself.
-            RecursionError: if it is nested too deep.
-        """
-        entry = {"a": self.attempts, "r": self.refusals, "s": self.state.data}
-        if self.usage:
-            entry["u"] = dict(self.usage.items())
-        if self.overloads:
-            entry["o"] = self.overloads
-        if self.last_error:
-            entry["e"] = self.last_error
-        data = json.dumps(entry, separators=(",", ":")).encode()
-        if len(data) > MOST_STATE_BYTES:
-            raise ValueError(f"{len(data):,} bytes; at most {MOST_STATE_BYTES:,} are kept")
-        return data
-
-    @classmethod
-    def decode(cls, data: bytes) -> Tries:
-        if not data:
-            return cls()
-        entry = json.loads(data)
-        return cls(
-            entry["a"],
-            entry["r"],
-            RetryState(entry["s"]),
-            TokenUsage.of(entry.get("u")),
-            entry.get("o", 0),
-            entry.get("e", ""),
-        )
 
 
 class Holding:

@@ -91,9 +91,9 @@ def client(redis_url: str) -> Iterator[redis.Redis]:
 
 async def _feed(ledger: Ledger, batch_id: str) -> None:
     spec = BatchSpec(batch_id=batch_id, strategy=StrategySpec(name="napping"))
-    await ledger.create(spec)
-    await ledger.feed(batch_id, 0, rows(3))
-    await ledger.seal(batch_id, 3)
+    await ledger.feeding.create(spec)
+    await ledger.feeding.feed(batch_id, 0, rows(3))
+    await ledger.feeding.seal(batch_id, 3)
 
 
 def _ledger(connection: Connection, settings: Settings) -> Ledger:
@@ -112,7 +112,7 @@ async def test_a_broken_batch_keeps_nobody_from_the_others(
             for batch_id in ("first", "bad", "last"):
                 await _feed(ledger, batch_id)
             for batch_id in ("first", "bad", "last"):
-                await ledger.claim(batch_id, [0])
+                await ledger.claims.claim(batch_id, [0])
             break_(client, keys)
             heard: list[Beat] = []
             heartbeat = Heartbeat(
@@ -130,17 +130,19 @@ async def test_a_broken_batch_keeps_nobody_from_the_others(
             offered: set[str] = set()
 
             async def offers() -> bool:
-                offered.update(batch_id for batch_id, _ in await other.offer("default", 100))
+                offered.update(
+                    batch_id for batch_id, _ in await other.recovery.requeue("default", 100)
+                )
                 return {"first", "last"} <= offered
 
             await wait_until_async(offers)
-            listed = {progress.batch_id for progress in await other.batches()}
+            listed = {progress.batch_id for progress in await other.batches.newest()}
             assert listed == {"first", "last"}
             assert [(one.kind, one.name) for one in connection.broken.all()] == [("batch", "bad")]
             with pytest.raises(BatchUnreadableError, match="doctor"):
-                await other.claim("bad", [1])
-            await other.cancel("last")
-            assert (await other.progress("last")).state is BatchState.CANCELLED
+                await other.claims.claim("bad", [1])
+            await other.batches.cancel("last")
+            assert (await other.batches.progress("last")).state is BatchState.CANCELLED
     named = [r for r in caplog.records if "redis.broken_entry" in r.getMessage()]
     assert 1 <= len(named) <= 2  # the heartbeat's thread, and the rest of the process
     assert caplog.text.count("Traceback") == 0
