@@ -542,8 +542,9 @@ class _Run:
     def _failure(self, error: Exception) -> Failure:
         """The one translation of a strategy's exception; its tokens are counted here."""
         failure = classify_for(self.job.strategy, error)
-        if failure.kind is FailureKind.LOGIC_ERROR:
-            self.runner.report(self.job, "logic_error", error)
+        unexplained = failure.kind is FailureKind.UNKNOWN and not isinstance(error, ProviderError)
+        if failure.kind is FailureKind.LOGIC_ERROR or unexplained:
+            self.runner.report(self.job, failure.kind.value, error)
         self.last = failure
         self.job.last_error = failure.message[:LAST_ERROR_CHARACTERS]
         self.job.error = error
