@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import secrets
 import time
 from collections import defaultdict, deque
@@ -26,6 +27,8 @@ from batchllm_celery.settings import Settings
 
 logger = logging.getLogger("batchllm_celery")
 
+#: Seconds between two checks, by `claim` or `begin`, that a batch's keys are of their types.
+CHECK_SECONDS = 1.0
 #: Items in one script call at most: more would exceed Lua's stack, and keep Redis busy for long.
 CALL_ITEMS = 1000
 #: Seconds between the starts of two claim calls for a batch at least. Under load an item waits half
@@ -61,11 +64,12 @@ class _BatchCalls:
         self.batch_id = batch_id
         self.revision = -1
         self.spec: BatchSpec | None = None
+        self.checked_at = -math.inf
         self.claim: Coalescer[Sequence[int], ClaimReply] = Coalescer(
             partial(claims._claim_all, self), gap=CLAIM_GAP
         )
         self.begin: Coalescer[Claim, FailureKind | BatchState | None] = Coalescer(
-            partial(claims._begin_all, batch_id), gap=BEGIN_GAP, group=GROUP
+            partial(claims._begin_all, self), gap=BEGIN_GAP, group=GROUP
         )
         self.save: Coalescer[_Save, bool] = Coalescer(
             partial(claims._save_all, batch_id), gap=RECORD_GAP
@@ -74,6 +78,11 @@ class _BatchCalls:
         self.record: Coalescer[_Record, bool] = Coalescer(
             partial(claims._record_all, batch_id), concurrency=1, gap=RECORD_GAP, group=GROUP
         )
+
+    def check_due(self) -> bool:
+        """Whether the next script is to check the types of all keys: a second after a check that
+        found nothing broken."""
+        return time.monotonic() - self.checked_at >= CHECK_SECONDS
 
 
 class Claims:
@@ -279,7 +288,8 @@ class Claims:
 
     async def _claim_some(self, calls: _BatchCalls, indexes: list[int], found: _Found) -> None:
         token = secrets.token_hex(8)
-        limits = (self._settings.slots, *self.holding.suspects())
+        check = calls.check_due()
+        limits = (int(check), self._settings.slots, *self.holding.poison_candidates())
         self.claiming.add(token)
         arguments: list[Argument] = [
             self._runner.process_id,
@@ -290,6 +300,8 @@ class Claims:
         ]
         try:
             reply = await self._runner.run(scripts.CLAIM, calls.batch_id, arguments)
+            if check:
+                calls.checked_at = time.monotonic()
             unread = self._hold(calls, token, reply, found)
             if unread:
                 later = round(self._settings.offer_seconds * REQUEUE_AGAIN * 1000)
@@ -332,17 +344,20 @@ class Claims:
         return unread
 
     async def _begin_all(
-        self, batch_id: str, claims: list[Claim]
+        self, calls: _BatchCalls, claims: list[Claim]
     ) -> list[FailureKind | BatchState | None]:
-        arguments: list[Argument] = [self._runner.process_id]
+        check = calls.check_due()
+        arguments: list[Argument] = [self._runner.process_id, int(check)]
         for claim in claims:
             arguments += (claim.index, claim.token)
         try:
-            answered, owned = await self._runner.run(scripts.BEGIN, batch_id, arguments)
+            answered, owned = await self._runner.run(scripts.BEGIN, calls.batch_id, arguments)
         except BatchNotFoundError:
             return [BatchState.FINISHED] * len(claims)
+        if check:
+            calls.checked_at = time.monotonic()
         state = BatchState(text(answered))
-        self._batches.sweep_if_stopped(batch_id, state)
+        self._batches.sweep_if_stopped(calls.batch_id, state)
         decision: FailureKind | BatchState | None = state
         if state in (BatchState.FEEDING, BatchState.RUNNING):
             decision = None

@@ -35,26 +35,26 @@ class Claim:
     queued_seconds: float = 0.0
     fed_at: float = 0.0
     claimed_at: float = field(default_factory=time.monotonic)
-    """This process' clock at the claim: `queued_seconds` are those before it."""
+    """Monotonic time of the claim in this process; `queued_seconds` ends there."""
     given_up: int = 0
-    """Calls that ended without an answer by a time limit of ours; not yet told to Redis."""
+    """Calls that a time limit of ours ended without an answer; Redis does not count them yet."""
     calling: bool = False
     """Whether a provider call is under way: being lost now counts."""
     unused: bool = False
-    """Whether `begin` may have let a call in that was not made: then it is not counted."""
+    """Whether `begin` may have admitted a call that was not made: then it is not counted."""
     cut_by: str = "a_cancellation"
-    """What ends its call, should it be given back in the middle of one; without spaces."""
+    """What cuts its call off if the item is released during one; without spaces."""
     settled: bool = False
-    """Whether its outcome is on its way to the ledger: it can't be given back any more."""
+    """Whether its outcome is on its way to the ledger: it can't be released any more."""
 
 
 @dataclass(slots=True)
 class ClaimReply:
     """What came of claiming the items of one message.
 
-    `held`: somebody living has them, or the batch does not start items now (see `state`), or they
-    are suspects of which this process has enough. `gone`: they have their outcome. Either way
-    the message has done its work.
+    `held`: a living process holds them, or the batch does not start items now (see `state`), or
+    they are poison candidates of which this process holds enough. `gone`: they have their outcome.
+    Either way the message has done its work.
     """
 
     spec: BatchSpec
@@ -92,7 +92,7 @@ class Holding:
     def of(self, batch_id: str) -> list[Claim]:
         return list(self._claims.get(batch_id, {}).values())
 
-    def suspects(self) -> tuple[int, int]:
+    def poison_candidates(self) -> tuple[int, int]:
         """How many held items lost a process before, and the most losses among them."""
         losses = [claim.losses for claim in self if claim.losses]
         return len(losses), max(losses, default=0)

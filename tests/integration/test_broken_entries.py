@@ -27,7 +27,7 @@ from tests.support import wait_until_async
 Break = Callable[[redis.Redis, Keys], Any]
 
 _KEYS = [
-    *("meta", "item", "fp", "ready", "held", "procs", "try", "done"),
+    *("meta", "item", "fp", "ready", "held", "procs", "attempts", "done"),
     "failed",
     "out",
     "stopped",
@@ -278,3 +278,33 @@ async def test_what_a_worker_can_not_read_goes_back(
         await runtime.close()
     assert caplog.text.count("redis.broken_entry") == 1
     await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("key", ["out", "done", "failed", "fp"])
+async def test_no_call_begins_that_could_not_be_recorded(
+    settings: Settings, client: redis.Redis, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A key of another type is noticed before a call: when its last check is a second old, and at
+    once by a process that meets the batch for the first time. Nothing is counted as begun."""
+    keys = Keys(settings.namespace)
+    async with (
+        Connection(str(settings.redis_url)) as connection,
+        _ledger(connection, settings) as one,
+        _ledger(connection, settings) as two,
+    ):
+        await _feed(one, "bad")
+        claims = (await one.claims.claim("bad", [0, 1])).claims
+        assert await one.claims.begin(claims[0]) is None
+        name = getattr(keys.batch("bad"), key)
+        client.delete(name)
+        client.sadd(name, "not yours")
+        client.expire(name, 600)
+        with pytest.raises(BatchUnreadableError):
+            await two.claims.claim("bad", [2])
+        monkeypatch.setattr("batchllm_celery.ledger.claims.CHECK_SECONDS", 0.0)
+        for _ in range(2):
+            with pytest.raises(BatchUnreadableError):
+                await one.claims.begin(claims[1])
+    assert client.hget(keys.batch("bad").calls, "1") is None
+    assert client.hlen(keys.batch("bad").held) == 2
+    client.delete(*client.keys(f"{settings.namespace}:*"))

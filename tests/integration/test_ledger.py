@@ -675,7 +675,7 @@ async def test_the_death_of_a_process_whose_claim_was_repeated_is_noticed(
     """The reply was lost for longer than a lease, the claim repeated, and then it died."""
     one.runner.process_id = "elsewhere:1:aa"
     await feed_all(one, 1)
-    claim: list[str | int] = [one.process_id, "t" * 16, -1, 4, 0, 0, 0]
+    claim: list[str | int] = [one.process_id, "t" * 16, -1, 1, 4, 0, 0, 0]
     await one.runner.run(scripts.CLAIM, BATCH, claim)
     await lose(two, one.process_id)
     await one.runner.run(scripts.CLAIM, BATCH, claim)

@@ -159,7 +159,7 @@ def test_a_process_knows_what_it_holds_and_how_suspicious_that_is() -> None:
     first, again = claim(1, losses=2), claim(1)
     holding.add(first)
     holding.add(claim(2, losses=1))
-    assert (len(holding), holding.suspects(), holding.batches()) == (2, (2, 2), ["b"])
+    assert (len(holding), holding.poison_candidates(), holding.batches()) == (2, (2, 2), ["b"])
     holding.add(again)
     holding.discard(first)
     assert holding.has("b", 1)

@@ -1,27 +1,28 @@
--- save.lua: an attempt has been answered; what the next one, here or elsewhere, must know.
+-- save.lua: a call has ended without an outcome; keeps what the next attempt must know.
 --
--- ARGV     1 process, then for each item: index, token, its text, calls cut off, 1 when the call
---          that begin let in was not made
+-- ARGV     1 process, then for each item: index, token, what `codec.Attempts` wrote, calls cut off,
+--          1 when the call that `begin` admitted was not made
 -- returns  for each item 1, or 0 when it is no longer this process's
 --#include batch.lua
 if not load_meta() then return false end
-local process, answers, kept = ARGV[1], {}, false
-for n = 2, #ARGV, 5 do
-  local index, mine = ARGV[n], ARGV[n + 1] .. ' ' .. process
+local process, answers, saved = ARGV[1], {}, false
+for at = 2, #ARGV, 5 do
+  local index, token, attempts, cut_off, unused = unpack(ARGV, at, at + 4)
+  local mine = token .. ' ' .. process
   local holder = call('HGET', HELD, index)
   local owned = holder and string.sub(holder, 3) == mine
   if owned then
-    local losses, round = tries(call('HGET', TRY, index))
-    call('HSET', TRY, index, tries_text(losses, round, ARGV[n + 2]))
-    if ARGV[n + 4] == '1' and string.sub(holder, 1, 1) == CALLING then take_back(index) end
+    local losses, round = history(call('HGET', ATTEMPTS, index))
+    call('HSET', ATTEMPTS, index, history_text(losses, round, attempts))
+    if unused == '1' and string.sub(holder, 1, 1) == CALLING then uncount_call(index) end
     call('HSET', HELD, index, CLAIMED .. ' ' .. mine)
     call('ZREM', READY, index)
-    kept = true
+    saved = true
     -- Repeated after a lost reply this counts twice: maybe_billed is an upper bound.
-    meta.maybe_billed = meta.maybe_billed + tonumber(ARGV[n + 3])
+    meta.maybe_billed = meta.maybe_billed + tonumber(cut_off)
   end
   answers[#answers + 1] = owned and 1 or 0
 end
-if kept then show_life(process) end
+if saved then note_alive(process) end
 save_meta()
 return answers
