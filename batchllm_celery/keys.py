@@ -6,11 +6,12 @@ NS:{batch:ID}:fp      string  8 bytes of content fingerprint per index
 NS:{batch:ID}:ready   zset    index -> score; what waits for a claim, expired ones first
 NS:{batch:ID}:held    hash    index -> phase (c claimed, p in a call) | token | process
 NS:{batch:ID}:procs   hash    process -> its last sign of life; reply to its last `record`
-NS:{batch:ID}:try     hash    index -> losses | round | attempts, RetryState, usage (JSON)
+NS:{batch:ID}:attempts hash   index -> losses | round | attempts, RetryState, usage (JSON)
 NS:{batch:ID}:done    bitmap  items with an outcome
 NS:{batch:ID}:failed  bitmap  those whose outcome is a failure
 NS:{batch:ID}:out     stream  outcomes, until the consumer has them (or the batch's TTL)
 NS:{batch:ID}:stopped bitmap  failures that a control decision caused: a resume runs them again
+NS:{batch:ID}:calls   hash    index -> calls begun in this round | cut off | what cut the last one
 NS:batches            zset    batch id -> time of submission
 NS:queue:{Q}          zset    active batches of a queue
 NS:{quota:NAME}       hash    configuration, live state (clock, cooldown, rates), history
@@ -68,7 +69,18 @@ class Keys:
 
     def batch(self, batch_id: str) -> BatchKeys:
         tag = f"{self.namespace}:{{batch:{batch_id}}}"
-        names = ("meta", "item", "fp", "ready", "held", "procs", "try", "done", "failed", "out")
+        names = (
+            "meta",
+            "item",
+            "fp",
+            "ready",
+            "held",
+            "procs",
+            "attempts",
+            "done",
+            "failed",
+            "out",
+        )
         return BatchKeys(*(f"{tag}:{name}" for name in (*names, "stopped", "calls")))
 
     def quota(self, name: str) -> QuotaKeys:

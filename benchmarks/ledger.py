@@ -25,7 +25,7 @@ class Stopwatch:
     """Wall seconds, and CPU seconds of this process and of Redis, per item."""
 
     def __init__(self, ledger: Ledger, label: str, items: int) -> None:
-        self.client: Any = ledger._connection.client
+        self.client: Any = ledger.connection.client
         self.label, self.items = label, items
 
     async def __aenter__(self) -> None:
@@ -46,7 +46,7 @@ class Stopwatch:
 
 
 async def answer(ledger: Ledger, claim: Claim) -> None:
-    assert await ledger.begin(claim) is None
+    assert await ledger.claims.begin(claim) is None
     result: WorkItemResult[Any, Any] = WorkItemResult(
         item_id=claim.payload.item_id,
         index=claim.index,
@@ -55,19 +55,19 @@ async def answer(ledger: Ledger, claim: Claim) -> None:
         context=claim.payload.context,
         token_usage=TokenUsage(input_tokens=250, output_tokens=60),
     )
-    await ledger.record(claim, result, spent_tokens=310, cost=0.001)
+    await ledger.claims.record(claim, result, spent_tokens=310, cost=0.001)
 
 
 async def message(ledger: Ledger, indexes: list[int]) -> None:
-    reply = await ledger.claim(BATCH, indexes)
+    reply = await ledger.claims.claim(BATCH, indexes)
     await asyncio.gather(*(answer(ledger, claim) for claim in reply.claims))
 
 
 async def feed(ledger: Ledger, items: int) -> None:
     for first in range(0, items, 1000):
         rows = [Payload(f"item-{n}", PROMPT, {"n": n}) for n in range(first, first + 1000)]
-        await ledger.feed(BATCH, first, rows, max_outstanding=items)
-    await ledger.seal(BATCH, items)
+        await ledger.feeding.feed(BATCH, first, rows, max_outstanding=items)
+    await ledger.feeding.seal(BATCH, items)
 
 
 async def work(ledger: Ledger, items: int, per_message: int) -> None:
@@ -87,23 +87,25 @@ async def main(url: str, items: int) -> None:
         ledger = Ledger(connection, Keys("bench"), process_id=new_process_id(), settings=settings)
         client: Any = connection.client
         for per_message in (1, 100):
-            await ledger.create(BatchSpec(batch_id=BATCH, strategy=StrategySpec(name="echo")))
+            await ledger.feeding.create(
+                BatchSpec(batch_id=BATCH, strategy=StrategySpec(name="echo"))
+            )
             async with Stopwatch(ledger, "feed", items):
                 await feed(ledger, items)
             async with Stopwatch(ledger, f"run, {per_message} a message", items):
                 await work(ledger, items, per_message)
-            assert (await ledger.progress(BATCH)).succeeded == items
+            assert (await ledger.batches.progress(BATCH)).succeeded == items
             await client.flushall()
-        await ledger.create(BatchSpec(batch_id=BATCH, strategy=StrategySpec(name="echo")))
+        await ledger.feeding.create(BatchSpec(batch_id=BATCH, strategy=StrategySpec(name="echo")))
         await feed(ledger, items)
         await client.config_set("slowlog-log-slower-than", 2_000)
         await client.slowlog_reset()
         async with Stopwatch(ledger, "cancel", items):
-            await ledger.cancel(BATCH)
+            await ledger.batches.cancel(BATCH)
         durations = [entry["duration"] / 1000 for entry in await client.slowlog_get(128)]
         print(f"slowest script of the cancel: {max(durations, default=2.0):.1f} ms")
         async with Stopwatch(ledger, "resume", items):
-            assert (await ledger.resume(BATCH)).items == items
+            assert (await ledger.batches.resume(BATCH)).items == items
         await ledger.close()
 
 

@@ -1,7 +1,6 @@
 """One process's way to Redis: a patient client, scripts, and many calls in one round trip."""
 
 from batchllm_celery.connection.broken import BrokenEntries, BrokenEntry, is_broken, readable, why
-from batchllm_celery.connection.coalescer import Coalescer
 from batchllm_celery.connection.redis_connection import Connection
 from batchllm_celery.connection.reminder import Reminder
 from batchllm_celery.connection.scripts import Script
@@ -11,7 +10,6 @@ from batchllm_celery.redaction import safe_url
 __all__ = [
     "BrokenEntries",
     "BrokenEntry",
-    "Coalescer",
     "Connection",
     "Reminder",
     "Script",

@@ -35,10 +35,8 @@ class Script:
     """The same for a server that refuses `#!lua`; None where this one has no such line."""
 
     @classmethod
-    def load(
-        cls, package: str, name: str, *, shared: str = "", head: str = "", head_before_7: str = ""
-    ) -> Self:
-        """The script in file `name` of `package`, after what it shares with others (`shared`).
+    def load(cls, package: str, name: str, *, head: str = "", head_before_7: str = "") -> Self:
+        """The script in file `name` of `package`.
 
         A line `--#include FILE` in it stands for the text of that file, in the script's folder.
         `head` goes before all. Redis before 7.0 refuses a first line `#!lua flags=...` and gets
@@ -46,7 +44,7 @@ class Script:
         """
         *folders, file = name.split("/")
         folder = resources.files(package).joinpath(*folders)
-        body = "\n".join(_read(folder, one) for one in (shared, file) if one)
+        body = _read(folder, file)
         first_line = head.startswith("#!")
         return cls.of(name, head + body, head_before_7 + body if first_line else None)
 

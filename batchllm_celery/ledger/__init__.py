@@ -1,23 +1,22 @@
 """The ledger: what Redis knows of every item, so that nothing is lost or paid for twice."""
 
-from batchllm_celery.ledger.claims import Claim, ClaimReply
-from batchllm_celery.ledger.control import Reopened
+from batchllm_celery.ledger.batches import Reopened
+from batchllm_celery.ledger.codec import Outcome, Payload
+from batchllm_celery.ledger.feeding import Created, Row
 from batchllm_celery.ledger.heartbeat import Beat, Heartbeat
+from batchllm_celery.ledger.holding import Claim, ClaimReply
 from batchllm_celery.ledger.ledger import Ledger
-from batchllm_celery.ledger.locks import Lock, new_process_id
-from batchllm_celery.ledger.payload import Payload
-from batchllm_celery.ledger.producer_side import Created, Row
-from batchllm_celery.ledger.results import Outcome
+from batchllm_celery.ledger.locks import BatchLock, new_process_id
 from batchllm_celery.ledger.workers import WorkerInfo, list_workers
 
 __all__ = [
+    "BatchLock",
     "Beat",
     "Claim",
     "ClaimReply",
     "Created",
     "Heartbeat",
     "Ledger",
-    "Lock",
     "Outcome",
     "Payload",
     "Reopened",

@@ -1,7 +1,7 @@
 """The heartbeat of a worker process, from a thread of its own.
 
 User code that blocks the event loop must not cost the process everything that it holds, so the
-beat has its own thread, its own Redis client and no part in the loop, which only hears its news.
+beat has its own thread and its own Redis client. The loop only gets the replies.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from batchllm_celery.connection.scripts import refuses_first_line
 from batchllm_celery.errors import describe
 from batchllm_celery.keys import Keys
 from batchllm_celery.ledger import scripts
-from batchllm_celery.ledger.calls import key_list, text
+from batchllm_celery.ledger.scripts import key_list, text
 from batchllm_celery.ledger.workers import WorkerInfo
 from batchllm_celery.models import BatchState
 
@@ -35,8 +35,8 @@ PRESENCE_SECONDS = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """One batch's answer. `state` None: Redis does not know the batch any more. `lost`: this
-    process had been given up (or is new to the batch) and should adopt its items."""
+    """One batch's reply. `state` None: Redis does not know the batch any more. `lost`: this
+    process had been given up (or is new to the batch) and should reclaim its items."""
 
     batch_id: str
     state: BatchState | None
@@ -51,9 +51,9 @@ class Heartbeat:
         url: of Redis.
         keys: the fleet's names.
         process_id: the ledger's.
-        batches: ids of the batches held now; called in the thread (`ledger.holding.batches`).
-        heard: gets all answers of a beat, in the thread: hand them to the loop by
-            `call_soon_threadsafe`, and there to `ledger.heard`.
+        batches: ids of the batches held now, called in the thread: `ledger.claims.holding.batches`.
+        heard: gets all replies of a beat, in the thread: pass them to the loop by
+            `call_soon_threadsafe`, and there to `ledger.recovery.on_heartbeat`.
         interval: seconds.
         presence: describes the process for `status`; None for no entry in the register.
     """

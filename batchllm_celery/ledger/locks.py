@@ -1,4 +1,4 @@
-"""Who feeds a batch and who takes its results: leased, renewed, refused with a clear word."""
+"""Who feeds a batch and who takes its results: a leased lock, and the ids of processes."""
 
 from __future__ import annotations
 
@@ -7,27 +7,25 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Awaitable, Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
 
-from batchllm_celery.connection import Script
 from batchllm_celery.errors import BatchConflictError, BatchNotFoundError
 from batchllm_celery.ledger import scripts
+from batchllm_celery.ledger.scripts import Argument, ScriptRunner
 
-Run = Callable[[Script, str, Sequence[str | int]], Awaitable[Any]]
+#: Seconds between two tries to take a lock that somebody else holds.
+RETRY_SECONDS = 0.25
 
-POLL = 0.25
 
-
-class Lock:
+class BatchLock:
     """An async context manager. Several of one process may hold the same lock.
 
     Args:
-        run: runs a script of the batch, patiently.
+        runner: runs the batch's scripts; its process is the owner.
+        batch_id: the batch.
         role: `consumer` or `producer`.
-        owner: the process's id.
         lease: seconds after which a dead holder is replaced (one that died on this host: at once).
         wait: seconds to wait for another holder before the refusal.
 
@@ -36,12 +34,11 @@ class Lock:
     """
 
     def __init__(
-        self, run: Run, batch_id: str, role: str, owner: str, lease: float, wait: float
+        self, runner: ScriptRunner, batch_id: str, role: str, lease: float, wait: float
     ) -> None:
-        self._run = run
+        self._runner = runner
         self._batch_id = batch_id
         self._role = role
-        self._owner = owner
         self._lease = lease
         self._wait = wait
         self._renewing: asyncio.Task[None] | None = None
@@ -58,7 +55,7 @@ class Lock:
             self._renewing.cancel()
             await asyncio.gather(self._renewing, return_exceptions=True)
         try:
-            await self._ask("release")
+            await self._call("release")
         except BatchNotFoundError:
             return
 
@@ -66,7 +63,7 @@ class Lock:
         give_up = time.monotonic() + self._wait
         dead = ""
         while True:
-            mine, holder, left = await self._ask("take", dead)
+            mine, holder, left = await self._call("take", dead)
             if mine:
                 return
             holder = holder.decode()
@@ -78,18 +75,19 @@ class Lock:
                     f"batch {self._batch_id!r} has a {self._role} already ({holder}); "
                     f"if that one is dead, try again in {left / 1000:.0f} s"
                 )
-            await asyncio.sleep(POLL)
+            await asyncio.sleep(RETRY_SECONDS)
 
     async def _renew(self) -> None:
         while not self.lost:
             await asyncio.sleep(self._lease / 3)
-            mine, _, _ = await self._ask("renew")
+            mine, _, _ = await self._call("renew")
             self.lost = not mine
 
-    async def _ask(self, action: str, dead: str = "") -> Any:
+    async def _call(self, action: str, dead: str = "") -> Any:
         milliseconds = round(self._lease * 1000)
-        arguments: list[str | int] = [action, self._role, self._owner, milliseconds, dead]
-        return await self._run(scripts.LOCK, self._batch_id, arguments)
+        owner = self._runner.process_id
+        arguments: list[Argument] = [action, self._role, owner, milliseconds, dead]
+        return await self._runner.run(scripts.LOCK, self._batch_id, arguments)
 
 
 def new_process_id() -> str:

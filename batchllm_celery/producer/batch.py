@@ -139,11 +139,11 @@ class Batch:
                 on_fed(fed)
         if stop.is_set():
             return None
-        self._on_ledger(lambda ledger: ledger.seal(self.id, fed))
+        self._on_ledger(lambda ledger: ledger.feeding.seal(self.id, fed))
         return fed
 
     async def _feed(self, first: int, rows: list[Any], max_outstanding: int | None) -> list[int]:
-        return await self._session.ledger.feed(
+        return await self._session.ledger.feeding.feed(
             self.id, first, rows, max_outstanding=max_outstanding
         )
 
@@ -197,7 +197,7 @@ class Batch:
         Raises:
             BatchNotFoundError: its keys have expired.
         """
-        return self._on_ledger(lambda ledger: ledger.progress(self.id))
+        return self._on_ledger(lambda ledger: ledger.batches.progress(self.id))
 
     def wait(self, timeout: float | None = None) -> BatchProgress:
         """Return when every item has its outcome. A wait without any worker is said in the log.
@@ -226,7 +226,7 @@ class Batch:
     async def _progress_by(self, give_up: float) -> BatchProgress:
         left = None if give_up == math.inf else max(give_up - time.monotonic(), 0.05)
         async with asyncio.timeout(left):
-            return await self._session.ledger.progress(self.id)
+            return await self._session.ledger.batches.progress(self.id)
 
     def results(self, *, follow: bool = True) -> Results:
         """Results in completion order, by `for` or by `async for`; reading takes nothing away.
@@ -249,7 +249,9 @@ class Batch:
             BatchConflictError: another process is consuming this batch.
         """
         if not self._locked:
-            self._session.run(lambda s: s.enter(s.ledger.lock_consumer(self.id, wait=1.0)))
+            self._session.run(
+                lambda s: s.enter(s.ledger.batches.lock(self.id, "consumer", wait=1.0))
+            )
             self._locked = True
 
     def take(self, max: int = READ_COUNT, timeout: float = 0.25) -> list[Delivered]:
@@ -267,13 +269,13 @@ class Batch:
     def acknowledge(self, receipt: str) -> None:
         """Say that everything up to and including `receipt` is safe with the consumer; without
         `keep_results` it leaves Redis now."""
-        self._on_ledger(lambda ledger: ledger.trim(self.id, receipt))
+        self._on_ledger(lambda ledger: ledger.batches.trim(self.id, receipt))
 
     # -- steering ---------------------------------------------------------------------------------
 
     def cancel(self) -> BatchProgress:
         """Start no further call; what waits becomes a failure of kind `cancelled`."""
-        return self._steered(lambda ledger: ledger.cancel(self.id))
+        return self._steered(lambda ledger: ledger.batches.cancel(self.id))
 
     def give_up(self) -> None:
         """Cancel a batch whose rows did not all come: what was fed is all that it has. Says
@@ -281,15 +283,15 @@ class Batch:
 
         async def end(ledger: Ledger) -> None:
             async with asyncio.timeout(GIVE_UP_SECONDS):
-                await ledger.cancel(self.id)
-                await ledger.seal(self.id, 0)
+                await ledger.batches.cancel(self.id)
+                await ledger.feeding.seal(self.id, 0)
 
         with contextlib.suppress(Exception):
             self._on_ledger(end)
 
     def pause(self) -> BatchProgress:
         """Start no further call until `resume`."""
-        return self._steered(lambda ledger: ledger.pause(self.id))
+        return self._steered(lambda ledger: ledger.batches.pause(self.id))
 
     def resume(self) -> BatchProgress:
         """Go on after a pause, a parking or a stop; items that a stop ended run again.
@@ -297,11 +299,11 @@ class Batch:
         Raises:
             UsageError: the budget is spent.
         """
-        return self._steered(lambda ledger: ledger.resume(self.id, self._republish))
+        return self._steered(lambda ledger: ledger.batches.resume(self.id, self._republish))
 
     def retry_failed(self) -> int:
         """Run the failed items again; how many."""
-        return self._on_ledger(lambda ledger: ledger.retry_failed(self.id, self._republish)).items
+        return self._on_ledger(lambda ledger: ledger.batches.retry(self.id, self._republish)).items
 
     async def _republish(self, indexes: list[int]) -> None:
         await asyncio.to_thread(self._enqueue, indexes)
@@ -348,11 +350,11 @@ class Results:
 
         The counters are read before the stream: an outcome and its count are written in one step.
         """
-        over = not self._follow or (await session.ledger.progress(self._batch.id)).is_over
+        over = not self._follow or (await session.ledger.batches.progress(self._batch.id)).is_over
         if not over:
             await _say_what_is_missing(session, self._batch.spec, self._reminder)
         block = 0.0 if over else READ_BLOCK
-        return await session.ledger.results(self._batch.id, after, READ_COUNT, block), over
+        return await session.ledger.batches.results(self._batch.id, after, READ_COUNT, block), over
 
 
 async def _give_back(feeding: AsyncExitStack) -> None:
@@ -390,7 +392,7 @@ def _result(outcome: Outcome) -> WorkItemResult[Any, Any]:
 async def _read(
     ledger: Ledger, batch_id: str, after: str, count: int, timeout: float
 ) -> list[Delivered]:
-    found = await ledger.results(batch_id, after, count, timeout)
+    found = await ledger.batches.results(batch_id, after, count, timeout)
     return [Delivered(one.index, json.loads(one.line), one.stream_id) for one in found]
 
 

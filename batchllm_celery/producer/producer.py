@@ -247,17 +247,17 @@ class Producer:
             await session.enter(feeding)
 
             async def lock() -> None:
-                lock = session.ledger.lock_producer(spec.batch_id, wait=1.0)
+                lock = session.ledger.batches.lock(spec.batch_id, "producer", wait=1.0)
                 await feeding.enter_async_context(lock)
 
             # First the lock: a refusal must not have changed what another process feeds.
             try:
                 await lock()
             except BatchNotFoundError:
-                await session.ledger.create(spec)
+                await session.ledger.feeding.create(spec)
                 await lock()
                 return False
-            await session.ledger.create(spec)
+            await session.ledger.feeding.create(spec)
             return True
 
         async def create_in_time(session: Session) -> bool:
@@ -284,12 +284,12 @@ class Producer:
             BatchNotFoundError: for an unknown id.
         """
         check_batch_id(batch_id)
-        spec = self._session.run(lambda session: session.ledger.spec(batch_id))
+        spec = self._session.run(lambda session: session.ledger.batches.spec(batch_id))
         return Batch(self._session, spec, resumed=True)
 
     def batches(self) -> list[BatchProgress]:
         """All batches of this namespace, the youngest first."""
-        return self._session.run(lambda session: session.ledger.batches())
+        return self._session.run(lambda session: session.ledger.batches.newest())
 
     def workers(self) -> list[WorkerInfo]:
         """The worker processes seen within the last minute."""
@@ -334,7 +334,7 @@ class Producer:
 async def _refuse_other_kind(session: Session, spec: BatchSpec) -> None:
     """A rehearsal would replace paid answers by mock ones, a real run the other way round."""
     try:
-        known = await session.ledger.spec(spec.batch_id)
+        known = await session.ledger.batches.spec(spec.batch_id)
     except BatchNotFoundError:
         return
     if known.config.dry_run != spec.config.dry_run:

@@ -102,9 +102,7 @@ class Session:
         url: str = await asyncio.to_thread(lambda: self.url)
         connection = await stack.enter_async_context(Connection(url, events=self._events))
         keys = Keys(self.settings.namespace, connection.database)
-        ledger = Ledger(
-            connection, keys, process_id=process_id, settings=self.settings, events=self._events
-        )
+        ledger = Ledger(connection, keys, process_id=process_id, settings=self.settings)
         limiter = Limiter(connection, keys, process_id=process_id, events=self._events)
         if self._stack is not None:  # another thread was faster
             await stack.aclose()

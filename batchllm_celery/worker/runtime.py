@@ -167,7 +167,7 @@ class _LedgerGate:
     async def begin(self) -> FailureKind | BatchState | None:
         if self._runtime.draining:
             return BatchState.PAUSED
-        return await self._runtime.ledger.begin(self._claim)
+        return await self._runtime.ledger.claims.begin(self._claim)
 
     async def save(
         self,
@@ -179,7 +179,7 @@ class _LedgerGate:
         overloads: int,
         last_error: str,
     ) -> None:
-        await self._runtime.ledger.save_attempt(
+        await self._runtime.ledger.claims.save(
             self._claim,
             attempts,
             refusals,
@@ -272,7 +272,6 @@ class Runtime:
                 keys,
                 process_id=self.process_id,
                 settings=settings.model_copy(update={"slots": self._slots.limit}),
-                events=self.events,
             )
         )
         self.limiter = await parts.enter_async_context(
@@ -302,7 +301,7 @@ class Runtime:
             self._url,
             keys,
             process_id=self.process_id,
-            batches=self.ledger.holding.batches,
+            batches=self.ledger.claims.holding.batches,
             heard=lambda beats: loop.call_soon_threadsafe(self._on_beats, beats),
             interval=self.settings.heartbeat_seconds,
             presence=self._presence,
@@ -406,7 +405,7 @@ class Runtime:
             if self.draining:
                 return tally
             try:
-                reply = await self.ledger.claim(batch_id, indexes)
+                reply = await self.ledger.claims.claim(batch_id, indexes)
             except BatchNotFoundError:
                 tally.unknown = True
                 logger.warning("batch.unknown batch_id=%s", batch_id)
@@ -414,7 +413,7 @@ class Runtime:
             except BatchUnreadableError:
                 return tally  # it has been logged; `status` names it
             if self.draining:  # since we asked: nobody else would hand them back
-                await self.ledger.release(reply.claims)
+                await self.ledger.claims.release(reply.claims)
                 tally.returned = len(reply.claims)
                 return tally
             admission.leave(len(indexes) - len(reply.claims))
@@ -490,7 +489,7 @@ class Runtime:
         claim = running.claim
         self._running.pop((claim.batch_id, claim.index), None)
         if not running.begun:  # cancelled at once: `_run_claim` never saw it
-            self._spawn(self.ledger.release([claim]))
+            self._spawn(self.ledger.claims.release([claim]))
 
     async def _run_claim(self, spec: BatchSpec, claim: Claim) -> WorkItemResult[Any, Any] | None:
         self._running[claim.batch_id, claim.index].begun = True
@@ -501,16 +500,16 @@ class Runtime:
                 if isinstance(outcome, WorkItemResult):
                     return await self._record(claim, outcome)
             if outcome.until is not None:
-                await self.ledger.park(claim.batch_id, outcome.until)
-            await self.ledger.release([claim])
+                await self.ledger.batches.defer(claim.batch_id, outcome.until)
+            await self.ledger.claims.release([claim])
         except asyncio.CancelledError:
-            await asyncio.shield(self.ledger.release([claim]))
+            await asyncio.shield(self.ledger.claims.release([claim]))
             if self._is_handed_back(claim):
                 return None
             raise
         except Exception:
             # A fault of ours or of Redis, not the item's: held any longer it would hang for ever.
-            await asyncio.shield(self.ledger.release([claim]))
+            await asyncio.shield(self.ledger.claims.release([claim]))
             raise
         return None
 
@@ -586,9 +585,11 @@ class Runtime:
         self, claim: Claim, result: WorkItemResult[Any, Any]
     ) -> WorkItemResult[Any, Any]:
         # It arrives even if this task is cancelled now: the answer is paid for.
-        result, line = await self.ledger.fitting(result)
+        result, line = await self.ledger.claims.fitting(result)
         tokens = result.token_usage.total_tokens
-        await self.ledger.record(claim, result, spent_tokens=tokens, cost=result.cost, line=line)
+        await self.ledger.claims.record(
+            claim, result, spent_tokens=tokens, cost=result.cost, line=line
+        )
         return result
 
     # -- control ----------------------------------------------------------------------------------
@@ -600,7 +601,9 @@ class Runtime:
             if beat.state is None or beat.state in _HALTED or beat.state.stopped:
                 halted.add(beat.batch_id)
             if beat.state is not None:
-                self._spawn(self.ledger.heard(beat.batch_id, beat.state, lost=beat.lost))
+                self._spawn(
+                    self.ledger.recovery.on_heartbeat(beat.batch_id, beat.state, lost=beat.lost)
+                )
         if halted:
             self._hand_back(lambda one: not one.in_call and one.claim.batch_id in halted)
 
@@ -631,7 +634,7 @@ class Runtime:
             if self.draining:
                 continue
             try:
-                await self.ledger.reconcile(self._runs)
+                await self.ledger.recovery.reconcile(self._runs)
             except Exception as error:  # the next look may do better
                 logger.warning("reconcile.failed error=%s", describe(error))
             for queue in self.queues:
@@ -650,7 +653,7 @@ class Runtime:
         idle = hungry and self._slots.free > 0
         wanted = self._slots.free if idle else max(1, self._slots.limit // 4)
         priority = 0 if idle else URGENT
-        offered = await self.ledger.offer(queue, wanted, lost_only=not idle)
+        offered = await self.ledger.recovery.requeue(queue, wanted, lost_only=not idle)
         if idle and wanted:  # nothing but offers brings work, after a pause for instance
             self._hungry = sum(len(indexes) for _, indexes in offered) >= wanted
         for batch_id, indexes in offered:

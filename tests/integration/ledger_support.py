@@ -8,11 +8,11 @@ from typing import Any, TypeVar
 import redis
 
 from batchllm_celery.connection import Connection
-from batchllm_celery.errors import FailureKind
+from batchllm_celery.errors import BatchNotFoundError, FailureKind
 from batchllm_celery.keys import Keys
-from batchllm_celery.ledger import Claim, Ledger, Payload, new_process_id
-from batchllm_celery.ledger.calls import key_list
-from batchllm_celery.models import BatchSpec, StrategySpec, TokenUsage, WorkItemResult
+from batchllm_celery.ledger import Claim, Ledger, Payload, new_process_id, scripts
+from batchllm_celery.ledger.scripts import key_list, text
+from batchllm_celery.models import BatchSpec, BatchState, StrategySpec, TokenUsage, WorkItemResult
 from batchllm_celery.settings import Settings
 
 T = TypeVar("T")
@@ -74,28 +74,38 @@ def failure(claim: Claim, kind: FailureKind = FailureKind.VALIDATION) -> WorkIte
 
 async def feed_all(of: Ledger, count: int, **settings: Any) -> list[int]:
     """A sealed batch of `count` rows; the indexes that need a message."""
-    await of.create(spec(**settings))
-    wake = await of.feed(BATCH, 0, rows(count))
-    await of.seal(BATCH, count)
+    await of.feeding.create(spec(**settings))
+    wake = await of.feeding.feed(BATCH, 0, rows(count))
+    await of.feeding.seal(BATCH, count)
     return wake
 
 
 async def take(of: Ledger, *indexes: int) -> list[Claim]:
-    return (await of.claim(BATCH, list(indexes))).claims
+    return (await of.claims.claim(BATCH, list(indexes))).claims
 
 
 async def call_and_answer(of: Ledger, claim: Claim) -> bool:
     """One successful provider call, recorded."""
-    assert await of.begin(claim) is None
-    return await of.record(claim, answer(claim), spent_tokens=5, cost=None)
+    assert await of.claims.begin(claim) is None
+    return await of.claims.record(claim, answer(claim), spent_tokens=5, cost=None)
+
+
+async def beat(of: Ledger) -> None:
+    """One heartbeat of a process, on the loop."""
+    for batch_id in of.claims.holding.batches():
+        try:
+            state, lost = await of.runner.run(scripts.BEAT, batch_id, [of.process_id])
+        except BatchNotFoundError:
+            continue
+        await of.recovery.on_heartbeat(batch_id, BatchState(text(state)), lost=bool(lost))
 
 
 async def lose(of: Ledger, process_id: str) -> None:
-    """What an observer does after a lease of silence, without the lease."""
-    client: Any = of._connection.client
-    counter = await client.hget(of._keys.batch(BATCH).procs, process_id)
+    """Give a process up, as after a lease without a heartbeat."""
+    client: Any = of.connection.client
+    counter = await client.hget(of.keys.batch(BATCH).procs, process_id)
     if counter is not None:
-        await of._expire(BATCH, process_id, counter.decode())
+        await of.recovery.expire(BATCH, process_id, counter.decode())
 
 
 class Snapshot:

@@ -197,7 +197,7 @@ async def run(
         batch = await asyncio.to_thread(submit)
         for _ in range(100):
             await runtime.run_items(batch.id, range(len(items)))
-            if (await runtime.ledger.progress(batch.id)).is_over:
+            if (await runtime.ledger.batches.progress(batch.id)).is_over:
                 break
         return await asyncio.to_thread(lambda: list(batch.results()))
 
@@ -256,18 +256,18 @@ async def test_an_answer_that_can_not_be_recorded_is_not_paid_for_ever(
     """Whatever fails behind the call: the next call does not begin once the item had its share."""
 
     async def broken(*_: Any, **__: Any) -> bool:
-        for claim in list(runtime.ledger.holding):
+        for claim in list(runtime.ledger.claims.holding):
             claim.settled = False
         raise OSError("the outcome is lost")
 
-    record = runtime.ledger.record
+    record = runtime.ledger.claims.record
 
     async def record_failures(claim: Any, result: Any, **values: Any) -> bool:
         if result.error_kind is FailureKind.EXHAUSTED:
             return await record(claim, result, **values)
         return await broken()
 
-    monkeypatch.setattr(runtime.ledger, "record", record_failures)
+    monkeypatch.setattr(runtime.ledger.claims, "record", record_failures)
     run_items = runtime.run_items
 
     async def run_quietly(*arguments: Any) -> Any:

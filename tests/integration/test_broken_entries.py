@@ -27,7 +27,7 @@ from tests.support import wait_until_async
 Break = Callable[[redis.Redis, Keys], Any]
 
 _KEYS = [
-    *("meta", "item", "fp", "ready", "held", "procs", "try", "done"),
+    *("meta", "item", "fp", "ready", "held", "procs", "attempts", "done"),
     "failed",
     "out",
     "stopped",
@@ -91,9 +91,9 @@ def client(redis_url: str) -> Iterator[redis.Redis]:
 
 async def _feed(ledger: Ledger, batch_id: str) -> None:
     spec = BatchSpec(batch_id=batch_id, strategy=StrategySpec(name="napping"))
-    await ledger.create(spec)
-    await ledger.feed(batch_id, 0, rows(3))
-    await ledger.seal(batch_id, 3)
+    await ledger.feeding.create(spec)
+    await ledger.feeding.feed(batch_id, 0, rows(3))
+    await ledger.feeding.seal(batch_id, 3)
 
 
 def _ledger(connection: Connection, settings: Settings) -> Ledger:
@@ -112,7 +112,7 @@ async def test_a_broken_batch_keeps_nobody_from_the_others(
             for batch_id in ("first", "bad", "last"):
                 await _feed(ledger, batch_id)
             for batch_id in ("first", "bad", "last"):
-                await ledger.claim(batch_id, [0])
+                await ledger.claims.claim(batch_id, [0])
             break_(client, keys)
             heard: list[Beat] = []
             heartbeat = Heartbeat(
@@ -130,17 +130,19 @@ async def test_a_broken_batch_keeps_nobody_from_the_others(
             offered: set[str] = set()
 
             async def offers() -> bool:
-                offered.update(batch_id for batch_id, _ in await other.offer("default", 100))
+                offered.update(
+                    batch_id for batch_id, _ in await other.recovery.requeue("default", 100)
+                )
                 return {"first", "last"} <= offered
 
             await wait_until_async(offers)
-            listed = {progress.batch_id for progress in await other.batches()}
+            listed = {progress.batch_id for progress in await other.batches.newest()}
             assert listed == {"first", "last"}
             assert [(one.kind, one.name) for one in connection.broken.all()] == [("batch", "bad")]
             with pytest.raises(BatchUnreadableError, match="doctor"):
-                await other.claim("bad", [1])
-            await other.cancel("last")
-            assert (await other.progress("last")).state is BatchState.CANCELLED
+                await other.claims.claim("bad", [1])
+            await other.batches.cancel("last")
+            assert (await other.batches.progress("last")).state is BatchState.CANCELLED
     named = [r for r in caplog.records if "redis.broken_entry" in r.getMessage()]
     assert 1 <= len(named) <= 2  # the heartbeat's thread, and the rest of the process
     assert caplog.text.count("Traceback") == 0
@@ -276,3 +278,33 @@ async def test_what_a_worker_can_not_read_goes_back(
         await runtime.close()
     assert caplog.text.count("redis.broken_entry") == 1
     await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("key", ["out", "done", "failed", "fp"])
+async def test_no_call_begins_that_could_not_be_recorded(
+    settings: Settings, client: redis.Redis, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A key of another type is noticed before a call: when its last check is a second old, and at
+    once by a process that meets the batch for the first time. Nothing is counted as begun."""
+    keys = Keys(settings.namespace)
+    async with (
+        Connection(str(settings.redis_url)) as connection,
+        _ledger(connection, settings) as one,
+        _ledger(connection, settings) as two,
+    ):
+        await _feed(one, "bad")
+        claims = (await one.claims.claim("bad", [0, 1])).claims
+        assert await one.claims.begin(claims[0]) is None
+        name = getattr(keys.batch("bad"), key)
+        client.delete(name)
+        client.sadd(name, "not yours")
+        client.expire(name, 600)
+        with pytest.raises(BatchUnreadableError):
+            await two.claims.claim("bad", [2])
+        monkeypatch.setattr("batchllm_celery.ledger.claims.CHECK_SECONDS", 0.0)
+        for _ in range(2):
+            with pytest.raises(BatchUnreadableError):
+                await one.claims.begin(claims[1])
+    assert client.hget(keys.batch("bad").calls, "1") is None
+    assert client.hlen(keys.batch("bad").held) == 2
+    client.delete(*client.keys(f"{settings.namespace}:*"))

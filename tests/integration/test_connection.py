@@ -10,8 +10,9 @@ import pytest
 import redis
 from redis.exceptions import ResponseError
 
-from batchllm_celery.connection import Coalescer, Connection, Script, broker_url
+from batchllm_celery.connection import Connection, Script, broker_url
 from batchllm_celery.events import ConnectionLost, ConnectionRestored, Event, Events
+from batchllm_celery.ledger.batching import Coalescer
 from tests.support import ValkeyServer, wait_until_async
 
 ADD = Script.of("add.lua", "return {redis.call('INCRBY', KEYS[1], ARGV[1]), ARGV[2]}")

@@ -95,14 +95,14 @@ async def test_a_pause_is_told_in_its_own_database_only(redis_url: str, namespac
     async with in_database(redis_url, namespace, 4) as (connection, _):
         keys = Keys(namespace, 4)
         async with ledger(connection, namespace) as worker:
-            worker._keys = keys
+            worker.keys = keys
             await feed_all(worker, 1)
             await take(worker, 0)
             heartbeat = Heartbeat(
                 connection.url,
                 keys,
                 process_id=worker.process_id,
-                batches=worker.holding.batches,
+                batches=worker.claims.holding.batches,
                 heard=heard.extend,
                 interval=60,
             )
@@ -110,7 +110,7 @@ async def test_a_pause_is_told_in_its_own_database_only(redis_url: str, namespac
             try:
                 await wait_until_async(lambda: heard)
                 await connection.client.publish(Keys(namespace, 5).control, BATCH)
-                await worker.pause(BATCH)
+                await worker.batches.pause(BATCH)
                 await wait_until_async(lambda: len(heard) > 1)
             finally:
                 heartbeat.stop()

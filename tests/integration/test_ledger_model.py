@@ -29,6 +29,7 @@ from tests.integration.ledger_support import (
     Snapshot,
     StutteringConnection,
     answer,
+    beat,
     failure,
     ledger,
     lose,
@@ -67,7 +68,7 @@ class OneBatch(RuleBasedStateMachine):
     async def and_sweeps(self, work: Any) -> Any:
         result = await work
         for process in self.processes:
-            await asyncio.gather(*process._tasks)
+            await asyncio.gather(*process.background.under_way)
         return result
 
     def shot(self) -> Snapshot:
@@ -76,13 +77,13 @@ class OneBatch(RuleBasedStateMachine):
     @initialize(keep=st.booleans())
     def create(self, keep: bool) -> None:
         self.keep = keep
-        self.run(self.processes[0].create(spec(keep_results=keep)))
+        self.run(self.processes[0].feeding.create(spec(keep_results=keep)))
 
     @rule(process=PROCESSES, count=st.integers(1, 3))
     def feed(self, process: int, count: int) -> None:
         first, end = self.fed, min(ROWS, self.fed + count)
         if end > first:
-            self.run(self.processes[process].feed(BATCH, first, self.row_slice(first, end)))
+            self.run(self.processes[process].feeding.feed(BATCH, first, self.row_slice(first, end)))
             self.opened.update(range(first, end))
             self.fed = end
 
@@ -100,20 +101,24 @@ class OneBatch(RuleBasedStateMachine):
             open_before = index not in self.shot().done
             self.prompts[index] += "!"
             self.opened[index] += 0 if open_before else 1
-        self.run(self.processes[process].feed(BATCH, index, self.row_slice(index, index + 1)))
+        self.run(
+            self.processes[process].feeding.feed(BATCH, index, self.row_slice(index, index + 1))
+        )
 
     @rule(process=PROCESSES)
     def seal(self, process: int) -> None:
         if self.fed == ROWS:
-            self.run(self.processes[process].seal(BATCH, ROWS))
+            self.run(self.processes[process].feeding.seal(BATCH, ROWS))
 
     @rule(process=PROCESSES, indexes=INDEXES)
     def claim(self, process: int, indexes: list[int]) -> None:
         of = self.processes[process]
         before = {
-            c.index for owner, c in self.claims if owner is of and of.held_here(BATCH, c.index)
+            c.index
+            for owner, c in self.claims
+            if owner is of and of.claims.holding.has(BATCH, c.index)
         }
-        reply = self.run(of.claim(BATCH, indexes))
+        reply = self.run(of.claims.claim(BATCH, indexes))
         assert before.isdisjoint(claim.index for claim in reply.claims)
         for claim in reply.claims:
             assert claim.payload.prompt == self.prompts[claim.index]
@@ -126,7 +131,7 @@ class OneBatch(RuleBasedStateMachine):
         before = self.shot()
         # Who begins again has made no call meanwhile (its permit went stale), or it was refused.
         self.unused.discard(claim)
-        verdict = self.run(of.begin(claim))
+        verdict = self.run(of.claims.begin(claim))
         if verdict is None:
             assert claim.index not in before.done, "a call for an answered item"
             assert before.held[claim.index].endswith(f"{claim.token} {of.process_id}")
@@ -141,7 +146,7 @@ class OneBatch(RuleBasedStateMachine):
         of, claim = self.pick(data)
         if not claim.settled:
             usage = TokenUsage(input_tokens=1)
-            self.run(of.save_attempt(claim, claim.attempts + 1, 0, RetryState({"k": 1}), usage))
+            self.run(of.claims.save(claim, claim.attempts + 1, 0, RetryState({"k": 1}), usage))
             self.unused.discard(claim)
 
     @precondition(lambda self: self.claims)
@@ -158,7 +163,7 @@ class OneBatch(RuleBasedStateMachine):
             result = failure(claim, FailureKind(state) if is_stopped(state) else FATAL)
         else:
             result = failure(claim, kind)
-        recorded = self.run(of.record(claim, result, spent_tokens=1, cost=0.5))
+        recorded = self.run(of.claims.record(claim, result, spent_tokens=1, cost=0.5))
         self.claims.remove((of, claim))
         after = self.shot()
         if recorded and (kind != "stop" or result.error_kind is FATAL):
@@ -172,14 +177,14 @@ class OneBatch(RuleBasedStateMachine):
 
     def round_of(self, index: int) -> int:
         with redis.Redis.from_url(self.url) as client:
-            entry: Any = client.hget(self.processes[0]._keys.batch(BATCH).attempts, str(index))
+            entry: Any = client.hget(self.processes[0].keys.batch(BATCH).attempts, str(index))
         return int(entry.split(b" ")[1]) if entry else 0
 
     @precondition(lambda self: self.claims)
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
         of, claim = self.pick(data)
-        self.run(of.release([claim]))
+        self.run(of.claims.release([claim]))
         self.claims.remove((of, claim))
 
     @rule(process=PROCESSES)
@@ -198,21 +203,21 @@ class OneBatch(RuleBasedStateMachine):
 
     @rule(process=PROCESSES)
     def heartbeat(self, process: int) -> None:
-        self.run(self.processes[process].heartbeat())
+        self.run(beat(self.processes[process]))
 
     @rule(process=PROCESSES)
     def pause(self, process: int) -> None:
-        self.run(self.processes[process].pause(BATCH))
+        self.run(self.processes[process].batches.pause(BATCH))
 
     @rule(process=PROCESSES)
     def cancel(self, process: int) -> None:
-        self.run(self.processes[process].cancel(BATCH))
+        self.run(self.processes[process].batches.cancel(BATCH))
 
     @rule(process=PROCESSES)
     def resume(self, process: int) -> None:
         stopped = self.shot()
         self.connection.stutter = False  # a person's decision is not repeated by itself
-        reopened = self.run(self.processes[process].resume(BATCH))
+        reopened = self.run(self.processes[process].batches.resume(BATCH))
         self.connection.stutter = True
         if is_stopped(stopped.meta["state"]):
             assert reopened.items == len(stopped.stopped)
@@ -222,7 +227,7 @@ class OneBatch(RuleBasedStateMachine):
     def retry_failed(self, process: int) -> None:
         failed = self.shot().failed
         self.connection.stutter = False
-        reopened = self.run(self.processes[process].retry_failed(BATCH))
+        reopened = self.run(self.processes[process].batches.retry(BATCH))
         self.connection.stutter = True
         assert reopened.items == len(failed)
         self.opened.update(failed)
@@ -251,17 +256,17 @@ class OneBatch(RuleBasedStateMachine):
         last = self.new_process()
         self.processes.append(last)
         if self.fed < ROWS:
-            self.run(last.feed(BATCH, self.fed, self.row_slice(self.fed, ROWS)))
+            self.run(last.feeding.feed(BATCH, self.fed, self.row_slice(self.fed, ROWS)))
             self.opened.update(range(self.fed, ROWS))
             self.fed = ROWS
         self.resume_with(last)
-        self.run(last.seal(BATCH, ROWS))
+        self.run(last.feeding.seal(BATCH, ROWS))
         for _ in range(ROWS):  # suspects come one at a time
-            reply = self.run(last.claim(BATCH, list(range(ROWS))))
+            reply = self.run(last.claims.claim(BATCH, list(range(ROWS))))
             for claim in reply.claims:
-                assert self.run(last.begin(claim)) is None
-                assert self.run(last.record(claim, answer(claim), spent_tokens=1, cost=None))
-        progress = self.run(last.progress(BATCH))
+                assert self.run(last.claims.begin(claim)) is None
+                assert self.run(last.claims.record(claim, answer(claim), spent_tokens=1, cost=None))
+        progress = self.run(last.batches.progress(BATCH))
         assert progress.is_over
         assert progress.state is BatchState.FINISHED
         assert progress.in_flight == 0
@@ -271,7 +276,7 @@ class OneBatch(RuleBasedStateMachine):
     def resume_with(self, of: Ledger) -> None:
         stopped = self.shot()
         self.connection.stutter = False
-        self.run(of.resume(BATCH))
+        self.run(of.batches.resume(BATCH))
         self.connection.stutter = True
         if is_stopped(stopped.meta["state"]):
             self.opened.update(stopped.stopped)

@@ -83,7 +83,7 @@ async def test_the_heartbeat_thread_beats(
             redis_url,
             Keys(namespace),
             process_id=worker.process_id,
-            batches=worker.holding.batches,
+            batches=worker.claims.holding.batches,
             heard=heard.extend,
             interval=0.02,
         )
@@ -102,16 +102,16 @@ async def test_rows_that_changed_are_not_taken_while_it_is_full() -> None:
     server = ValkeyServer().start()
     try:
         async with Connection(server.url) as connection, ledger(connection, "n") as producer:
-            await producer.create(spec())
-            await producer.feed(BATCH, 0, rows(2))
+            await producer.feeding.create(spec())
+            await producer.feeding.feed(BATCH, 0, rows(2))
             client: Any = connection.client
             await client.config_set("maxmemory", 1)
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(0.3):
-                    await producer.feed(BATCH, 0, rows(2, prompt="another"))
+                    await producer.feeding.feed(BATCH, 0, rows(2, prompt="another"))
             assert connection.lost  # it waits for room, and says so
             await client.config_set("maxmemory", 0)
-            assert await producer.feed(BATCH, 0, rows(2, prompt="another")) == [0, 1]
+            assert await producer.feeding.feed(BATCH, 0, rows(2, prompt="another")) == [0, 1]
     finally:
         server.stop()
 

@@ -18,7 +18,7 @@ from celery import Celery
 
 from batchllm_celery import Batch, FailureKind, Producer
 from batchllm_celery.keys import Keys
-from batchllm_celery.ledger import Ledger
+from batchllm_celery.ledger.claims import Claims
 from batchllm_celery.models import Quota, QuotaLimits
 from batchllm_celery.queue import ITEMS_HEADER, RUN_ITEMS, make_app
 from batchllm_celery.settings import Settings
@@ -171,14 +171,14 @@ async def test_what_a_claim_brings_to_a_draining_worker_goes_back(
     settings = Settings(redis_url=redis_url, namespace=namespace)
     runtime = Runtime(settings, redis_url, lambda *_: None, slots=50)
     await runtime.open()
-    claim = runtime.ledger.claim
+    claim = runtime.ledger.claims.claim
 
     async def claim_and_drain(*arguments: Any) -> Any:
         reply = await claim(*arguments)
         runtime.drain()
         return reply
 
-    monkeypatch.setattr(runtime.ledger, "claim", claim_and_drain)
+    monkeypatch.setattr(runtime.ledger.claims, "claim", claim_and_drain)
     async with asyncio.timeout(10):
         tally = await runtime.run_items(batch.id, range(10))
     assert tally.returned == 10
@@ -197,20 +197,20 @@ async def test_a_days_end_leaves_nothing_held(
     batch = await asyncio.to_thread(_submit, producer, 300, 0.01, quota=quota)
     settings = Settings(redis_url=redis_url, namespace=namespace, slots=300)
     runtime = Runtime(settings, redis_url, lambda *_: None)
-    begin_all = Ledger._begin_all
+    begin_all = Claims._begin_all
 
     async def begin_slowly(*args: Any) -> Any:
         await asyncio.sleep(0.05)
         return await begin_all(*args)
 
-    monkeypatch.setattr(Ledger, "_begin_all", begin_slowly)
+    monkeypatch.setattr(Claims, "_begin_all", begin_slowly)
     tally = await runtime.run_items(batch.id, range(300))
     assert tally.failed == 0
     assert (tally.succeeded, tally.returned) == (20, 280)  # none of the day's calls is wasted
     with redis.Redis.from_url(redis_url) as client:
         held = Keys(namespace).batch(batch.id).held
         await asyncio.to_thread(wait_until, lambda: not client.exists(held))
-    assert not len(runtime.ledger.holding)
+    assert not len(runtime.ledger.claims.holding)
     await runtime.close()
 
 

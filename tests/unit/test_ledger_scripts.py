@@ -15,6 +15,7 @@ from batchllm_celery.models import BatchState, RetryState, TokenUsage
 from tests.integration.ledger_support import (
     BATCH,
     answer,
+    beat,
     call_and_answer,
     failure,
     feed_all,
@@ -54,8 +55,8 @@ async def test_an_item_is_one_processes_until_it_is_answered(one: Ledger, two: L
     claims = await take(one, 0, 1)
     assert await take(two, 0, 1) == []
     assert [await call_and_answer(one, claim) for claim in claims] == [True, True]
-    assert await one.record(claims[0], answer(claims[0]), spent_tokens=1, cost=None) is False
-    progress = await two.progress(BATCH)
+    assert await one.claims.record(claims[0], answer(claims[0]), spent_tokens=1, cost=None) is False
+    progress = await two.batches.progress(BATCH)
     assert (progress.state, progress.succeeded, progress.input_tokens) == ("finished", 2, 10)
 
 
@@ -63,9 +64,9 @@ async def test_what_is_released_is_taken_by_another(one: Ledger, two: Ledger) ->
     """Given back before a call, an item has lost nothing; the retry state moves with it."""
     await feed_all(one, 1)
     (claim,) = await take(one, 0)
-    assert await one.begin(claim) is None
-    await one.save_attempt(claim, 1, 0, RetryState({"step": 2}), TokenUsage(input_tokens=7))
-    await one.release([claim])
+    assert await one.claims.begin(claim) is None
+    await one.claims.save(claim, 1, 0, RetryState({"step": 2}), TokenUsage(input_tokens=7))
+    await one.claims.release([claim])
     (again,) = await take(two, 0)
     assert (again.attempts, again.state.data, again.usage.input_tokens) == (1, {"step": 2}, 7)
     assert again.losses == 0
@@ -77,8 +78,8 @@ async def test_a_death_in_mid_call_is_counted_and_one_before_it_is_not(
     """Only who dies while it calls may have been killed by the item."""
     await feed_all(one, 2)
     calling, _ = await take(one, 0, 1)
-    assert await one.begin(calling) is None
-    await two.heartbeat()
+    assert await one.claims.begin(calling) is None
+    await beat(two)
     await lose(two, one.process_id)
     assert [claim.losses for claim in await take(two, 0, 1)] == [1, 0]
 
@@ -87,21 +88,21 @@ async def test_no_call_begins_in_a_paused_batch(one: Ledger) -> None:
     """Pausing is decided where calls begin; resuming goes on."""
     await feed_all(one, 1)
     (claim,) = await take(one, 0)
-    assert await one.pause(BATCH) is BatchState.PAUSED
-    assert await one.begin(claim) is BatchState.PAUSED
-    await one.resume(BATCH)
-    assert await one.begin(claim) is None
+    assert await one.batches.pause(BATCH) is BatchState.PAUSED
+    assert await one.claims.begin(claim) is BatchState.PAUSED
+    await one.batches.resume(BATCH)
+    assert await one.claims.begin(claim) is None
 
 
 async def test_cancelling_gives_each_item_an_outcome(one: Ledger) -> None:
     """What nobody holds is swept at once; what is held ends with its holder's word."""
     await feed_all(one, 3)
     (claim,) = await take(one, 0)
-    await one.cancel(BATCH)
-    assert await one.begin(claim) is FailureKind.CANCELLED
+    await one.batches.cancel(BATCH)
+    assert await one.claims.begin(claim) is FailureKind.CANCELLED
     stopped = failure(claim, FailureKind.CANCELLED)
-    assert await one.record(claim, stopped, spent_tokens=0, cost=None)
-    progress = await one.progress(BATCH)
+    assert await one.claims.record(claim, stopped, spent_tokens=0, cost=None)
+    progress = await one.batches.progress(BATCH)
     assert (progress.failed, progress.is_over) == (3, True)
 
 
@@ -110,9 +111,9 @@ async def test_failed_items_run_again_when_asked_to(one: Ledger) -> None:
     await feed_all(one, 2)
     good, bad = await take(one, 0, 1)
     assert await call_and_answer(one, good)
-    assert await one.begin(bad) is None
-    assert await one.record(bad, failure(bad), spent_tokens=0, cost=None)
-    assert (await one.retry_failed(BATCH)).items == 1
+    assert await one.claims.begin(bad) is None
+    assert await one.claims.record(bad, failure(bad), spent_tokens=0, cost=None)
+    assert (await one.batches.retry(BATCH)).items == 1
     assert [claim.index for claim in await take(one, 0, 1)] == [1]
 
 
@@ -121,16 +122,16 @@ async def test_the_same_rows_again_need_no_message(one: Ledger) -> None:
     await feed_all(one, 2)
     for claim in await take(one, 0, 1):
         assert await call_and_answer(one, claim)
-    assert await one.feed(BATCH, 0, rows(2)) == []
+    assert await one.feeding.feed(BATCH, 0, rows(2)) == []
 
 
 async def test_an_unknown_batch_stays_unknown(one: Ledger) -> None:
     """No late word brings a batch to life whose keys are gone."""
     with pytest.raises(BatchNotFoundError):
-        await one.progress("nobody")
+        await one.batches.progress("nobody")
     await feed_all(one, 1)
     (claim,) = await take(one, 0)
-    client: Any = one._connection.client
+    client: Any = one.connection.client
     await client.flushall()
-    assert await one.record(claim, answer(claim), spent_tokens=0, cost=None) is False
+    assert await one.claims.record(claim, answer(claim), spent_tokens=0, cost=None) is False
     assert await client.keys() == []

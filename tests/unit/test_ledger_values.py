@@ -8,11 +8,18 @@ import math
 import pytest
 
 from batchllm_celery.errors import FailureKind, UsageError
-from batchllm_celery.ledger.claims import Claim, Holding, Tries
+from batchllm_celery.ledger.codec import (
+    Attempts,
+    Payload,
+    Stored,
+    decode_entry,
+    encode_result,
+    fingerprint,
+    strategy_identity,
+)
+from batchllm_celery.ledger.failure_detector import FailureDetector
+from batchllm_celery.ledger.holding import Claim, Holding
 from batchllm_celery.ledger.locks import died_here, new_process_id
-from batchllm_celery.ledger.observer import Observer
-from batchllm_celery.ledger.payload import Payload, Stored, fingerprint, strategy_identity
-from batchllm_celery.ledger.results import decode_entry, encode_result
 from batchllm_celery.models import (
     BatchSpec,
     ProcessorConfig,
@@ -83,8 +90,8 @@ def test_a_result_line_is_valid_json_whatever_a_strategy_answers() -> None:
 def test_an_outcome_that_no_worker_wrote_tells_all_that_is_known() -> None:
     """Its line is made from the payload's head and the attempts before."""
     head = Payload("id-7", "secret prompt", {"n": 7}).encode().partition(b"\n")[0]
-    tries = Tries(2, 1, RetryState({"k": 1}), TokenUsage(input_tokens=9)).encode()
-    fields = {b"b": b"1:1", b"i": b"7", b"k": b"worker_lost", b"h": head, b"t": b"5 0 " + tries}
+    earlier = Attempts(2, 1, RetryState({"k": 1}), TokenUsage(input_tokens=9)).encode()
+    fields = {b"b": b"1:1", b"i": b"7", b"k": b"worker_lost", b"h": head, b"t": b"5 0 " + earlier}
     outcome = decode_entry((b"1-0", fields))
     line = WorkItemResult.from_json(json.loads(outcome.line))
     assert (outcome.stream_id, outcome.index, line.item_id, line.index) == ("1-0", 7, "id-7", 7)
@@ -96,46 +103,50 @@ def test_an_outcome_that_no_worker_wrote_tells_all_that_is_known() -> None:
 
 def test_attempts_survive_the_move_to_another_process() -> None:
     """Retry state, counters and tokens come back as they were saved."""
-    tries = Tries(2, 3, RetryState({"level": [1, 2]}), TokenUsage(input_tokens=4, output_tokens=5))
-    assert Tries.decode(tries.encode()) == tries
-    assert Tries.decode(b"") == Tries()
+    earlier = Attempts(
+        2, 3, RetryState({"level": [1, 2]}), TokenUsage(input_tokens=4, output_tokens=5)
+    )
+    assert Attempts.decode(earlier.encode()) == earlier
+    assert Attempts.decode(b"") == Attempts()
 
 
-def watch(observer: Observer, clock: Clock, seconds: float, run_id: str = "r") -> dict[str, str]:
-    """Look once a second at a process whose counter stays; what is silent in the end."""
-    silent: dict[str, str] = {}
+def watch(
+    detector: FailureDetector, clock: Clock, seconds: float, run_id: str = "r"
+) -> dict[str, str]:
+    """Look once a second at a process whose counter stays; what has stalled in the end."""
+    stalled: dict[str, str] = {}
     for _ in range(int(seconds)):
         clock.now += 1
-        silent = observer.look("b", {"p": "7"}, run_id)
-    return silent
+        stalled = detector.stalled("b", {"p": "7"}, run_id)
+    return stalled
 
 
-def test_a_process_is_silent_after_one_lease_without_a_beat() -> None:
+def test_a_process_has_stalled_after_one_lease_without_a_beat() -> None:
     """Not a second earlier; and a beat starts the observation anew."""
     clock = Clock()
-    observer = Observer(30, clock)
-    assert watch(observer, clock, 30) == {}
-    assert watch(observer, clock, 1) == {"p": "7"}
-    assert observer.look("b", {"p": "8"}, "r") == {}
+    detector = FailureDetector(30, clock)
+    assert watch(detector, clock, 30) == {}
+    assert watch(detector, clock, 1) == {"p": "7"}
+    assert detector.stalled("b", {"p": "8"}, "r") == {}
 
 
-def test_an_observer_that_could_not_look_does_not_take_that_for_silence() -> None:
+def test_a_detector_that_could_not_observe_does_not_take_that_for_silence() -> None:
     """After an outage, or its own stop, of more than a lease nobody has been heard to be silent."""
     clock = Clock()
-    observer = Observer(30, clock)
-    watch(observer, clock, 5)
+    detector = FailureDetector(30, clock)
+    watch(detector, clock, 5)
     clock.now += 1000
-    assert observer.look("b", {"p": "7"}, "r") == {}
-    assert watch(observer, clock, 20) == {"p": "7"}
+    assert detector.stalled("b", {"p": "7"}, "r") == {}
+    assert watch(detector, clock, 20) == {"p": "7"}
 
 
 def test_observation_starts_anew_with_another_redis_process() -> None:
     """A restarted Redis may show counters of a second ago."""
     clock = Clock()
-    observer = Observer(30, clock)
-    assert watch(observer, clock, 31) == {"p": "7"}
-    assert watch(observer, clock, 30, run_id="s") == {}
-    assert watch(observer, clock, 1, run_id="s") == {"p": "7"}
+    detector = FailureDetector(30, clock)
+    assert watch(detector, clock, 31) == {"p": "7"}
+    assert watch(detector, clock, 30, run_id="s") == {}
+    assert watch(detector, clock, 1, run_id="s") == {"p": "7"}
 
 
 def claim(index: int, losses: int = 0) -> Claim:
@@ -148,7 +159,7 @@ def test_a_process_knows_what_it_holds_and_how_suspicious_that_is() -> None:
     first, again = claim(1, losses=2), claim(1)
     holding.add(first)
     holding.add(claim(2, losses=1))
-    assert (len(holding), holding.suspects(), holding.batches()) == (2, (2, 2), ["b"])
+    assert (len(holding), holding.poison_candidates(), holding.batches()) == (2, (2, 2), ["b"])
     holding.add(again)
     holding.discard(first)
     assert holding.has("b", 1)

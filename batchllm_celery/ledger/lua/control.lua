@@ -1,9 +1,10 @@
--- control.lua: a person's decision; only the state flips here, the sweeps follow.
+-- control.lua: a person's decision, or a spent quota's. It changes the state; sweeps follow.
 --
--- ARGV     1 pause | resume | cancel | retry | park, 2 for park: until (ms)
+-- ARGV     1 pause | resume | cancel | retry | defer, 2 for defer: until (ms)
 -- returns  {state, round, 1 when items are to be reopened, else 0, 1 when the budget is spent}
+--#include batch.lua
 if not load_meta() then return false end
-local action = ARGV[1]
+local action, deferred_until = ARGV[1], tonumber(ARGV[2])
 state_now()
 local stopped, live = is_stopped(), meta.state == 'open' or meta.state == 'paused'
 
@@ -19,8 +20,8 @@ if action == 'pause' and live then
   meta.state = 'paused'
 elseif action == 'cancel' and live then
   meta.state = 'cancelled'
-elseif action == 'park' and live then
-  meta.parked_until = math.max(meta.parked_until or 0, tonumber(ARGV[2]))
+elseif action == 'defer' and live then
+  meta.parked_until = math.max(meta.parked_until or 0, deferred_until)
 elseif action == 'resume' and not spent then
   meta.parked_until = nil
   if stopped then reopen('stopped') elseif live then meta.state = 'open' end

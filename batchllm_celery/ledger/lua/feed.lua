@@ -1,12 +1,14 @@
 -- feed.lua: a chunk of rows, in input order. Idempotent by index and fingerprint.
 --
--- ARGV     1 first index, 2 items outstanding at most, 3 bytes at most, 4 grace (ms) before an
---          item that no message brought is offered, then for each row: fingerprint (8 bytes),
+-- ARGV     1 first index, 2 most items outstanding, 3 most bytes, 4 milliseconds before an item that
+--          no message brought is requeued, then for each row: fingerprint (8 bytes),
 --          payload, and '' or the result line of a row that can't be run
 -- returns  {fed, state, indexes that need a message}; {fed, 'full'} when there is no room;
 --          {fed, 'gap'} when rows before the first index are missing
+--#include batch.lua
 if not load_meta() then return false end
-local first, count = tonumber(ARGV[1]), (#ARGV - 4) / 3
+local first, most_items, most_bytes = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
+local grace, count = tonumber(ARGV[4]), (#ARGV - 4) / 3
 if first > meta.fed then return {meta.fed, 'gap'} end
 
 local unread = meta.keep == 1 and 0 or meta.out_count - meta.read_count
@@ -14,18 +16,18 @@ local unfinished = meta.fed - meta.ok - meta.failed
 local bytes = meta.item_bytes + meta.out_bytes - meta.read_bytes
 local fresh = math.max(0, first + count - meta.fed)
 if fresh > 0 and unfinished + unread > 0
-  and (unfinished + unread + fresh > tonumber(ARGV[2]) or bytes >= tonumber(ARGV[3])) then
+  and (unfinished + unread + fresh > most_items or bytes >= most_bytes) then
   state_now()
   save_meta()
   return {meta.fed, 'full'}
 end
 
--- A row whose content changed starts anew: what was known of the old one goes.
+-- A row whose content has changed begins again: what is known of the old one is removed.
 local function forget(index)
   local held = call('HGET', HELD, index)
   if held and string.sub(held, 1, 1) == CALLING then meta.maybe_billed = meta.maybe_billed + 1 end
   call('HDEL', HELD, index)
-  call('HDEL', TRY, index)
+  call('HDEL', ATTEMPTS, index)
   call('HDEL', CALLS, index)
   local size = call('HSTRLEN', ITEM, index)
   local done = call('SETBIT', DONE, index, 0) == 1
@@ -43,10 +45,10 @@ end
 local known = call('GETRANGE', FP, first * 8, (first + count) * 8 - 1)
 local prints, items, ready, wake, lines = {}, {}, {}, {}, {}
 local stamp = string.format('%013.0f', NOW)
-local due = NOW + tonumber(ARGV[4])
+local due = NOW + grace
 for n = 0, count - 1 do
   local index, at = first + n, 5 + n * 3
-  local print, payload, line = ARGV[at], ARGV[at + 1], ARGV[at + 2]
+  local print, payload, line = unpack(ARGV, at, at + 2)
   local old = index < meta.fed
   prints[n + 1] = print
   if old and string.sub(known, n * 8 + 1, n * 8 + 8) == print then

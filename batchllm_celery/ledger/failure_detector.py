@@ -1,4 +1,4 @@
-"""Which processes have been silent for a lease: judged on our own clock, never on theirs."""
+"""Which processes have stalled for a lease: judged on our own clock, never on theirs."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ class _Silence:
     seconds: float = 0.0
 
 
-class Observer:
+class FailureDetector:
     """Watches the heartbeat counters of a fleet.
 
-    A process is silent when its counter has not changed for one lease of *observed* time: of the
-    time between two looks at most a third of a lease counts. So neither an outage of Redis nor a
-    stop of this process passes for the silence of others, who could not be heard meanwhile.
+    A process has stalled when its counter has not changed for one lease of *observed* time: of the
+    time between two calls at most a third of a lease counts. So neither an outage of Redis nor a
+    stop of this process is taken for the death of others.
 
     Args:
         lease: seconds.
@@ -30,18 +30,18 @@ class Observer:
         self._clock = clock
         self._run_id: str | None = None
         self._seen: dict[str, dict[str, _Silence]] = {}
-        self._looked: dict[str, float] = {}
+        self._observed_at: dict[str, float] = {}
 
-    def look(self, batch_id: str, counters: Mapping[str, str], run_id: str) -> dict[str, str]:
-        """The silent ones among `counters` (process -> heartbeat counter), with their counters.
+    def stalled(self, batch_id: str, counters: Mapping[str, str], run_id: str) -> dict[str, str]:
+        """The stalled ones among `counters` (process -> heartbeat counter), with their counters.
 
-        `run_id` names the Redis process: after a restart all observation starts anew.
+        `run_id` names the Redis process: after a restart all observation begins again.
         """
         if run_id != self._run_id:
-            self._run_id, self._seen, self._looked = run_id, {}, {}
+            self._run_id, self._seen, self._observed_at = run_id, {}, {}
         now = self._clock()
-        counted = min(now - self._looked.get(batch_id, now), self._lease / 3)
-        self._looked[batch_id] = now
+        counted = min(now - self._observed_at.get(batch_id, now), self._lease / 3)
+        self._observed_at[batch_id] = now
         before = self._seen.get(batch_id, {})
         after = {}
         for process, counter in counters.items():
@@ -59,5 +59,6 @@ class Observer:
         }
 
     def forget(self, batch_id: str) -> None:
+        """Drop what is known of a batch that is over."""
         self._seen.pop(batch_id, None)
-        self._looked.pop(batch_id, None)
+        self._observed_at.pop(batch_id, None)

@@ -1,6 +1,7 @@
 -- progress.lua: the counters of a batch.
 --
 -- returns  a list of names and values
+--#include batch.lua
 if not load_meta() then return false end
 check_keys()
 local state = state_now()

@@ -1,11 +1,13 @@
-"""Look at batches and steer them."""
+"""Look at batches, steer them, read their results: for anybody."""
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from redis.exceptions import ResponseError
 
@@ -17,14 +19,24 @@ from batchllm_celery.errors import (
     UsageError,
 )
 from batchllm_celery.ledger import scripts
-from batchllm_celery.ledger.calls import LedgerCalls, text, unreadable
-from batchllm_celery.ledger.locks import Lock
+from batchllm_celery.ledger.background import BackgroundWork
+from batchllm_celery.ledger.codec import Outcome, decode_entry
+from batchllm_celery.ledger.locks import BatchLock
+from batchllm_celery.ledger.scripts import ScriptRunner, text, unreadable
 from batchllm_celery.models import BatchProgress, BatchSpec, BatchState
+from batchllm_celery.settings import Settings
+
+logger = logging.getLogger("batchllm_celery")
 
 Publish = Callable[[list[int]], Awaitable[None]]
 
-#: Bytes of a bitmap that one reopening looks at: 1,024 items.
+#: Bytes of a bitmap that one call of `reopen.lua` looks at: 1,024 items.
 REOPEN_BYTES = 128
+#: Items, and bytes of their payloads, that one call of `sweep.lua` takes: a few milliseconds.
+SWEEP_ITEMS = 1000
+SWEEP_BYTES = 8 * 1024 * 1024
+#: Longest wait of one read, in seconds: below the connection's socket timeout.
+LONGEST_BLOCK = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +52,23 @@ class Reopened:
     missing: int = 0
 
 
-class Control(LedgerCalls):
-    """Batches as people see them."""
+class Batches:
+    """The batches of one namespace."""
+
+    def __init__(
+        self, runner: ScriptRunner, background: BackgroundWork, settings: Settings
+    ) -> None:
+        self._runner = runner
+        self._connection = runner.connection
+        self._keys = runner.keys
+        self._background = background
+        self._settings = settings
+        self._sweeps: dict[str, asyncio.Task[None]] = {}
+
+    def close(self) -> None:
+        """Stop sweeps in the background: any process may go on with them."""
+        for sweep in self._sweeps.values():
+            sweep.cancel()
 
     async def spec(self, batch_id: str) -> BatchSpec:
         """What the batch runs with.
@@ -72,15 +99,15 @@ class Control(LedgerCalls):
         """
         reply = [
             text(part) if isinstance(part, bytes) else part
-            for part in await self._run(scripts.PROGRESS, batch_id)
+            for part in await self._runner.run(scripts.PROGRESS, batch_id)
         ]
         values = dict(zip(reply[::2], reply[1::2], strict=True))
         progress = _progress(batch_id, values)
-        if values["ready"]:  # with no worker about, whoever looks ends what is stopped
-            self._note(batch_id, progress.state)
+        if values["ready"]:  # where no worker runs, nobody else would sweep a stopped batch
+            self.sweep_if_stopped(batch_id, progress.state)
         return progress
 
-    async def batches(self, limit: int = 1000) -> list[BatchProgress]:
+    async def newest(self, limit: int = 1000) -> list[BatchProgress]:
         """The batches of this namespace, the youngest first."""
         client: Any = self._connection.client
         listed = self._keys.batches
@@ -119,9 +146,10 @@ class Control(LedgerCalls):
         state, _ = await self._control(batch_id, "cancel")
         return await self.sweep(batch_id) if state.stopped else state
 
-    async def park(self, batch_id: str, until: float) -> BatchState:
-        """Start no calls before `until` (Unix time of the Redis server), for a spent day quota."""
-        return (await self._control(batch_id, "park", round(until * 1000)))[0]
+    async def defer(self, batch_id: str, until: float) -> BatchState:
+        """Start no calls before `until` (Unix time of the Redis server), when a spent quota is
+        reset. People see the state `parked`."""
+        return (await self._control(batch_id, "defer", round(until * 1000)))[0]
 
     async def resume(self, batch_id: str, publish: Publish | None = None) -> Reopened:
         """Go on after a pause or a stop. What a stop left unanswered runs again, in a new round.
@@ -134,7 +162,7 @@ class Control(LedgerCalls):
         """
         return await self._reopening(batch_id, "resume", publish)
 
-    async def retry_failed(self, batch_id: str, publish: Publish | None = None) -> Reopened:
+    async def retry(self, batch_id: str, publish: Publish | None = None) -> Reopened:
         """Run all failed items again, in a new round, with fresh attempts. See `resume`."""
         return await self._reopening(batch_id, "retry", publish)
 
@@ -142,11 +170,27 @@ class Control(LedgerCalls):
         """Go on with a reopening that is under way, wherever it began; items, missing ones."""
         items, missing, more = 0, 0, 1
         while more:
-            more, indexes, gone = await self._run(scripts.REOPEN, batch_id, [REOPEN_BYTES])
+            more, indexes, gone = await self._runner.run(scripts.REOPEN, batch_id, [REOPEN_BYTES])
             items, missing = items + len(indexes), missing + gone
             if publish is not None and indexes:
                 await publish(indexes)
         return items, missing
+
+    async def results(
+        self, batch_id: str, after: str = "0", count: int = 500, block: float = 0.0
+    ) -> list[Outcome]:
+        """Outcomes after the entry `after` ("0": from the start), oldest first.
+
+        Waits up to `block` seconds (2 at most) for the first one; empty if none came.
+        """
+        out = self._keys.batch(batch_id).out
+        milliseconds = int(min(block, LONGEST_BLOCK) * 1000) or None
+        client = self._connection.client
+        reply: Any = await self._connection.patiently(
+            lambda: client.xread({out: after}, count=count, block=milliseconds)
+        )
+        streams = reply.items() if isinstance(reply, dict) else reply
+        return [decode_entry(entry) for _, entries in streams or () for entry in entries]
 
     async def trim(self, batch_id: str, upto: str) -> None:
         """Say that everything up to the entry `upto` is safe with the consumer.
@@ -158,23 +202,75 @@ class Control(LedgerCalls):
         """
         milliseconds, sequence = upto.split("-")
         following = f"{milliseconds}-{int(sequence) + 1}"
-        arguments = [self.process_id, upto, following]
-        if not await self._run(scripts.TRIM, batch_id, arguments):
+        arguments = [self._runner.process_id, upto, following]
+        if not await self._runner.run(scripts.TRIM, batch_id, arguments):
             raise BatchConflictError(f"another process takes the results of batch {batch_id!r} now")
 
-    def lock_consumer(self, batch_id: str, *, lease: float = 10.0, wait: float = 0.0) -> Lock:
-        """The right to trim: `async with ledger.lock_consumer(batch_id): ...`"""
-        return Lock(self._run, batch_id, "consumer", self.process_id, lease, wait)
+    def lock(
+        self,
+        batch_id: str,
+        role: Literal["consumer", "producer"],
+        *,
+        lease: float = 10.0,
+        wait: float = 0.0,
+    ) -> BatchLock:
+        """The right to trim (consumer) or to feed (producer): `async with batches.lock(...): ...`
 
-    def lock_producer(self, batch_id: str, *, lease: float = 10.0, wait: float = 0.0) -> Lock:
-        """The right to feed: `async with ledger.lock_producer(batch_id): ...`"""
-        return Lock(self._run, batch_id, "producer", self.process_id, lease, wait)
+        `lease` and `wait` are seconds; see `BatchLock`.
+        """
+        return BatchLock(self._runner, batch_id, role, lease, wait)
+
+    async def sweep(self, batch_id: str) -> BatchState:
+        """Write the outcome of every item of a stopped batch that nobody holds, 1,000 at a time.
+
+        Any process may call it at any time: it does nothing to a batch that is not stopped.
+        """
+        while True:
+            arguments = [SWEEP_ITEMS, SWEEP_BYTES]
+            state, left = await self._runner.run(scripts.SWEEP, batch_id, arguments)
+            if not left:
+                return BatchState(text(state))
+
+    def sweep_if_stopped(self, batch_id: str, state: BatchState) -> None:
+        """Sweep, in the background, a batch whose state in a reply is a stopped one."""
+        if state.stopped and batch_id not in self._sweeps:
+            task = self._background.start(self._sweep_quietly(batch_id))
+            self._sweeps[batch_id] = task
+            task.add_done_callback(lambda _: self._sweeps.pop(batch_id, None))
+
+    async def announce(self, spec: BatchSpec) -> None:
+        """List the batch where people and workers look for work; workers take it off that list
+        when it is over. Repeatable.
+
+        These keys have other hash tags than the batch's own, so no script of the batch writes them.
+        """
+        ttl, now = self._settings.result_ttl_seconds, time.time()
+        queue = self._keys.queue(spec.queue)
+
+        async def call() -> None:
+            async with self._connection.client.pipeline(transaction=False) as pipeline:
+                pipeline.zadd(self._keys.batches, {spec.batch_id: now}, nx=True)
+                # Urgent batches first, then first come, first served.
+                pipeline.zadd(queue, {spec.batch_id: now - spec.priority * 1e10})
+                pipeline.expire(self._keys.batches, ttl)
+                pipeline.expire(queue, ttl)
+                await pipeline.execute()
+
+        await self._connection.patiently(call)
+
+    async def _sweep_quietly(self, batch_id: str) -> None:
+        try:
+            await self.sweep(batch_id)
+        except (BatchNotFoundError, BatchUnreadableError):
+            return
+        except Exception:
+            logger.exception("ledger.sweep_failed batch_id=%s", batch_id)
 
     async def _control(
         self, batch_id: str, action: str, *arguments: int
     ) -> tuple[BatchState, bool]:
         """The state after `action`, and whether items are to be reopened."""
-        state, _, reopening, spent = await self._run(
+        state, _, reopening, spent = await self._runner.run(
             scripts.CONTROL, batch_id, [action, *arguments]
         )
         if spent:
@@ -190,29 +286,9 @@ class Control(LedgerCalls):
         state, reopening = await self._control(batch_id, action)
         if not reopening:
             return Reopened(state)
-        await self._list_again(batch_id)
+        await self.announce(await self.spec(batch_id))
         items, missing = await self.reopen(batch_id, publish)
         return Reopened((await self.progress(batch_id)).state, items, missing)
-
-    async def _list_again(self, batch_id: str) -> None:
-        """Workers look for work in the queue's set; a batch that was over had left it."""
-        spec = await self.spec(batch_id)
-        await self._connection.patiently(lambda: self._announce(spec))
-
-    async def _announce(self, spec: BatchSpec) -> None:
-        """List the batch where people and workers look for it.
-
-        Other hash tags than the batch's own, so not part of its scripts; repeatable.
-        """
-        ttl, now = self._settings.result_ttl_seconds, time.time()
-        queue = self._keys.queue(spec.queue)
-        async with self._connection.client.pipeline(transaction=False) as pipeline:
-            pipeline.zadd(self._keys.batches, {spec.batch_id: now}, nx=True)
-            # Urgent ones first, then first come, first served.
-            pipeline.zadd(queue, {spec.batch_id: now - spec.priority * 1e10})
-            pipeline.expire(self._keys.batches, ttl)
-            pipeline.expire(queue, ttl)
-            await pipeline.execute()
 
 
 def _progress(batch_id: str, values: dict[str, str | int]) -> BatchProgress:

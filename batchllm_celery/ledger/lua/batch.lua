@@ -1,22 +1,22 @@
--- batch.lua: what every script of the ledger begins with; `scripts.py` puts it before each.
+-- batch.lua: what every script of the ledger includes.
 --
 -- KEYS     the keys of one batch in the order of `keys.BatchKeys`
 -- A script that is not `create` answers false, and writes nothing, when the batch has no meta:
 -- a late write would bring an expired key back without a TTL.
 --
--- Every item that is fed and has no outcome is in `ready` (anyone may claim it), in `held`
--- (a living process has it), or in both (its process was silent for a lease, and nobody has
--- taken it yet). `done` has a bit for each outcome, `failed` for each failure among them,
+-- Every item that is fed and has no outcome is in `ready` (any process may claim it), in `held`
+-- (a living process holds it), or in both (its process had stalled for a lease, and no other has
+-- claimed it yet). `done` has a bit for each outcome, `failed` for each failure among them,
 -- `stopped` for each failure that a control decision caused.
 local META, ITEM, FP, READY, HELD, PROCS = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
-local TRY, DONE, FAILED, OUT, STOPPED = KEYS[7], KEYS[8], KEYS[9], KEYS[10], KEYS[11]
+local ATTEMPTS, DONE, FAILED, OUT, STOPPED = KEYS[7], KEYS[8], KEYS[9], KEYS[10], KEYS[11]
 local CALLS = KEYS[12]
 local call = redis.call
 
 local clock = call('TIME')
 local NOW = clock[1] * 1000 + math.floor(clock[2] / 1000) -- milliseconds
 
-local AT_ONCE = 0   -- score in `ready` of what was given back or lost: offered before all else
+local AT_ONCE = 0   -- score in `ready` of items that were released or lost: requeued first
 local STAMP = 21    -- bytes before a payload: 13 of feeding time, 8 of fingerprint
 local LOST, CALLING, CLAIMED = 'x', 'p', 'c'
 
@@ -28,7 +28,7 @@ local NUMBERS = {
   'reopen_at', 'submitted_at', 'kept_limit', 'max_calls',
 }
 local WORDS = {'state', 'fail_fast', 'reopen'}
--- What `create` writes: without one of them the rest says nothing.
+-- Fields that `create` writes. A batch without one of them is broken.
 local ALWAYS = {'fed', 'ok', 'failed', 'stopped', 'round', 'rev', 'ttl', 'max_deliveries', 'keep',
                 'spent', 'cost', 'priced', 'input', 'output', 'cached', 'maybe_billed', 'item_bytes',
                 'kept_bytes', 'out_count', 'out_bytes', 'read_count', 'read_bytes', 'kept_limit',
@@ -37,7 +37,7 @@ local STATES = {open = 1, paused = 1, finished = 1, cancelled = 1, deadline = 1,
                 aborted = 1}
 local meta, loaded = {}, {}
 
--- Somebody else wrote here, or Redis lost a part: nothing is written on top of it.
+-- Refuse a batch in which somebody else wrote, or of which Redis lost a part.
 local function broken(name)
   error('BROKEN ' .. name .. ' script: ')
 end
@@ -66,8 +66,9 @@ local function load_meta()
   return true
 end
 
--- Each key is what it should be. For those that begin something which is paid for, or that look: a
--- script that met another type half way would have written the one half.
+-- Refuse a batch in which a key is not of its type: a script that meets such a key half way has
+-- written one half, and a call whose outcome can't be recorded is paid for in vain. It costs 10
+-- microseconds, so a worker asks for it once a second.
 local TYPES = {'hash', 'hash', 'string', 'zset', 'hash', 'hash', 'hash', 'string', 'string', 'stream',
                'string', 'hash'}
 local function check_keys()
@@ -102,7 +103,7 @@ local function save_meta()
   -- Looking at a batch that is over must not keep it for ever.
   if #changes > 0 or not meta.total or meta.ok + meta.failed < meta.total then
     for i = 1, #KEYS do call('EXPIRE', KEYS[i], meta.ttl) end
-  elseif call('TTL', PROCS) == -1 then -- a late word of a worker has made it anew
+  elseif call('TTL', PROCS) == -1 then -- a late call of a worker has created it again
     call('EXPIRE', PROCS, meta.ttl)
   end
 end
@@ -172,18 +173,19 @@ local function mark(index, success, control)
   end
 end
 
--- losses, round and the client's own text of an item that is not at its first attempt
-local function tries(entry)
+-- Of an item that is not at its first attempt: deaths of processes in its calls (losses), round,
+-- and what `codec.Attempts` wrote.
+local function history(entry)
   if not entry then return 0, 0, '' end
   local losses, round, rest = string.match(entry, '^(%d+) (%d+) (.*)$')
   return tonumber(losses), tonumber(round), rest
 end
 
-local function tries_text(losses, round, rest)
+local function history_text(losses, round, rest)
   return text(losses) .. ' ' .. text(round) .. ' ' .. rest
 end
 
--- provider calls of an item in this round, how many of them were cut off, and what cut the last one
+-- Provider calls of an item in this round, how many of them were cut off, and by what the last was.
 local function calls_of(entry)
   local begun, cut, why = string.match(entry or '', '^(%d+) (%d+) (%S+)$')
   return tonumber(begun) or 0, tonumber(cut) or 0, why or '-'
@@ -193,26 +195,26 @@ local function calls_text(begun, cut, why)
   return text(begun) .. ' ' .. text(cut) .. ' ' .. why
 end
 
--- A call that `begin` let in has not been made after all.
-local function take_back(index)
+-- A call that `begin` admitted has not been made.
+local function uncount_call(index)
   local begun, cut, why = calls_of(call('HGET', CALLS, index))
   call('HSET', CALLS, index, calls_text(math.max(0, begun - 1), cut, why))
 end
 
--- A process that takes, begins or keeps something lives, and is looked after from now on, whether it
--- has sent a heartbeat yet or not (it sends none while it holds nothing). What is written is the
--- moment: a value that came again would pass for silence since its first time. This is no
--- heartbeat: one that was given up stays LOST until the next one, which takes back what is still
--- there to take; meanwhile the change stops a scan that gives it up.
-local function show_life(process)
+-- A process that claims, begins or saves is alive. From now on its heartbeat is watched, whether it
+-- has sent one or not (it sends none while it holds nothing). What is written is the time: a counter
+-- that took the same value again would look stalled since the first time. This is no heartbeat: a
+-- process that was given up stays LOST until its next one, after which it reclaims its items.
+-- Meanwhile the change ends an `expire` that is under way.
+local function note_alive(process)
   local last = call('HGET', PROCS, process)
   local given_up = not last or string.sub(last, 1, 1) == LOST
   call('HSET', PROCS, process, (given_up and LOST or '') .. text(NOW))
 end
 
--- An outcome that no worker wrote: the reader makes the line from the payload's head. The caller
--- takes the item out of `ready`, `held` and `try` (many at once).
-local function give_outcome(index, kind, control, entry, calls)
+-- An outcome that no worker wrote: the reader makes its line from the payload's head. The caller
+-- removes the item from `ready`, `held` and `attempts` (many at once).
+local function write_outcome(index, kind, control, entry, calls)
   local stored = call('HGET', ITEM, index) or ''
   local head = string.sub(stored, STAMP + 1, (string.find(stored, '\n', STAMP + 1, true) or 0) - 1)
   append({'i', index, 'k', kind, 'h', head, 't', entry or '', 'c', calls or ''})

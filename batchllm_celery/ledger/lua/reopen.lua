@@ -1,9 +1,11 @@
--- reopen.lua: some of the items whose failure or stop is taken back are ready again.
+-- reopen.lua: some of the items that a resume or a retry runs again become ready.
 --
 -- ARGV     1 bytes of the bitmap to look at (8 items each)
 -- returns  {1 when there is more, else 0, indexes reopened, items left as they are because their
 --          payload is gone}
+--#include batch.lua
 if not load_meta() then return false end
+local most_bytes = tonumber(ARGV[1])
 if not meta.reopen or is_stopped() then
   meta.reopen, meta.reopen_at = nil, nil
   save_meta()
@@ -24,7 +26,7 @@ local function reopen(index)
   meta.stopped = meta.stopped - call('SETBIT', STOPPED, index, 0)
   meta.kept_bytes = meta.kept_bytes - size
   meta.item_bytes = meta.item_bytes + size
-  call('HSET', TRY, index, tries_text(0, meta.round, ''))
+  call('HSET', ATTEMPTS, index, history_text(0, meta.round, ''))
   call('HDEL', CALLS, index)
   call('ZADD', READY, NOW, index)
   indexes[#indexes + 1] = index
@@ -35,7 +37,7 @@ if first < 0 then
   meta.reopen, meta.reopen_at = nil, nil
 else
   local from = math.floor(first / 8)
-  local bytes = call('GETRANGE', bitmap, from, from + tonumber(ARGV[1]) - 1)
+  local bytes = call('GETRANGE', bitmap, from, from + most_bytes - 1)
   for n = 1, #bytes do
     local byte = string.byte(bytes, n)
     for bit = 7, 0, -1 do

@@ -1,21 +1,22 @@
--- begin.lua: may these calls start now? Decides pause, cancel, deadline and budget, and counts.
+-- begin.lua: may these calls start now? Decides pause, cancel, deadline and budget, and counts calls.
 --
--- Here alone the calls of an item are bounded, whatever goes wrong elsewhere: `max_calls` of them
+-- This is the one place that bounds the calls of an item, whatever goes wrong elsewhere: `max_calls`
 -- in a round, and one more for each day on which a day's quota may have refused one.
 --
--- ARGV     1 process, then for each item: index, token
--- returns  {state, for each item 1 (go), 0 (no longer this process's), or the number of its calls
---          as a negative number: there are to be no more}
+-- ARGV     1 process, 2 1: check the types of all keys, then for each item: index, token
+-- returns  {state, for each item 1 (the call may start), 0 (no longer this process's), or the
+--          number of its calls as a negative number (it has used them up)}
+--#include batch.lua
 if not load_meta() then return false end
-check_keys()
+if ARGV[2] == '1' then check_keys() end
 local process, state = ARGV[1], state_now()
 local open = state == 'feeding' or state == 'running'
 local indexes, tokens, answers, starting, counted = {}, {}, {}, {}, {}
 local days = 1 + math.floor((NOW - meta.submitted_at) / 86400000)
 local most = (meta.max_calls or math.huge) + days
-for n = 2, #ARGV, 2 do
-  indexes[#indexes + 1] = ARGV[n]
-  tokens[#tokens + 1] = ARGV[n + 1]
+for at = 3, #ARGV, 2 do
+  indexes[#indexes + 1] = ARGV[at]
+  tokens[#tokens + 1] = ARGV[at + 1]
 end
 local holders = call('HMGET', HELD, unpack(indexes))
 local made = call('HMGET', CALLS, unpack(indexes))
@@ -26,7 +27,7 @@ for n, index in ipairs(indexes) do
   answers[n] = owned and 1 or 0
   if owned and open then
     local begun, cut, why = calls_of(made[n])
-    -- Begun already: its call has not been made yet, or the reply that let it in was lost.
+    -- Begun already: its call has not been made yet, or the reply that admitted it was lost.
     local again = string.sub(holders[n], 1, 1) == CALLING
     if again or begun < most then
       kept[#kept + 1] = index
@@ -43,7 +44,7 @@ for n, index in ipairs(indexes) do
 end
 in_chunks('HSET', HELD, starting)
 in_chunks('HSET', CALLS, counted)
-in_chunks('ZREM', READY, kept) -- the lease had ended, but nobody took it
-if #kept > 0 then show_life(process) end
+in_chunks('ZREM', READY, kept) -- the lease had ended, but nobody has claimed it
+if #kept > 0 then note_alive(process) end
 save_meta()
 return {state, answers}

@@ -1,29 +1,21 @@
-"""Create, feed, seal, read: what a producer or a consumer asks of the ledger."""
+"""Create, feed, seal: what a producer does to a batch."""
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from batchllm_celery.connection import Connection
+from tenacity import AsyncRetrying, retry_if_result, wait_exponential
+
 from batchllm_celery.errors import BatchConflictError, InputError
-from batchllm_celery.events import Events
-from batchllm_celery.keys import Keys
 from batchllm_celery.ledger import scripts
-from batchllm_celery.ledger.calls import Argument, text
-from batchllm_celery.ledger.control import Control
-from batchllm_celery.ledger.payload import Payload, fingerprint, strategy_identity
-from batchllm_celery.ledger.results import Outcome, decode_entry, encode_result
-from batchllm_celery.models import (
-    FAILURE_POLICIES,
-    BatchSpec,
-    BatchState,
-    WorkItemResult,
-)
+from batchllm_celery.ledger.batches import Batches
+from batchllm_celery.ledger.codec import Payload, encode_result, fingerprint, strategy_identity
+from batchllm_celery.ledger.scripts import Argument, ScriptRunner, text
+from batchllm_celery.models import FAILURE_POLICIES, BatchSpec, BatchState, WorkItemResult
 from batchllm_celery.settings import Settings
 
 Row = Payload | WorkItemResult[Any, Any]
@@ -37,8 +29,12 @@ UNSYNCED_SECONDS = 3.0
 UNLIMITED = 10**15
 #: Seconds that a dry run is kept.
 REHEARSAL_TTL = 3600
-#: Longest wait of one read, below the connection's socket timeout.
-LONGEST_BLOCK = 2.0
+
+#: Repeats a call of `feed.lua` until there is room for the chunk.
+_while_full = AsyncRetrying(
+    retry=retry_if_result(lambda reply: reply[1] == b"full"),
+    wait=wait_exponential(multiplier=0.02, exp_base=1.5, max=0.25),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,19 +68,13 @@ class _Feeding:
     """Chunks that a Redis which loses its last second would lose."""
 
 
-class ProducerSide(Control):
-    """The ledger as producers and consumers see it."""
+class Feeding:
+    """Creates batches and stores their rows, for a producer."""
 
-    def __init__(
-        self,
-        connection: Connection,
-        keys: Keys,
-        *,
-        process_id: str,
-        settings: Settings,
-        events: Events | None = None,
-    ) -> None:
-        super().__init__(connection, keys, process_id=process_id, settings=settings, events=events)
+    def __init__(self, runner: ScriptRunner, batches: Batches, settings: Settings) -> None:
+        self._runner = runner
+        self._batches = batches
+        self._settings = settings
         self._feeding: dict[str, _Feeding] = {}
 
     async def create(self, spec: BatchSpec) -> Created:
@@ -96,14 +86,14 @@ class ProducerSide(Control):
             BatchConflictError: it is still running with another strategy.
         """
         identity = strategy_identity(spec)
-        how, round_, fed, known = await self._run(
+        how, round_, fed, known = await self._runner.run(
             scripts.CREATE, spec.batch_id, self._create_arguments(spec, identity)
         )
         if how == b"conflict":
             raise BatchConflictError(_difference(spec, BatchSpec.model_validate_json(known)))
-        await self._connection.patiently(lambda: self._announce(spec))
+        await self._batches.announce(spec)
         if how == b"resumed":
-            await self.reopen(spec.batch_id)
+            await self._batches.reopen(spec.batch_id)
         self._feeding[spec.batch_id] = _Feeding(identity)
         return Created(text(how), round_, fed)  # type: ignore[arg-type]  # the script's words
 
@@ -143,34 +133,12 @@ class ProducerSide(Control):
             wake += await self._feed_chunk(batch_id, feeding, chunk, room)
         return wake
 
-    async def fail_input(self, batch_id: str, index: int, result: WorkItemResult[Any, Any]) -> None:
-        """Give a row that can't be run its outcome, in its place in the input."""
-        await self.feed(batch_id, index, [result])
-
     async def seal(self, batch_id: str, total: int) -> BatchState:
         """Say that `total` rows were all. The batch finishes when all have their outcome."""
-        state, _ = await self._run(scripts.SEAL, batch_id, [total])
+        state, _ = await self._runner.run(scripts.SEAL, batch_id, [total])
         self._feeding.pop(batch_id, None)
-        await self._list_again(batch_id)
+        await self._batches.announce(await self._batches.spec(batch_id))
         return BatchState(text(state))
-
-    async def results(
-        self, batch_id: str, after: str = "0", count: int = 500, block: float = 0.0
-    ) -> list[Outcome]:
-        """Outcomes after the entry `after` ("0": from the start), oldest first.
-
-        Waits up to `block` seconds (2 at most) for the first one; empty if none came.
-        """
-        out = self._keys.batch(batch_id).out
-        milliseconds = int(min(block, LONGEST_BLOCK) * 1000) or None
-        client = self._connection.client
-        reply: Any = await self._connection.patiently(
-            lambda: client.xread({out: after}, count=count, block=milliseconds)
-        )
-        streams = reply.items() if isinstance(reply, dict) else reply
-        return [decode_entry(entry) for _, entries in streams or () for entry in entries]
-
-    # -- inside ----------------------------------------------------------------------------
 
     def _create_arguments(self, spec: BatchSpec, identity: bytes) -> list[Argument]:
         settings, rehearsal = self._settings, spec.config.dry_run
@@ -196,7 +164,7 @@ class ProducerSide(Control):
     async def _feeding_of(self, batch_id: str) -> _Feeding:
         feeding = self._feeding.get(batch_id)
         if feeding is None:
-            identity = strategy_identity(await self.spec(batch_id))
+            identity = strategy_identity(await self._batches.spec(batch_id))
             feeding = self._feeding[batch_id] = _Feeding(identity)
         return feeding
 
@@ -225,16 +193,12 @@ class ProducerSide(Control):
         arguments: list[Argument] = [chunk.first, *limits, grace]
         for row in chunk.rows:
             arguments += row
-        wait = 0.02
-        while True:
-            fed, word, *rest = await self._run(scripts.FEED, batch_id, arguments)
-            if word == b"gap":
-                return [], fed
-            if word != b"full":
-                self._note(batch_id, BatchState(text(word)))
-                return rest[0], None
-            await asyncio.sleep(wait)
-            wait = min(wait * 1.5, 0.25)
+        reply: Any = await _while_full(self._runner.run, scripts.FEED, batch_id, arguments)
+        fed, decision, *wake = reply
+        if decision == b"gap":
+            return [], fed
+        self._batches.sweep_if_stopped(batch_id, BatchState(text(decision)))
+        return wake[0], None
 
 
 def _encode(row: Row, index: int, identity: bytes) -> tuple[bytes, bytes, bytes]:

@@ -1,7 +1,8 @@
--- beat.lua: a process lives. Renews everything that it holds.
+-- beat.lua: the heartbeat of a process, which renews everything that it holds in this batch.
 --
 -- ARGV     1 process
--- returns  {state, 1 when it had been given up (or is new) and should adopt its items, else 0}
+-- returns  {state, 1 when it had been given up (or is new) and should reclaim its items, else 0}
+--#include batch.lua
 if not load_meta() then return false end
 local process = ARGV[1]
 local counter = call('HGET', PROCS, process)

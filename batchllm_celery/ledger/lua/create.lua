@@ -1,11 +1,13 @@
--- create.lua: a new batch, or the one of this id that is there already.
+-- create.lua: a new batch, or the existing one of this id.
 --
 -- ARGV     1 spec (JSON), 2 identity of its strategy, 3 deadline (ms from now, '' for none),
 --          4 token budget, 5 cost budget ('' for none), 6 failure kinds that abort (a,b,),
---          7 keep results (1/0), 8 TTL (s), 9 deaths that convict, 10 bytes of payloads of failed
---          items kept for a retry, 11 queue, 12 calls of one item at most (in a round)
+--          7 keep results (1/0), 8 TTL (s), 9 losses and cut-off calls at which an item is
+--          quarantined, 10 most bytes of payloads of failed items that are kept for a retry,
+--          11 queue, 12 most calls of one item in a round
 -- returns  what happened (new | attached | resumed | conflict), round, items fed, and the stored
 --          spec where there was one
+--#include batch.lua
 local found = load_meta()
 local known = call('HGET', META, 'spec')
 local identity = call('HGET', META, 'identity')
