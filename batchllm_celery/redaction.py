@@ -26,8 +26,10 @@ _PROVIDER_KEYS = ("GEMINI_API_KEY", "GOOGLE_API_KEY", "OPENAI_API_KEY")
 #: What looks like a key, though it may be another than ours.
 _SHAPES = re.compile(r"\b(?:sk-|gsk_|xai-|hf_|AIza|AQ\.|ya29\.|Bearer |Basic )[\w*.+/=-]{6,}")
 _USERINFO = re.compile(r"(\w://)[^/\s@'\"]*@")
+# A name has an end: searched without a bound, a text of question marks takes minutes.
 _PARAMETER = re.compile(
-    r"([?&;][^=&;\s]*(?:key|token|secret|password|passwd)[^=&;\s]*=)[^&;\s'\"]*", re.IGNORECASE
+    r"([?&;][^?=&;\s]{0,60}(?:key|token|secret|password|passwd)[^?=&;\s]{0,60}=)[^&;\s'\"]*",
+    re.IGNORECASE,
 )
 
 # C0 and C1 controls, DEL, soft hyphen, line and bidi marks, half surrogate pairs, tags.

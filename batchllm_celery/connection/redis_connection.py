@@ -145,9 +145,15 @@ class Connection:
             RedisError: what else waiting can't cure.
         """
         wait, denied_at = FIRST_WAIT, math.inf
+        task = asyncio.current_task()
+        cancelled = task.cancelling() if task is not None else 0
         while True:
             try:
                 result = await call()
+                if task is not None and task.cancelling() > cancelled:
+                    # Python 3.11's `asyncio.wait_for`, through which redis-py sends, loses a
+                    # cancel that comes just when the command has been sent.
+                    raise asyncio.CancelledError
             except Exception as error:
                 if is_denial(error):
                     denied_at = min(denied_at, time.monotonic())

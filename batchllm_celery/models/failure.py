@@ -63,3 +63,6 @@ FAILURE_POLICIES: dict[FailureKind, FailurePolicy] = {
     FailureKind.SKIPPED: _STOP,
     FailureKind.UNKNOWN: _CALL,
 }
+
+#: What we alone say of an item: no call ends so, whatever a strategy raises.
+OUR_KINDS = frozenset(kind for kind, policy in FAILURE_POLICIES.items() if policy is _STOP)

@@ -239,6 +239,34 @@ async def test_waiting_for_redis_can_be_cancelled() -> None:
             await waiting
 
 
+@pytest.mark.parametrize("stop", ["cancel", "timeout"])
+async def test_a_cancel_that_a_command_swallows_is_not_lost(stop: str) -> None:
+    """redis-py sends through `asyncio.wait_for`, which in Python 3.11 returns the result of what
+    has just ended in place of raising the cancel: a loop of commands would never end."""
+    asked = asyncio.Event()
+
+    async def command() -> str:
+        asked.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            return "answer"
+        raise AssertionError
+
+    async with Connection("redis://localhost:1") as connection:
+        if stop == "timeout":
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.01):
+                    await connection.patiently(command)
+            assert await connection.patiently(lambda: asyncio.sleep(0, "next")) == "next"
+            return
+        asking = asyncio.create_task(connection.patiently(command))
+        await asked.wait()
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+
+
 @pytest.mark.parametrize(
     ("url", "reason"),
     [
