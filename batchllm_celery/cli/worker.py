@@ -28,7 +28,7 @@ from batchllm_celery.settings import Settings
 @options.option("--heartbeat-file", type=click.Path(dir_okay=False),
                 help="Touched while the event loop turns, for probes (process 2: FILE.2, ...); "
                      "FILE.ready while Redis answers too.")  # fmt: skip
-@options.option("--drain-seconds", type=click.FloatRange(min=0),
+@options.option("--drain-seconds", type=options.Number(min=0),
                 help="How long calls in flight may take after SIGTERM.  [default: 30]")  # fmt: skip
 @options.option("--loglevel", default="INFO", show_default=True)
 @options.base_url
