@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from batchllm_celery.models.base import MOST, MOST_SECONDS
 from batchllm_celery.models.names import check_namespace, check_queue
 from batchllm_celery.redaction import keep_secrets_in
 
@@ -63,10 +64,10 @@ class Settings(BaseSettings):
     lease_seconds: float = Field(default=30.0, gt=0)
     heartbeat_seconds: float = Field(default=1.0, gt=0)
     offer_seconds: float = Field(default=3.0, gt=0)
-    max_deliveries: int = Field(default=5, ge=1)
+    max_deliveries: int = Field(default=5, ge=1, le=MOST)
     max_outstanding: int = Field(default=20_000, ge=1)
-    max_payload_bytes: int = Field(default=512 * 1024 * 1024, ge=1024 * 1024)
-    result_ttl_seconds: int = Field(default=7 * 24 * 3600, ge=60)
+    max_payload_bytes: int = Field(default=512 * 1024 * 1024, ge=1024 * 1024, le=MOST)
+    result_ttl_seconds: int = Field(default=7 * 24 * 3600, ge=60, le=MOST_SECONDS)
     drain_seconds: float = Field(default=30.0, ge=0)
     heartbeat_file: Path | None = None
     openai_base_url: str | None = None

@@ -32,6 +32,16 @@ def group(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
+class Number(click.FloatRange):
+    """A number in a range; NaN and infinity are in none, though comparisons would let NaN pass."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
+
+
 class _OrUnlimited(click.ParamType[Any]):
     """A number, or the word `unlimited`, which stands for infinity."""
 
@@ -47,7 +57,7 @@ class _OrUnlimited(click.ParamType[Any]):
         return self._number.convert(value, param, ctx)
 
 
-_POSITIVE = click.FloatRange(min=0, min_open=True)
+_POSITIVE = Number(min=0, min_open=True)
 _COUNT = click.IntRange(min=1)
 
 connection = group(
@@ -116,7 +126,7 @@ model = group(
         type=click.Path(),
         help="JSON Schema that every answer must meet.",
     ),
-    option("--temperature", type=click.FloatRange(min=0)),
+    option("--temperature", type=Number(min=0)),
     option("--max-output-tokens", type=_COUNT, help="Length at which an answer is cut."),
 )
 

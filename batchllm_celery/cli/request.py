@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import math
 import os
 import re
 import secrets
@@ -31,6 +30,7 @@ from batchllm_celery.models import (
     RetryConfig,
     StrategySpec,
 )
+from batchllm_celery.models.base import MOST_DOLLARS
 from batchllm_celery.models.names import as_label, check_batch_id, check_label
 from batchllm_celery.settings import Settings
 
@@ -368,7 +368,7 @@ def prices_of(request: CommandRequest, strategy: StrategySpec) -> dict[str, tupl
             read, written = (float(number) for number in numbers.split(","))
         except ValueError:
             read = written = -1.0
-        if not (0 <= read < math.inf and 0 <= written < math.inf):
+        if text.startswith("=") or not (0 <= read <= MOST_DOLLARS and 0 <= written <= MOST_DOLLARS):
             raise UsageError(
                 f"--price {text!r}: write IN,OUT or MODEL=IN,OUT, as 0.3,2.5 "
                 "(US dollars per million tokens)"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Annotated
 
 from pydantic import Field, field_validator
 
 from batchllm_celery.errors import FailureKind
-from batchllm_celery.models.base import SCHEMA_VERSION, Model
+from batchllm_celery.models.base import MOST, MOST_DOLLARS, MOST_SECONDS, SCHEMA_VERSION, Model
 from batchllm_celery.models.config import ProcessorConfig
 from batchllm_celery.models.item import StrategySpec
 from batchllm_celery.models.names import check_batch_id, check_label, check_queue
@@ -36,6 +37,9 @@ class BatchState(StrEnum):
 _STOPPED = frozenset(
     {BatchState.CANCELLED, BatchState.DEADLINE, BatchState.BUDGET, BatchState.ABORTED}
 )
+
+
+Price = Annotated[float, Field(ge=0, le=MOST_DOLLARS)]
 
 
 class BatchSpec(Model):
@@ -69,12 +73,12 @@ class BatchSpec(Model):
     queue: str = "default"
     priority: int = Field(default=0, ge=0, le=9)
     items_per_task: int | None = Field(default=None, ge=1, le=1000)
-    deadline: float | None = Field(default=None, gt=0)
-    max_cost: float | None = Field(default=None, gt=0)
-    token_budget: int | None = Field(default=None, gt=0)
+    deadline: float | None = Field(default=None, gt=0, le=MOST_SECONDS)
+    max_cost: float | None = Field(default=None, gt=0, le=MOST)
+    token_budget: int | None = Field(default=None, gt=0, le=MOST)
     fail_fast: tuple[FailureKind, ...] = ()
     keep_results: bool = True
-    prices: dict[str, tuple[float, float]] = Field(default_factory=dict)
+    prices: dict[str, tuple[Price, Price]] = Field(default_factory=dict)
     model: str | None = None
 
     @field_validator("batch_id")

@@ -6,9 +6,9 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from batchllm_celery.models.base import Model
+from batchllm_celery.models.base import MOST, MOST_SECONDS, Model
 
-Seconds = Annotated[float, Field(allow_inf_nan=False)]
+Seconds = Annotated[float, Field(allow_inf_nan=False, le=MOST_SECONDS)]
 
 #: Overloads (503) of one item, beside successes of others, that cost it no attempt.
 MAX_OVERLOADS = 20
@@ -26,7 +26,7 @@ class RetryConfig(Model):
     seconds, times a random factor in [0.5, 1) with `jitter` (as in batch-llm).
     """
 
-    max_attempts: int = 3
+    max_attempts: int = Field(default=3, le=MOST)
     initial_wait: Seconds = 1.0
     max_wait: Seconds = 60.0
     exponential_base: float = 2.0
@@ -128,7 +128,7 @@ class ProcessorConfig(Model):
     item_timeout: Seconds | None = None
     retry: RetryConfig = RetryConfig()
     rate_limit: RateLimitConfig | None = None
-    max_rate_limit_retries: int = 20
+    max_rate_limit_retries: int = Field(default=20, le=MOST)
     max_requests_per_minute: float | None = None
     progress_interval: int = 10
     progress_callback_timeout: Seconds = 5.0

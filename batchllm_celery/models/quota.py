@@ -15,8 +15,11 @@ from pydantic import (
     model_validator,
 )
 
-from batchllm_celery.models.base import Model
+from batchllm_celery.models.base import MOST, Model
 from batchllm_celery.models.names import check_label
+
+#: Smallest limit: one request in about two years.
+LEAST = 1e-6
 
 
 def _number(value: object) -> object:
@@ -35,9 +38,18 @@ def _whole(value: float | None) -> float | None:
     return int(value)
 
 
+def _within_reach(value: float | None) -> float | None:
+    if value is not None and value != math.inf and not LEAST <= value <= MOST:
+        raise ValueError(f"must be {LEAST} to {MOST}, or unlimited")
+    return value
+
+
 _Positive = Annotated[float, Field(gt=0)]
 _Rate = Annotated[
-    _Positive | None, BeforeValidator(_number), PlainSerializer(_word, when_used="json")
+    _Positive | None,
+    BeforeValidator(_number),
+    AfterValidator(_within_reach),
+    PlainSerializer(_word, when_used="json"),
 ]
 _Count = Annotated[_Rate, AfterValidator(_whole)]
 

@@ -66,7 +66,7 @@ class BatchEstimate:
                 help=f"Tokens of one answer.  [default: {DEFAULT_OUTPUT_TOKENS}]")  # fmt: skip
 @options.option("--cached-tokens", type=click.IntRange(min=0), default=0,
                 help="Tokens of a context that all items share through a cache.")  # fmt: skip
-@options.option("--seconds-per-call", type=click.FloatRange(min=0, min_open=True),
+@options.option("--seconds-per-call", type=options.Number(min=0, min_open=True),
                 default=DEFAULT_SECONDS_PER_CALL, show_default=True)  # fmt: skip
 @options.option("--workers", type=click.IntRange(min=1), default=2, show_default=True)
 @options.option(

@@ -29,7 +29,7 @@ from batchllm_celery.settings import Settings
 @options.option("--heartbeat-file", type=click.Path(dir_okay=False),
                 help="Touched while the event loop runs, for probes (process 2: FILE.2, ...); "
                      "FILE.ready is touched while Redis answers too.")  # fmt: skip
-@options.option("--drain-seconds", type=click.FloatRange(min=0),
+@options.option("--drain-seconds", type=options.Number(min=0),
                 help="Seconds for calls in flight after SIGTERM.  [default: 30]")  # fmt: skip
 @options.option("--loglevel", default="INFO", show_default=True)
 @options.base_url
