@@ -26,12 +26,12 @@ from batchllm_celery.errors import (
     stack_of,
 )
 from batchllm_celery.models import FAILURE_POLICIES, Failure, FailurePolicy, TokenUsage
+from batchllm_celery.providers.openai.client import translate
 from batchllm_celery.strategies import (
     CallableStrategy,
     classify,
     classify_for,
     extract_token_usage,
-    openai_client,
     stamp_usage,
 )
 from batchllm_celery.strategies.failures import charged, retry_after_of
@@ -447,4 +447,4 @@ def test_causes_in_a_circle_come_to_an_end(error: BaseException) -> None:
     """The worker's loop stood still for ever."""
     assert classify(error).usage.total_tokens == 0
     assert stack_of(error)
-    assert openai_client.translate(error) is None
+    assert translate(error) is None
