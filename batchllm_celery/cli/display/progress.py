@@ -73,7 +73,7 @@ def counters(view: View) -> str:
     tokens = progress.input_tokens + progress.output_tokens
     parts = [f"✓ {count(progress.succeeded)}  ✗ {count(progress.failed)}"]
     if progress.in_flight:
-        parts.append(f"{count(progress.in_flight)} under way")
+        parts.append(f"{count(progress.in_flight)} in flight")
     if tokens:
         parts.append(f"{short(tokens)} tokens")
     if progress.cost is not None:
