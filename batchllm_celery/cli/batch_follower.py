@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from batchllm_celery.limiter import QuotaState
     from batchllm_celery.producer import Batch, Producer
 
+#: Seconds between two updates of the display and checks of the workers.
 TICK_SECONDS = 0.1
+#: Seconds between two reads of the counters and the quota.
 POLL_SECONDS = 0.4
 #: Seconds that the last results may take to arrive after the workers have ended.
 LAST_RESULTS_SECONDS = 3.0

@@ -5,11 +5,13 @@ Everything is checked here, before anything is enqueued.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
 import re
 import secrets
+import shlex
 import sys
 import time
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from typing import Any
 from batchllm_celery.errors import FailureKind, StrategyNotFoundError, UsageError
 from batchllm_celery.files.prompt_template import PromptTemplate
 from batchllm_celery.files.readers import STDIN, Format
-from batchllm_celery.files.rows import Rows
+from batchllm_celery.files.rows import Rows, check_all, spooled
 from batchllm_celery.models import (
     BatchSpec,
     CooldownPolicy,
@@ -32,6 +34,7 @@ from batchllm_celery.models import (
 )
 from batchllm_celery.models.base import MOST_DOLLARS
 from batchllm_celery.models.names import as_label, check_batch_id, check_label
+from batchllm_celery.redaction import safe_url, without_secrets
 from batchllm_celery.settings import Settings
 
 #: Providers that `--model` reaches -> the environment variables that may hold their key.
@@ -468,3 +471,47 @@ def rows_of(request: CommandRequest, source: str, strategy: StrategySpec) -> Row
         format=request.format,
         tunable=strategy.name in PROVIDER_KEYS,
     )
+
+
+def open_rows(
+    request: CommandRequest, source: str, strategy: StrategySpec, stack: contextlib.ExitStack
+) -> Rows:
+    """The input, closed by `stack`.
+
+    `--strict` reads it completely first; standard input is copied to a file for that.
+
+    Raises:
+        InputError: the input can't be read, has no row, or has a bad one (`--strict`).
+    """
+    if request.strict:
+        path = spooled(source)
+        if path != source:
+            stack.callback(Path(path).unlink, missing_ok=True)
+        check_all(rows_of(request, path, strategy))
+        source = path
+    rows = rows_of(request, source, strategy)
+    stack.callback(rows.close)
+    return rows
+
+
+# -- how to go on
+
+
+def resume_command(batch_id: str, arguments: list[str]) -> str:
+    """The command that was typed, with the batch id and without passwords in URLs."""
+    kept, skip = [], False
+    for argument in arguments:
+        if skip:
+            skip = False
+        elif argument == "--batch-id":
+            skip = True
+        elif argument != "--overwrite" and not argument.startswith("--batch-id="):
+            kept.append(_without_password(argument))
+    return shlex.join(["batchllm", *kept, "--batch-id", batch_id])
+
+
+def _without_password(argument: str) -> str:
+    option, equals, value = argument.partition("=")
+    if not option.startswith("--"):
+        option, equals, value = "", "", argument
+    return option + equals + without_secrets(safe_url(value) if "://" in value else value)

@@ -13,8 +13,9 @@ import redis
 
 from batchllm_celery import LLMWorkItem, Producer
 from batchllm_celery.errors import BatchConflictError, UsageError
+from batchllm_celery.files import PromptTemplate, Rows
 from batchllm_celery.keys import Keys
-from batchllm_celery.models import ProcessorConfig, Quota, QuotaLimits
+from batchllm_celery.models import ProcessorConfig, Quota, QuotaLimits, StrategySpec
 from tests.support import ValkeyServer
 
 
@@ -169,3 +170,15 @@ def test_a_rehearsal_is_kept_for_an_hour_and_changes_no_quota(
     assert producer.quota("q") is None
     with redis.Redis.from_url(valkey.url) as client:
         assert 0 < client.ttl(Keys(namespace).batch(batch.id).meta) <= 3600
+
+
+def test_rows_of_a_file_are_items(producer: Producer, tmp_path: Path) -> None:
+    """Ids, prompts by a template, the rest as context; a bad row is a failure of its line."""
+    path = tmp_path / "reviews.csv"
+    path.write_text("item_id,text\na,first\nb\nc,third\n")
+    rows = Rows(str(path), StrategySpec(name="s"), template=PromptTemplate("Say {text}"))
+    batch = producer.submit(rows, strategy="s")
+    progress = batch.progress()
+    assert (progress.total, progress.failed) == (3, 1)
+    (bad,) = batch.results(follow=False)
+    assert "line 3" in str(bad.error)

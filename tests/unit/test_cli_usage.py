@@ -20,7 +20,7 @@ from click.testing import CliRunner
 from batchllm_celery.cli import _COMMANDS, cli, main, options
 from batchllm_celery.cli.commands import estimate
 from batchllm_celery.cli.commands.doctor import check_server
-from batchllm_celery.cli.commands.run import default_out, resume_command
+from batchllm_celery.cli.commands.run import default_out
 from batchllm_celery.cli.display.quota_view import limits_words
 from batchllm_celery.cli.processes import environment_of
 from batchllm_celery.cli.request import (
@@ -28,6 +28,7 @@ from batchllm_celery.cli.request import (
     check_key,
     limits_of,
     quota_of,
+    resume_command,
     spec_of,
     strategy_of,
 )

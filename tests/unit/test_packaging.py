@@ -1,4 +1,4 @@
-"""What is shipped: the wheel, the rules of the house."""
+"""Packaging: what the wheel holds, no package index in a file, no broken link."""
 
 from __future__ import annotations
 

@@ -37,6 +37,9 @@ PATHS = """
     batchllm_celery.errors:UsageError
     batchllm_celery.execution.middleware:BaseMiddleware
     batchllm_celery.execution.middleware:Middleware
+    batchllm_celery.files:PromptTemplate
+    batchllm_celery.files:ResultFile
+    batchllm_celery.files:Rows
     batchllm_celery.limiter:ExponentialBackoffStrategy
     batchllm_celery.limiter:FixedDelayStrategy
     batchllm_celery.limiter:policy_from

@@ -14,8 +14,8 @@ from rich.text import Text
 
 from batchllm_celery import redaction
 from batchllm_celery.cli import main
-from batchllm_celery.cli.commands.run import resume_command
 from batchllm_celery.cli.display.console import print_json, to_stderr
+from batchllm_celery.cli.request import resume_command
 from batchllm_celery.errors import FailureKind, ProviderError, describe
 from batchllm_celery.models import Failure, StrategySpec
 from batchllm_celery.redaction import (

@@ -8,6 +8,7 @@ import click
 
 from batchllm_celery.cli import exit_codes, options
 from batchllm_celery.cli.display.console import print_json, to_stdout
+from batchllm_celery.cli.display.quota_view import limits_words, quota_table
 from batchllm_celery.cli.request import CommandRequest, limits_of, policy_of, settings_of
 from batchllm_celery.errors import UsageError
 from batchllm_celery.models import Quota, QuotaLimits
@@ -31,7 +32,6 @@ def quota(ctx: click.Context) -> int | None:
 @options.connection
 def show(name: str | None = None, **shared: Any) -> int:
     """Show all quotas, or only NAME: its limits, use and cooldown."""
-    from batchllm_celery.cli.commands.status import quota_table
     from batchllm_celery.producer import Producer
 
     request = CommandRequest(**shared)
@@ -70,8 +70,6 @@ def set_(name: str, day_exhausted: str | None, **shared: Any) -> int:
         producer.check()
         known = producer.quota(name)
         changed = producer.set_quota(_changed(name, known, request, day_exhausted), update=True)
-    from batchllm_celery.cli.display.quota_view import limits_words
-
     click.echo(f"{changed.name}: {limits_words(changed.limits)}", err=True)
     return exit_codes.OK
 

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from batchllm_celery.models import BatchProgress
     from batchllm_celery.producer import Batch
 
+#: Results that are read at once.
 CHUNK = 1000
+#: Seconds between two reads of the counters, and the longest wait for a result.
 POLL_SECONDS = 0.5
 
 

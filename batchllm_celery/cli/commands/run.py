@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shlex
 import shutil
 import sys
 import tempfile
@@ -28,8 +27,9 @@ from batchllm_celery.cli.request import (
     check_price,
     check_strategy,
     default_quota_name,
+    open_rows,
     quota_of,
-    rows_of,
+    resume_command,
     settings_of,
     spec_of,
     strategy_of,
@@ -46,10 +46,9 @@ from batchllm_celery.files.result_file import (
     open_sink,
     refuse_real_results,
 )
-from batchllm_celery.files.rows import Rows, check_all, spooled
-from batchllm_celery.models import BatchProgress, BatchSpec, BatchState, Quota, StrategySpec
+from batchllm_celery.files.rows import Rows
+from batchllm_celery.models import BatchProgress, BatchSpec, BatchState, Quota
 from batchllm_celery.observability.switched_on import openers
-from batchllm_celery.redaction import safe_url, without_secrets
 from batchllm_celery.settings import Settings
 
 if TYPE_CHECKING:
@@ -125,7 +124,7 @@ def _check(
     strategy = strategy_of(request)
     out = request.out or default_out(source, dry_run=request.dry_run)
     _refuse_same_file(source, out)
-    rows = open_rows(source, request, strategy, stack)
+    rows = open_rows(request, source, strategy, stack)
     instance = check_strategy(strategy, settings)
     if not request.dry_run and workers:
         check_key(strategy, settings)
@@ -140,24 +139,6 @@ def _check(
     settings = settings.model_copy(update={"queue": spec.queue})
     quota = quota_of(request, default_quota_name(strategy))
     return CheckedRun(request, settings, spec, quota, rows, out, workers, simulation)
-
-
-def open_rows(
-    source: str, request: CommandRequest, strategy: StrategySpec, stack: contextlib.ExitStack
-) -> Rows:
-    """Open the input. `--strict` reads it completely first; standard input is copied for that."""
-    if not request.strict:
-        return _closed_at_the_end(rows_of(request, source, strategy), stack)
-    path = spooled(source)
-    if path != source:
-        stack.callback(Path(path).unlink, missing_ok=True)
-    check_all(rows_of(request, path, strategy))
-    return _closed_at_the_end(rows_of(request, path, strategy), stack)
-
-
-def _closed_at_the_end(rows: Rows, stack: contextlib.ExitStack) -> Rows:
-    stack.callback(rows.close)
-    return rows
 
 
 def default_out(source: str, *, dry_run: bool = False) -> str:
@@ -338,26 +319,6 @@ def _code(end: End) -> int:
     if isinstance(end.failure, InputError):
         return exit_codes.USAGE
     return exit_codes.STOPPED if end.failure is not None else exit_code(end.progress)
-
-
-def resume_command(batch_id: str, arguments: list[str]) -> str:
-    """The command that was typed, with the batch id and without passwords in URLs."""
-    kept, skip = [], False
-    for argument in arguments:
-        if skip:
-            skip = False
-        elif argument == "--batch-id":
-            skip = True
-        elif argument != "--overwrite" and not argument.startswith("--batch-id="):
-            kept.append(_without_password(argument))
-    return shlex.join(["batchllm", *kept, "--batch-id", batch_id])
-
-
-def _without_password(argument: str) -> str:
-    option, equals, value = argument.partition("=")
-    if not option.startswith("--"):
-        option, equals, value = "", "", argument
-    return option + equals + without_secrets(safe_url(value) if "://" in value else value)
 
 
 def _report(summary: Summary, end: End, request: CommandRequest) -> None:

@@ -14,9 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from batchllm_celery.cli import exit_codes, options
-from batchllm_celery.cli.display.console import print_json, to_stdout
+from batchllm_celery.cli.display.console import new_table, print_json, to_stdout
 from batchllm_celery.cli.display.progress import RateMeter
-from batchllm_celery.cli.display.quota_view import doing, limits_words, quota_words
+from batchllm_celery.cli.display.quota_view import doing, quota_table
 from batchllm_celery.cli.display.wording import count, duration, money, rate, short
 from batchllm_celery.cli.request import CommandRequest, settings_of
 from batchllm_celery.cli.signals import Interrupts
@@ -156,7 +156,9 @@ def render(seen: Status) -> RenderableType:
 
 
 def _batches(seen: Status) -> Table:
-    table = _table("Batch", "State", "Done", "✓", "✗", "Under way", "Tokens", "Cost", "Rate", "ETA")
+    table = new_table(
+        "Batch", "State", "Done", "✓", "✗", "In flight", "Tokens", "Cost", "Rate", "ETA"
+    )
     now = time.time()
     for progress in seen.batches[:SHOWN_BATCHES]:
         speed = seen.rates.get(progress.batch_id, 0.0) or _average(progress, now)
@@ -186,27 +188,11 @@ def _average(progress: BatchProgress, now: float) -> float:
     return progress.finished / since if progress.submitted_at and since > 1 else 0.0
 
 
-def quota_table(quotas: list[QuotaState]) -> Table:
-    """Quotas with their limits and what they are doing."""
-    table = _table("Quota", "Limits", "After a 429", "In flight", "Today", "Now")
-    now = time.time()
-    for quota in quotas:
-        table.add_row(
-            quota.name,
-            limits_words(quota.limits),
-            quota.policy.kind.replace("_", " "),
-            count(quota.in_flight),
-            count(quota.day_used),
-            quota_words(quota, now) or "free",
-        )
-    return table
-
-
 def _workers(workers: list[WorkerInfo]) -> RenderableType:
     if not workers:
         return Text("No worker is running; start some: batchllm worker", style="yellow")
     now = time.time()
-    table = _table("Worker", "Host", "Pid", "Running", "Queues", "Seen")
+    table = new_table("Worker", "Host", "Pid", "Running", "Queues", "Seen")
     for worker in workers:
         table.add_row(
             worker.worker_id,
@@ -216,11 +202,4 @@ def _workers(workers: list[WorkerInfo]) -> RenderableType:
             worker.queues,
             f"{duration(max(0.0, now - worker.last_seen))} ago",
         )
-    return table
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
-    for number, column in enumerate(columns):
-        table.add_column(column, overflow="fold", no_wrap=number > 1)
     return table

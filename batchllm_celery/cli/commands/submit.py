@@ -12,7 +12,6 @@ import click
 
 from batchllm_celery.cli import exit_codes, options
 from batchllm_celery.cli.batch_follower import BackgroundThread
-from batchllm_celery.cli.commands.run import open_rows, resume_command
 from batchllm_celery.cli.display.console import log_to, say, to_stderr
 from batchllm_celery.cli.display.wording import plural
 from batchllm_celery.cli.request import (
@@ -20,7 +19,9 @@ from batchllm_celery.cli.request import (
     check_price,
     check_strategy,
     default_quota_name,
+    open_rows,
     quota_of,
+    resume_command,
     settings_of,
     spec_of,
     strategy_of,
@@ -53,7 +54,7 @@ def submit(source: str, **shared: Any) -> int:
     with contextlib.ExitStack() as stack, Interrupts().counted() as interrupts:
         settings = settings_of(request)
         strategy = strategy_of(request)
-        rows = open_rows(source, request, strategy, stack)
+        rows = open_rows(request, source, strategy, stack)
         instance = None
         if request.model or settings.app:
             instance = check_strategy(strategy, settings)

@@ -12,6 +12,7 @@ import click
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.logging import RichHandler
 from rich.segment import Segment
+from rich.table import Table
 
 from batchllm_celery.redaction import printable, printable_json, without_secrets
 
@@ -56,3 +57,11 @@ def log_to(console: Console, *, verbose: bool) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
     if verbose:
         logging.getLogger("batchllm_celery").setLevel(logging.DEBUG)
+
+
+def new_table(*columns: str) -> Table:
+    """A table without lines; only the first two columns may wrap."""
+    table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, overflow="fold", no_wrap=number > 1)
+    return table

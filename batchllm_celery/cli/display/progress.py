@@ -6,7 +6,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
@@ -57,14 +56,17 @@ class View:
         return max(0, self.total - self.progress.finished) / self.rate
 
 
-class Display(Protocol):
-    """Shows views."""
+class Display:
+    """Shows nothing, as for `--quiet`. The other displays override it."""
 
-    def update(self, view: View) -> None: ...
+    def update(self, view: View) -> None:
+        """Show a view."""
+
     def say(self, text: str) -> None:
-        """One line that stays."""
+        """Print a line that stays."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Remove what is not to stay."""
 
 
 def counters(view: View) -> str:
@@ -73,7 +75,7 @@ def counters(view: View) -> str:
     tokens = progress.input_tokens + progress.output_tokens
     parts = [f"✓ {count(progress.succeeded)}  ✗ {count(progress.failed)}"]
     if progress.in_flight:
-        parts.append(f"{count(progress.in_flight)} under way")
+        parts.append(f"{count(progress.in_flight)} in flight")
     if tokens:
         parts.append(f"{short(tokens)} tokens")
     if progress.cost is not None:
@@ -102,7 +104,7 @@ class _Bar(Progress):
         yield self.below
 
 
-class LiveDisplay:
+class LiveDisplay(Display):
     """A bar and a line of counters that redraw themselves and disappear when closed."""
 
     def __init__(self, console: Console) -> None:
@@ -135,7 +137,7 @@ class LiveDisplay:
         self._bar.stop()
 
 
-class PlainDisplay:
+class PlainDisplay(Display):
     """Prints a line every few seconds, for logs and pipes."""
 
     def __init__(
@@ -160,20 +162,9 @@ class PlainDisplay:
     def say(self, text: str) -> None:
         self._console.print(text, highlight=False, soft_wrap=True, markup=False)
 
-    def close(self) -> None:
-        """Nothing to close."""
-
-
-class QuietDisplay:
-    """Shows nothing."""
-
-    def update(self, view: View) -> None: ...
-    def say(self, text: str) -> None: ...
-    def close(self) -> None: ...
-
 
 def open_display(console: Console, *, quiet: bool) -> Display:
     """The display for this terminal, log or `--quiet`."""
     if quiet:
-        return QuietDisplay()
+        return Display()
     return LiveDisplay(console) if console.is_terminal else PlainDisplay(console)

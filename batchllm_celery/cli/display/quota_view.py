@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
+from rich.table import Table
+
+from batchllm_celery.cli.display.console import new_table
 from batchllm_celery.cli.display.wording import count, duration, short
 from batchllm_celery.models import BatchProgress, BatchState, QuotaLimits
 
@@ -54,3 +58,19 @@ def doing(progress: BatchProgress, quota: QuotaState | None, now: float) -> str:
     if progress.state.stopped:
         return str(progress.state) if progress.is_over else f"{progress.state}: ending what is left"
     return quota_words(quota, now) if quota is not None else ""
+
+
+def quota_table(quotas: list[QuotaState]) -> Table:
+    """Quotas with their limits and what they are doing."""
+    table = new_table("Quota", "Limits", "After a 429", "In flight", "Today", "Now")
+    now = time.time()
+    for quota in quotas:
+        table.add_row(
+            quota.name,
+            limits_words(quota.limits),
+            quota.policy.kind.replace("_", " "),
+            count(quota.in_flight),
+            count(quota.day_used),
+            quota_words(quota, now) or "free",
+        )
+    return table

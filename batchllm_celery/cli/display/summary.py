@@ -73,7 +73,7 @@ _ENDS = {
     BatchState.CANCELLED: "Cancelled",
     BatchState.DEADLINE: "Stopped: the deadline has passed",
     BatchState.BUDGET: "Stopped: the budget is spent",
-    BatchState.ABORTED: "Stopped by a failure that every item would have",
+    BatchState.ABORTED: "Stopped: the failure would repeat for every item",
 }
 
 
