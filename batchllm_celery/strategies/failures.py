@@ -175,7 +175,11 @@ def classify(exception: BaseException) -> Failure:
         return Failure(
             kind=_kind(exception),
             message=_message(exception),
-            retry_after=_retry_after(exception),
+            retry_after=_seconds(
+                exception.retry_after
+                if isinstance(exception, ProviderError)
+                else retry_after_of(_headers_of(exception))
+            ),
             usage=extract_token_usage(exception),
         )
     except Exception as error:  # an attribute of it fails
@@ -397,12 +401,6 @@ def condensed(message: str) -> str:
     if len(text) <= ERROR_MESSAGE_MAX_LENGTH:
         return text
     return f"{text[:_HEAD]}{_GAP}{text[-_TAIL:]}"
-
-
-def _retry_after(exception: BaseException) -> float | None:
-    if isinstance(exception, ProviderError):
-        return _seconds(exception.retry_after)
-    return _seconds(retry_after_of(_headers_of(exception)))
 
 
 def _seconds(asked: object) -> float | None:
