@@ -32,6 +32,12 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("suite")
 
 
+@pytest.fixture(autouse=True)
+def _every_bug_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log names a bug once a minute for each place: no test finds it named by another."""
+    monkeypatch.setattr("batchllm_celery.strategies.failures._logged", {})
+
+
 @pytest.fixture(scope="session")
 def valkey() -> Iterator[ValkeyServer]:
     """One real Valkey for the session."""

@@ -68,6 +68,10 @@ _PAID_KINDS = frozenset(
     {FailureKind.VALIDATION, FailureKind.TRUNCATED, FailureKind.CONTENT_BLOCKED}
 )
 
+#: Statuses of a server that has no room for a call; None: a strategy says so without one. Others of
+#: the kind `overloaded` (500, 502) may be about the request itself.
+_NO_ROOM = frozenset({None, 503, 529})
+
 _A_TOKEN = TokenUsage(input_tokens=1, output_tokens=1)
 
 T = TypeVar("T")
@@ -531,7 +535,7 @@ class _Run:
             usage=failure.usage if failure.usage and plausible(failure.usage) else None,
             retry_after=failure.retry_after,
         )
-        self._count(failure)
+        self._count(failure, error)
         await self._on_error(error, attempt)
         delay = self._delay(failure)
         self._tell(failure, attempt, delay)
@@ -542,8 +546,9 @@ class _Run:
     def _failure(self, error: Exception) -> Failure:
         """The one translation of a strategy's exception; its tokens are counted here."""
         failure = classify_for(self.job.strategy, error)
-        if failure.kind is FailureKind.LOGIC_ERROR:
-            self.runner.report(self.job, "logic_error", error)
+        unexplained = failure.kind is FailureKind.UNKNOWN and not isinstance(error, ProviderError)
+        if failure.kind is FailureKind.LOGIC_ERROR or unexplained:
+            self.runner.report(self.job, failure.kind.value, error)
         self.last = failure
         self.job.last_error = failure.message[:LAST_ERROR_CHARACTERS]
         self.job.error = error
@@ -576,8 +581,9 @@ class _Run:
             output_tokens=plain_tokens(text) if text else 0,
         )
 
-    def _count(self, failure: Failure) -> None:
-        if failure.kind is FailureKind.OVERLOADED and self._others_get_through():
+    def _count(self, failure: Failure, error: Exception) -> None:
+        refused = failure.kind is FailureKind.OVERLOADED and status_of(error) in _NO_ROOM
+        if refused and self._others_get_through():
             self.job.overloads += 1
         elif FAILURE_POLICIES[failure.kind].uses_attempt:
             self.job.attempts += 1

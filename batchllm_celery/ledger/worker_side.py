@@ -336,7 +336,7 @@ class WorkerSide(LedgerCalls):
                 self._connection.broken.add("batch", calls.batch_id, error)
                 found.unreadable = True
         if found.unreadable:  # of a newer version, say: for another process
-            return [part for entry in claims for part in (entry[0], token, 0)]
+            return [part for entry in claims for part in (entry[0], token, 0, "")]
         found.gone.update(gone)
         for entry in claims:
             try:

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import Field
 
-from batchllm_celery.limiter.records import pack, unpack
+from batchllm_celery.limiter.records import pack, size, unpack
 from batchllm_celery.models import CooldownPolicy, Model, Quota, QuotaLimits
 
 #: The number of refusals and overloads in a row that opens the breaker: one call at a time.
@@ -187,8 +187,16 @@ class QuotaState(Model):
     exhausted_until: float | None = None
 
 
-def read_state(name: str, now_us: int, waiting: int, config: bytes, live: bytes) -> QuotaState:
-    """The state from what state.lua returns."""
+def read_state(
+    name: str, now_us: int, waiting: int, config: bytes, live: bytes, stored_setup: bytes
+) -> QuotaState:
+    """The state from what state.lua returns.
+
+    Raises:
+        ValueError: a part of it is no JSON or no record.
+    """
+    if stored_setup and len(stored_setup) < size(QuotaSetup):
+        raise ValueError("the quota's setup is no record")
     quota = Quota.model_validate_json(config) if config else Quota(name=name)
     setup = QuotaSetup.of(quota)
     state = unpack(LiveState, live) if live else LiveState()

@@ -56,6 +56,10 @@ class Delivered:
     receipt: str
 
 
+#: How long, in seconds, a submission that failed tries to tell Redis.
+GIVE_UP_SECONDS = 5.0
+
+
 class Batch:
     """A batch in Redis. Get one from `Producer.submit`, `Producer.open` or `Producer.attach`.
 
@@ -273,10 +277,15 @@ class Batch:
 
     def give_up(self) -> None:
         """Cancel a batch whose rows did not all come: what was fed is all that it has. Says
-        nothing where Redis can't be told."""
+        nothing where Redis can't be told within `GIVE_UP_SECONDS`."""
+
+        async def end(ledger: Ledger) -> None:
+            async with asyncio.timeout(GIVE_UP_SECONDS):
+                await ledger.cancel(self.id)
+                await ledger.seal(self.id, 0)
+
         with contextlib.suppress(Exception):
-            self.cancel()
-            self._on_ledger(lambda ledger: ledger.seal(self.id, 0))
+            self._on_ledger(end)
 
     def pause(self) -> BatchProgress:
         """Start no further call until `resume`."""

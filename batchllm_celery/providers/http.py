@@ -99,7 +99,7 @@ def bounded_response() -> Any:
 def bounded_client(client_class: type[Any]) -> type[Any]:
     """A subclass of an httpx client that refuses redirects and bounds bodies."""
 
-    class BoundedClient(client_class):  # type: ignore[misc]  # the SDK says which
+    class BoundedClient(client_class):
         async def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:
             options["follow_redirects"] = False
             response = await super().send(request, stream=True, **options)

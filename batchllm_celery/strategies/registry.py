@@ -268,8 +268,11 @@ class Registry:
         if found is None:
             registration = self._catalog.lookup(spec.name)
             found = registration.build(spec)
-            named = registration.quota or found.quota or found.model_name or spec.name
-            found.quota = as_label(named)
+            named = registration.quota or found.quota
+            if named is None:
+                found.quota = as_label(found.model_name or spec.name)
+            else:
+                found.quota = check_label(named, "quota name")
             self._by_spec[key] = found
         self._by_spec.move_to_end(key)
         return found

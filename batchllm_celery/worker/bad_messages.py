@@ -187,7 +187,7 @@ def guarded(consumer: type[Any], *, only_ours: Callable[[], bool]) -> type[Any]:
             (its failure goes to the result backend) then serves nobody.
     """
 
-    class Guarded(consumer):  # type: ignore[misc]  # the host chooses the class
+    class Guarded(consumer):
         loop: Any
 
         def __init__(self, *args: Any, **options: Any) -> None:

@@ -29,7 +29,7 @@ BUSY_SECONDS = 0.005
 _KombuChannel: Any = kombu_redis.Channel
 
 
-class _Message(_KombuChannel.Message):  # type: ignore[misc]  # an Any is no class for mypy
+class _Message(_KombuChannel.Message):
     """A message that has all that kombu takes for granted.
 
     Raises:
@@ -158,7 +158,7 @@ class _QoS(kombu_redis.QoS):
             logger.warning("broker.ack_failed messages=%d error=%s", len(tags), name)
 
 
-class _Channel(_KombuChannel):  # type: ignore[misc]
+class _Channel(_KombuChannel):
     """kombu makes a redis-py client for every command, a quarter of what a message costs; one
     serves as well, for it takes each command's connection from the same pool."""
 

@@ -121,6 +121,7 @@ def install(
         bind=True,
         acks_late=True,
         ignore_result=True,
+        shared=False,  # other apps of this process have their own, or none
         throws=(ItemsFailed,),
         # Out of reach: Celery reads 0 and None as the host's, and a limit shorter than a call has
         # every item paid for again and again. The item runner has limits of its own.

@@ -63,10 +63,17 @@ def asked_for(
                 yield requirement, environment
 
 
-def missing_from(pins: Pins, requirements: Iterable[str], extras: set[str]) -> list[str]:
-    """What the pins don't satisfy: a package, a version, a marker or an extra of it."""
+def missing_from(
+    pins: Pins, requirements: Iterable[str], extras: set[str], asking: Requirement | None = None
+) -> list[str]:
+    """What the pins don't satisfy: a package, a version, a marker or an extra of it.
+
+    `asking` is whose requirements they are: where it is not installed, nobody asks.
+    """
     found = set()
     for requirement, environment in asked_for(requirements, extras):
+        if asking is not None and asking.marker and not asking.marker.evaluate(environment):
+            continue
         pin = pins.get(canonicalize_name(requirement.name))
         if pin is None:
             found.add(f"{requirement.name} is not pinned")
@@ -87,7 +94,9 @@ def unsatisfied(pins: Pins) -> list[str]:
             requirements = importlib.metadata.requires(name) or []
         except PackageNotFoundError:  # for another system than this one
             continue
-        found += [f"{name}: {problem}" for problem in missing_from(pins, requirements, pin.extras)]
+        found += [
+            f"{name}: {problem}" for problem in missing_from(pins, requirements, pin.extras, pin)
+        ]
     return found
 
 

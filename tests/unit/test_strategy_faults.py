@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
 from batchllm_celery import LLMCallStrategy, RetryState, TokenUsage
-from batchllm_celery.errors import FailureKind, UsageError
+from batchllm_celery.errors import UsageError
 from batchllm_celery.models import BatchSpec, StrategySpec
 from batchllm_celery.strategies import CallableStrategy, catalog, strategy
 from batchllm_celery.strategies.base import ProcessResources, as_completion
-from batchllm_celery.strategies.failures import classify_for
 from batchllm_celery.strategies.registry import Registration, Registry, StrategyCatalog
 
 SPEC = StrategySpec(name="mine")
@@ -42,15 +40,15 @@ NAMES = ["summarise reviews", "a{b}c", "", "tab\there", "esc\x1b[31m", "x" * 201
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_that_no_key_can_have_is_refused_where_it_is_written(name: str) -> None:
     """In the decorator, in its quota, and in a batch."""
-    with pytest.raises(UsageError, match="without spaces or braces"):
+    with pytest.raises(UsageError, match="must be 1 to 200 letters"):
         strategy(name)
-    with pytest.raises(UsageError, match="without spaces or braces"):
+    with pytest.raises(UsageError, match="must be 1 to 200 letters"):
         strategy("fine", quota=name)
-    with pytest.raises(ValidationError, match="without spaces or braces"):
+    with pytest.raises(ValidationError, match="must be 1 to 200 letters"):
         BatchSpec(batch_id="b", strategy=SPEC, quota=name)
 
 
-@pytest.mark.parametrize("name", ["gemini:gemini-2.5-flash", "org/model", "größe", "a.b_c-d"])
+@pytest.mark.parametrize("name", ["gemini:gemini-2.5-flash", "org/model", "a.b_c-d"])
 def test_usual_names_are_taken(name: str) -> None:
     """Those of models above all."""
     strategy(name, quota=name)
@@ -68,8 +66,12 @@ async def test_a_quota_that_an_instance_names_is_checked_too(attribute: str) -> 
 
     names = StrategyCatalog()
     names.register(Registration("mine", build))
-    with pytest.raises(UsageError, match=r"'a\{b\}c'"):
-        await Registry(ProcessResources(), names).get(SPEC)
+    registry = Registry(ProcessResources(), names)
+    if attribute == "quota":
+        with pytest.raises(UsageError, match=r"'a\{b\}c'"):
+            await registry.get(SPEC)
+    else:  # a model is called as its provider likes
+        assert (await registry.get(SPEC)).quota == "a%7Bb%7Dc"
 
 
 @pytest.mark.parametrize("made", [Blocking, Yielding])
@@ -96,27 +98,6 @@ async def test_a_forgotten_await_is_called_that() -> None:
         await CallableStrategy(blocking).execute("hello", 1, 1.0)
 
 
-def _raise(error: Exception) -> Exception:
-    try:
-        raise error
-    except type(error) as raised:
-        return raised
-
-
-def test_a_bug_leaves_its_place_in_the_log_once(caplog: pytest.LogCaptureFixture) -> None:
-    """At ERROR, with the stack, without the exception's text: that may quote a prompt."""
-    for _ in range(50):
-        failure = classify_for(Plain(), _raise(KeyError("SECRET-PROMPT")))
-    assert failure.kind is FailureKind.LOGIC_ERROR
-    (record,) = [r for r in caplog.records if r.levelno == logging.ERROR]
-    said = record.getMessage()
-    assert "Traceback (most recent call last)" in said
-    assert "test_strategy_faults.py" in said
-    assert "KeyError" in said
-    assert "strategy=Plain" in said
-    assert "SECRET-PROMPT" not in said
-
-
 def test_a_factory_that_fails_leaves_its_place_too(caplog: pytest.LogCaptureFixture) -> None:
     """No other item fares better, and nobody sees where it was."""
 
@@ -126,10 +107,3 @@ def test_a_factory_that_fails_leaves_its_place_too(caplog: pytest.LogCaptureFixt
     with pytest.raises(UsageError, match="its factory failed"):
         Registration("mine", factory).build(SPEC)
     assert "in factory" in caplog.text
-
-
-def test_what_a_provider_does_is_no_bug(caplog: pytest.LogCaptureFixture) -> None:
-    """Time-outs and refused connections have no stack in the log."""
-    for error in (TimeoutError(), ConnectionResetError()):
-        classify_for(Plain(), _raise(error))
-    assert "Traceback" not in caplog.text
