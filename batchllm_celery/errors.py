@@ -1,4 +1,4 @@
-"""Every error this package raises, and the words for why an item failed.
+"""Every error of this package, and the kinds of failures of items.
 
 BatchLLMError
 ├── UsageError (ValueError)            a person asked for something that can't be done; exit 2

@@ -63,9 +63,9 @@ class MetricsObserver(BaseObserver):
 
     def __call__(self, event: Event) -> None:
         """Count one of the engine's own events."""
-        told = translate(event)
-        if told is not None:
-            self._note(*told)
+        translated = translate(event)
+        if translated is not None:
+            self._note(*translated)
 
     def _note(self, event: ProcessingEvent, data: dict[str, Any]) -> None:
         if event is ProcessingEvent.ITEM_COMPLETED:

@@ -16,12 +16,12 @@ logger = logging.getLogger("batchllm_celery")
 
 #: Seconds that one call of an observer may take.
 OBSERVER_TIMEOUT = 5.0
-#: Seconds that the end of a batch waits for observers which are behind.
+#: Seconds that the end of a batch waits for observers that are behind.
 DRAIN_TIMEOUT = 10.0
 
 
 class ProcessingEvent(StrEnum):
-    """What an observer is told (batch-llm's names)."""
+    """Events of an observer, by batch-llm's names."""
 
     ITEM_STARTED = "item_started"
     ITEM_COMPLETED = "item_completed"
@@ -40,20 +40,20 @@ class ProcessorObserver(Protocol):
     """Anything with an async `on_event`."""
 
     async def on_event(self, event: ProcessingEvent, data: dict[str, Any]) -> None:
-        """Take note of `event`. May take 5 s; an exception is logged."""
+        """Handle `event`, in 5 s at most; an exception is logged."""
 
 
 class BaseObserver:
     """Override `on_event`."""
 
     async def on_event(self, event: ProcessingEvent, data: dict[str, Any]) -> None:
-        """Take note of `event`."""
+        """Handle `event`."""
 
 
-Told = tuple[ProcessingEvent, dict[str, Any]]
+Notification = tuple[ProcessingEvent, dict[str, Any]]
 
 
-def _item_finished(event: events.ItemFinished) -> Told:
+def _item_finished(event: events.ItemFinished) -> Notification:
     data = {
         "item_id": event.item_id,
         "duration": event.seconds,
@@ -71,7 +71,7 @@ def _item_finished(event: events.ItemFinished) -> Told:
     return ProcessingEvent.ITEM_FAILED, data
 
 
-def _cooldown_started(event: events.CooldownStarted) -> Told:
+def _cooldown_started(event: events.CooldownStarted) -> Notification:
     return ProcessingEvent.COOLDOWN_STARTED, {
         "worker_id": event.quota,  # the fleet cools down, not one worker
         "quota": event.quota,
@@ -80,7 +80,7 @@ def _cooldown_started(event: events.CooldownStarted) -> Told:
     }
 
 
-_TRANSLATIONS: dict[type[Event], Callable[[Any], Told]] = {
+_TRANSLATIONS: dict[type[Event], Callable[[Any], Notification]] = {
     events.ItemStarted: lambda e: (ProcessingEvent.ITEM_STARTED, {"item_id": e.item_id}),
     events.ItemFinished: _item_finished,
     events.RateLimitHit: lambda e: (
@@ -107,8 +107,8 @@ _TRANSLATIONS: dict[type[Event], Callable[[Any], Told]] = {
 }
 
 
-def translate(event: Event) -> Told | None:
-    """The engine's event in batch-llm's words; None for one that batch-llm does not have."""
+def translate(event: Event) -> Notification | None:
+    """The engine's event as batch-llm names it; None for one that batch-llm does not have."""
     translation = _TRANSLATIONS.get(type(event))
     return None if translation is None else translation(event)
 
@@ -116,21 +116,21 @@ def translate(event: Event) -> Told | None:
 class ObserverFeed:
     """A listener that hands events to observers in order, from one task; the engine never waits.
 
-    Use as an async context manager; leaving it waits until all were told.
+    Use as an async context manager; leaving it waits until all events are delivered.
     """
 
     def __init__(self, observers: Sequence[ProcessorObserver]) -> None:
         self._observers = tuple(observers)
-        self._queue: asyncio.Queue[Told] = asyncio.Queue()
+        self._queue: asyncio.Queue[Notification] = asyncio.Queue()
         self._task: asyncio.Task[None] | None = None
 
     def __call__(self, event: Event) -> None:
         """Queue `event`; before entry and after exit it is dropped."""
         if self._task is None:
             return
-        told = translate(event)
-        if told is not None:
-            self._queue.put_nowait(told)
+        notification = translate(event)
+        if notification is not None:
+            self._queue.put_nowait(notification)
 
     async def __aenter__(self) -> ObserverFeed:
         if self._observers:
@@ -149,7 +149,7 @@ class ObserverFeed:
             await asyncio.wait([task])
 
     async def drain(self) -> None:
-        """Wait until the observers know all that has happened so far (`DRAIN_TIMEOUT` at most)."""
+        """Wait until all events so far are delivered (`DRAIN_TIMEOUT` at most)."""
         if self._task is None:
             return
         try:
@@ -162,10 +162,10 @@ class ObserverFeed:
         while True:
             event, data = await self._queue.get()
             for observer in self._observers:
-                await self._tell(observer, event, data)
+                await self._notify(observer, event, data)
             self._queue.task_done()
 
-    async def _tell(
+    async def _notify(
         self, observer: ProcessorObserver, event: ProcessingEvent, data: dict[str, Any]
     ) -> None:
         try:

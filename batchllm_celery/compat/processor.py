@@ -149,7 +149,7 @@ class ParallelBatchProcessor(Generic[TInput, TOutput, TContext]):
             What it raises is logged. A plain function runs on the event loop, so it must be quick.
         rate_limit_strategy: what follows a 429, in place of `config.rate_limit`.
         middlewares: hooks around each item.
-        observers: told what happens (`MetricsObserver`).
+        observers: notified of what happens (`MetricsObserver`).
         progress_callback: `(completed, total, current_item_id)` every `progress_interval` items.
         quota: a `Quota`, or the name of one that others share; default one of its own.
         settings: Redis, prices file; default from the environment. Without a Redis URL the
@@ -180,7 +180,7 @@ class ParallelBatchProcessor(Generic[TInput, TOutput, TContext]):
         self._private = quota is None
         self._feed = ObserverFeed(observers or ())
         level = logging.DEBUG if self.config.enable_detailed_logging else logging.INFO
-        self._events = Events(self._hear, LogListener(level=level))
+        self._events = Events(self._count_event, LogListener(level=level))
         if observers:
             self._events.listen(self._feed)
         self._progress_callback = progress_callback
@@ -210,13 +210,13 @@ class ParallelBatchProcessor(Generic[TInput, TOutput, TContext]):
             name=quota or f"local-{uuid.uuid4().hex}",
             limits=QuotaLimits(requests_per_minute=self.config.max_requests_per_minute),
             policy=policy_from(self._policy_source()),
-            day_exhausted="fail",  # nobody would come back tomorrow to go on
+            day_exhausted="fail",  # no process waits here until the reset
         )
 
     def _policy_source(self) -> Any:
         return self.rate_limit_strategy or self.config.rate_limit
 
-    def _hear(self, event: Event) -> None:
+    def _count_event(self, event: Event) -> None:
         self._stats.listen(event)
 
     def _new_queue(self) -> asyncio.Queue[tuple[int, float, LLMWorkItem[Any, Any, Any]]]:
@@ -251,7 +251,7 @@ class ParallelBatchProcessor(Generic[TInput, TOutput, TContext]):
     async def process_all(self) -> BatchResult[TOutput, TContext]:
         """Process what was added and return the results in completion order.
 
-        May be called again after more `add_work`: results and statistics begin anew.
+        May be called again after more `add_work`: results and statistics start from zero.
 
         Raises:
             RedisUnavailableError: if Redis can't be reached.

@@ -1,4 +1,4 @@
-"""How far a run is: calling the user's progress callback, and a ready-made one."""
+"""Progress of a run: the calls of the user's callback, and a ready-made progress bar."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class RichProgressBar:
 
 
 class ProgressReporter:
-    """Calls a progress callback every `interval` items, in order, never in anybody's way.
+    """Calls a progress callback every `interval` items, in order, without delaying them.
 
     A synchronous callback runs in a thread. One that raises or takes longer than `timeout`
     seconds is logged, and the items go on.
@@ -89,10 +89,10 @@ class ProgressReporter:
         # Only touched on the event loop's thread: done callbacks of tasks run there as well,
         # so adding and discarding need no lock.
         self._progress_tasks: set[asyncio.Task[None]] = set()
-        self._turn = asyncio.Lock()
+        self._order = asyncio.Lock()
 
     def report(self, completed: int, total: int, item_id: str) -> None:
-        """Call the callback soon, if this item is one to tell about (the last one always is)."""
+        """Call the callback soon, if this item is the `interval`-th or the last one."""
         if self._callback is None or (completed % self._interval and completed < total):
             return
         task = asyncio.create_task(self._call(self._callback, completed, total, item_id))
@@ -115,7 +115,7 @@ class ProgressReporter:
             await asyncio.wait(late, timeout=2.0)
 
     async def _call(self, callback: ProgressCallback, *arguments: Any) -> None:
-        async with self._turn:
+        async with self._order:
             try:
                 async with asyncio.timeout(self._timeout):
                     await _run(callback, *arguments)

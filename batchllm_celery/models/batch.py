@@ -62,7 +62,7 @@ class BatchSpec(Model):
             Redis when the consumer has them (`run`, `stream`).
         prices: US dollars per million tokens, in and out, of `PROVIDER:NAME`, before all other
             prices; under "" of every model that is not named.
-        model: what prices are looked up under (`PROVIDER:NAME`), where it is known.
+        model: `PROVIDER:NAME`, the key of its price, if it is known.
     """
 
     version: int = Field(default=SCHEMA_VERSION, ge=SCHEMA_VERSION, le=SCHEMA_VERSION)
@@ -119,7 +119,7 @@ class BatchProgress(Model):
     """Unix time of the Redis server."""
     parked_until: float | None = None
     unread: int | None = None
-    """Results in Redis that the consumer has not acknowledged; None where nobody counted."""
+    """Results in Redis that the consumer has not acknowledged; None if they were not counted."""
 
     @property
     def finished(self) -> int:

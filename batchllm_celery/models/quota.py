@@ -55,8 +55,8 @@ _Count = Annotated[_Rate, AfterValidator(_whole)]
 
 
 class QuotaLimits(Model):
-    """What the provider allows. None: nothing is said, so a rate that nobody knows is found from
-    below. `math.inf`, or the word "unlimited": there is no such limit.
+    """What the provider allows. None: unknown, so the rate starts low and grows until the provider
+    refuses. `math.inf`, or "unlimited": there is no such limit.
 
     `tokens_per_minute` counts input + output. Any subset may be given.
     """

@@ -23,7 +23,7 @@ class LimitWindow(Model):
     reset_seconds: float | None = Field(default=None, ge=0, allow_inf_nan=False)
 
     def window_seconds(self) -> float | None:
-        """60 for a minute, 86400 for a day, None where the headers can't tell.
+        """60 for a minute, 86400 for a day, None if the headers don't say.
 
         A bucket that refills evenly says so by all three numbers: what is used comes back within
         `reset_seconds`, so the whole comes back within `limit / used` times that. A fixed window

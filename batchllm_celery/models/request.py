@@ -1,4 +1,4 @@
-"""What an item asks: chat turns, parts, tools and parameters, in words of no provider.
+"""An item's request: chat turns, parts, tools and parameters, in no provider's format.
 
 A prompt is one of three: a `str`, a `Request`, or a `NativeRequest`, which is a body in a
 provider's own format. `dialects` translates a `Request` into each provider's body.
@@ -138,7 +138,7 @@ class MediaPart(_RequestModel):
 
 
 class ImagePart(MediaPart):
-    """An image; `detail` is how closely the model looks at it, where a provider has that."""
+    """An image; `detail` is the resolution that the model uses, for providers that have it."""
 
     type: Literal["image"] = "image"
     detail: Literal["auto", "low", "high"] | None = None

@@ -62,7 +62,7 @@ class OpenTelemetryListener:
         self._items.add(1, {"outcome": outcome})
         self._tokens.add(event.input_tokens, {"gen_ai.token.type": "input"})
         self._tokens.add(event.output_tokens, {"gen_ai.token.type": "output"})
-        # The item is over when we hear of it, so its span is written after the fact.
+        # The event comes when the item is over, so its span is written with a start in the past.
         end = time.time_ns()
         span = self._tracer.start_span(
             "batchllm.item",

@@ -7,11 +7,11 @@ the first of its strategies is built.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from inspect import Parameter, Signature
 from typing import TYPE_CHECKING, Any
 
 from batchllm_celery.strategies.base import LLMCallStrategy
-from batchllm_celery.strategies.registry import Registration, StrategyCatalog
+from batchllm_celery.strategies.registry import Factory, Registration, StrategyCatalog
 
 if TYPE_CHECKING:
     from batchllm_celery.providers.gemini import (
@@ -50,128 +50,58 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
-# -- factories by name. Their parameters are what a message may say: no URL, no key, no code.
+# -- strategies by name
+
+_OPTIONS = ("system", "schema", "temperature", "max_output_tokens")
+_CACHE_OPTIONS = (
+    "cached_content",
+    "cache_ttl_seconds",
+    "cache_renewal_buffer_seconds",
+    "cache_tags",
+)
 
 
-def _gemini(
-    model: str,
-    *,
-    system: str | None = None,
-    schema: Mapping[str, Any] | None = None,
-    temperature: float | None = None,
-    max_output_tokens: int | None = None,
-    thinking_budget: int | None = None,
-) -> LLMCallStrategy[Any]:
-    from batchllm_celery.providers.gemini import GeminiStrategy
+def _factory(path: str, *options: str, model: str | None = None) -> Factory:
+    """A factory that imports its strategy class when it is called.
 
-    return GeminiStrategy(
-        model,
-        system=system,
-        schema=schema,
-        temperature=temperature,
-        max_output_tokens=max_output_tokens,
-        thinking_budget=thinking_budget,
+    Args:
+        path: MODULE:CLASS in this package.
+        options: the parameters that a message may give beside `model`: no URL, no key, no code.
+        model: the default model; None: there is none.
+    """
+    module, _, name = path.partition(":")
+    defaults = {} if model is None else {"model": model}
+
+    def build(**params: Any) -> LLMCallStrategy[Any]:
+        strategy_class: Any = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+        built: LLMCallStrategy[Any] = strategy_class(**{**defaults, **params})
+        return built
+
+    factory: Any = build
+    factory.__qualname__ = name  # an error message names it
+    factory.__signature__ = Signature(
+        [
+            Parameter("model", Parameter.KEYWORD_ONLY, default=model or Parameter.empty),
+            *(Parameter(option, Parameter.KEYWORD_ONLY, default=None) for option in options),
+        ]
     )
-
-
-def _gemini_cached(
-    model: str,
-    *,
-    cached_content: str | list[str] | None = None,
-    cache_ttl_seconds: float = 3600,
-    cache_renewal_buffer_seconds: float = 300,
-    cache_tags: Mapping[str, Any] | None = None,
-    system: str | None = None,
-    schema: Mapping[str, Any] | None = None,
-    temperature: float | None = None,
-    max_output_tokens: int | None = None,
-    thinking_budget: int | None = None,
-) -> LLMCallStrategy[Any]:
-    from batchllm_celery.providers.gemini import GeminiCachedStrategy
-
-    return GeminiCachedStrategy(
-        model,
-        cached_content=cached_content,
-        cache_ttl_seconds=cache_ttl_seconds,
-        cache_renewal_buffer_seconds=cache_renewal_buffer_seconds,
-        cache_tags=cache_tags,
-        system=system,
-        schema=schema,
-        temperature=temperature,
-        max_output_tokens=max_output_tokens,
-        thinking_budget=thinking_budget,
-    )
-
-
-def _openai(
-    model: str,
-    *,
-    system: str | None = None,
-    schema: Mapping[str, Any] | None = None,
-    temperature: float | None = None,
-    max_output_tokens: int | None = None,
-    extra: Mapping[str, Any] | None = None,
-) -> LLMCallStrategy[Any]:
-    from batchllm_celery.providers.openai import OpenAICompatibleStrategy
-
-    return OpenAICompatibleStrategy(
-        model,
-        system=system,
-        schema=schema,
-        temperature=temperature,
-        max_output_tokens=max_output_tokens,
-        extra=extra,
-    )
-
-
-def _simulated(
-    model: str = "simulated-flash",
-    *,
-    system: str | None = None,
-    schema: Mapping[str, Any] | None = None,
-    temperature: float | None = None,
-    max_output_tokens: int | None = None,
-    thinking_budget: int | None = None,
-) -> LLMCallStrategy[Any]:
-    from batchllm_celery.providers.simulated import SimulatedStrategy
-
-    return SimulatedStrategy(
-        model,
-        system=system,
-        schema=schema,
-        temperature=temperature,
-        max_output_tokens=max_output_tokens,
-        thinking_budget=thinking_budget,
-    )
-
-
-def _pydantic_ai(
-    model: str,
-    *,
-    system: str | None = None,
-    schema: Mapping[str, Any] | None = None,
-    temperature: float | None = None,
-    max_output_tokens: int | None = None,
-) -> LLMCallStrategy[Any]:
-    from batchllm_celery.providers.pydantic_ai import PydanticAIModelStrategy
-
-    return PydanticAIModelStrategy(
-        model,
-        system=system,
-        schema=schema,
-        temperature=temperature,
-        max_output_tokens=max_output_tokens,
-    )
+    return build
 
 
 def register_builtins(catalog: StrategyCatalog) -> None:
     """Add the built-in names."""
+    thinking = (*_OPTIONS, "thinking_budget")
+    gemini = _factory("gemini:GeminiStrategy", *thinking)
+    cached = _factory("gemini:GeminiCachedStrategy", *_CACHE_OPTIONS, *thinking)
+    openai = _factory("openai:OpenAICompatibleStrategy", *_OPTIONS, "extra")
+    agent = _factory("pydantic_ai:PydanticAIModelStrategy", *_OPTIONS)
+    simulated = _factory("simulated:SimulatedStrategy", *thinking, model="simulated-flash")
     for registration in (
-        Registration("gemini", _gemini, provider="gemini"),
-        Registration("gemini-cached", _gemini_cached, provider="gemini"),
-        Registration("openai", _openai, provider="openai"),
+        Registration("gemini", gemini, provider="gemini"),
+        Registration("gemini-cached", cached, provider="gemini"),
+        Registration("openai", openai, provider="openai"),
         # Its `model` names its provider: pydantic-ai:gemini:NAME draws on gemini:NAME's quota.
-        Registration("pydantic-ai", _pydantic_ai, provider=""),
-        Registration("simulated", _simulated, provider="simulated"),
+        Registration("pydantic-ai", agent, provider=""),
+        Registration("simulated", simulated, provider="simulated"),
     ):
         catalog.register(registration)

@@ -13,7 +13,7 @@ from typing import Any
 
 from batchllm_celery.errors import FailureKind, ProviderError
 
-#: How much of an error's body is read for its words.
+#: Characters of an error's body that are kept as its message.
 _MOST_WORDS = 2000
 _MARKUP = re.compile(r"<(script|style)\b[^<>]*>[^<]*|<[^<>]*>", re.IGNORECASE)
 _WORDS = ("message", "error", "detail", "errors", "error_description", "msg", "title")
@@ -109,7 +109,7 @@ def _snake(name: str) -> str:
 
 
 def error_in(body: Mapping[str, Any], answered: str) -> Any:
-    """The error that the body of a status 200 tells; None where it tells none.
+    """The error in the body of a status 200; None if there is none.
 
     `answered` names the field that holds the answer. A body without it that speaks of a message or
     a detail is an error as a whole.

@@ -1,6 +1,6 @@
 """HTTP to a provider: no redirect is followed, and no answer is larger than we can hold.
 
-A redirect would carry the key and the prompt to a host that nobody chose.
+A redirect would send the key and the prompt to a host that the user did not choose.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _CHUNK = 64 * 1024
 
 
 def redirect_error(status: int, url: str, location: str | None) -> ProviderError | None:
-    """The failure that a status which sends us elsewhere means, naming the host; else None."""
+    """The failure for a redirect, naming its host; None for any other status."""
     if not 300 <= status < 400 or not location:
         return None
     host = host_of(urljoin(url, location))
@@ -35,7 +35,7 @@ def redirect_error(status: int, url: str, location: str | None) -> ProviderError
 
 
 def refuse_redirect(status: int, url: str, location: str | None) -> None:
-    """Let every status pass but those that send us elsewhere.
+    """Raise for a redirect.
 
     Raises:
         ProviderError: of kind `invalid_request`, naming the host.
@@ -45,14 +45,14 @@ def refuse_redirect(status: int, url: str, location: str | None) -> None:
 
 
 def redirected(error: BaseException, status: int) -> ProviderError | None:
-    """The same for an SDK's error, of a client that is not ours and follows nothing either."""
+    """`redirect_error` for the error of an SDK whose client is not ours."""
     response = getattr(error, "response", None)
     location = (getattr(response, "headers", None) or {}).get("location")
     return redirect_error(status, str(getattr(response, "url", "")), location)
 
 
 def refuse_size(size: int) -> None:
-    """Let an answer of `size` bytes so far pass, up to `MOST_BYTES`.
+    """Raise for an answer of more than `MOST_BYTES`; `size` is its bytes so far.
 
     Raises:
         ProviderError: of kind `unknown`.
@@ -65,7 +65,7 @@ def refuse_size(size: int) -> None:
 
 @cache
 def bounded_response() -> Any:
-    """aiohttp's `response_class` of a session that calls a provider."""
+    """The `response_class` of an aiohttp session that calls a provider."""
     from aiohttp import ClientResponse  # late: it takes a while
 
     class BoundedResponse(ClientResponse):
@@ -97,7 +97,7 @@ def bounded_response() -> Any:
 
 @cache
 def bounded_client(client_class: type[Any]) -> type[Any]:
-    """The same for a client class of httpx's kind."""
+    """A subclass of an httpx client that refuses redirects and bounds bodies."""
 
     class BoundedClient(client_class):
         async def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:
@@ -123,7 +123,7 @@ async def _read_bounded(response: Any) -> Any:
     await response.aclose()
     headers = response.headers.copy()
     for name in ("content-encoding", "content-length", "transfer-encoding"):
-        headers.pop(name, None)  # what they tell of has been undone
+        headers.pop(name, None)  # the body is decoded and whole by now
     return type(response)(
         response.status_code,
         headers=headers,

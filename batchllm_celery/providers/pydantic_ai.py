@@ -64,7 +64,8 @@ class PydanticAIStrategy(LLMCallStrategy[TOutput]):
                 with charged(read_usage(spent)):
                     _check_end(messages, error)
                     raise
-            usage = _usage_of(result, spent)
+            # Test doubles report their tokens in the result only.
+            usage = read_usage(getattr(result, "usage", None)) or read_usage(spent)
             with charged(usage):
                 finish = _check_end(messages)
         return Completion(result.output, usage, {"finish_reason": finish})
@@ -85,8 +86,10 @@ class PydanticAIStrategy(LLMCallStrategy[TOutput]):
         return await super().dry_run(prompt)
 
     def classify(self, exception: BaseException) -> Failure | None:
-        """By the provider's own error beneath PydanticAI's: it knows the Retry-After. What fails
-        while an answer is read is the provider's fault, whatever Python calls it."""
+        """By the provider's own error beneath PydanticAI's, which has the Retry-After.
+
+        An error while an answer is read is the provider's fault, whatever its type in Python.
+        """
         cause = exception.__cause__
         if cause is not None:
             translated = gemini_client.translate(cause) or openai_client.translate(cause)
@@ -163,7 +166,7 @@ class PydanticAIModelStrategy(PydanticAIStrategy[Any], ProviderStrategy[Any]):
         return models.OpenAIChatModel(self.model, provider=provider(openai_client=client))
 
 
-#: Kinds that would lay the provider's fault at the model's or the strategy's door.
+#: Kinds that blame the model or the strategy: wrong for an error of PydanticAI's provider code.
 _OURS = (FailureKind.VALIDATION, FailureKind.LOGIC_ERROR)
 
 _BAD_ENDS = {"length": FailureKind.TRUNCATED, "content_filter": FailureKind.CONTENT_BLOCKED}
@@ -180,7 +183,7 @@ def _arose_in_model(exception: BaseException) -> bool:
 
 
 def _check_end(messages: list[Any], error: Exception | None = None) -> str | None:
-    """How the last answer ended, by the provider's word where it is kept.
+    """The finish reason of the last answer: the provider's own where PydanticAI kept it.
 
     Raises:
         ProviderError: it was empty, or did not come to a good end.
@@ -190,13 +193,13 @@ def _check_end(messages: list[Any], error: Exception | None = None) -> str | Non
         return None
     last = answers[-1]
     finish, details = last.finish_reason, last.provider_details or {}
-    told = details.get("finish_reason") or finish
-    if finish in ("stop", "tool_call") or (told is None and last.parts):
+    reason = details.get("finish_reason") or finish
+    if finish in ("stop", "tool_call") or (reason is None and last.parts):
         if not last.parts:
-            raise ProviderError(f"the answer is empty ({told})", error_type="EmptyAnswer")
-        return None if told is None else str(told)
+            raise ProviderError(f"the answer is empty ({reason})", error_type="EmptyAnswer")
+        return None if reason is None else str(reason)
     raise ProviderError(
-        f"the answer did not come to its end (finish_reason {str(told)[:40]})",
+        f"the answer did not come to its end (finish_reason {str(reason)[:40]})",
         kind=_BAD_ENDS.get(finish, FailureKind.UNKNOWN),
         error_type="UnfinishedAnswer",
     ) from error
@@ -225,8 +228,3 @@ def _model_name(agent: Any) -> str | None:
         return None
     ours = {"google": "gemini", "google-gla": "gemini", "google-vertex": "gemini"}
     return f"{ours.get(system, system)}:{name}"
-
-
-def _usage_of(result: Any, spent: Any) -> TokenUsage:
-    """What the result says (also a test double's), else what the run has added to `spent`."""
-    return read_usage(getattr(result, "usage", None)) or read_usage(spent)

@@ -1,4 +1,4 @@
-"""Answers that anybody can tell to be the answer to their prompt."""
+"""Answers that can be checked against their prompt."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ class Window(StrEnum):
     BUCKET = "bucket"
     """A continuously refilled bucket of `bucket_seconds`' worth."""
     FIXED = "fixed"
-    """Anything within a window that then starts anew."""
+    """Anything up to the limit within each window, counted from zero."""
     SLIDING = "sliding"
     """What was charged in the last window, at every moment."""
 
@@ -36,10 +36,10 @@ class RetryHint(StrEnum):
 
 
 class SimulationConfig(Model):
-    """A simulated provider, with its limits, its speed and its vices.
+    """A simulated provider, with its limits, its speed and its faults.
 
-    Every decision follows from `seed`, the prompt and how many times that prompt was let in before,
-    so a run can be repeated whatever the order in which its calls arrive.
+    Every decision follows from `seed`, the prompt and how many times that prompt was admitted
+    before, so a run can be repeated whatever the order in which its calls arrive.
 
     Args:
         host, port: where it listens; port 0 picks a free one.

@@ -1,4 +1,4 @@
-"""The provider's own record of every call: what a test of the fleet trusts."""
+"""The provider's own record of every call, against which tests check a fleet."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Call:
     model: str
     prompt: str
     attempt: int
-    """Which call of this prompt that was let in; 0 for one that was not."""
+    """Number of this call among the admitted ones of its prompt, from 1; 0 if it was refused."""
     status: int
     outcome: str
     input_tokens: int = 0

@@ -13,7 +13,7 @@ from batchllm_celery.simulation.replies import GenerateRequest, Reply, ReplyOutc
 from batchllm_celery.simulation.wire import HttpAnswer, WireError, retry_after_header
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-#: Our limit -> OpenAI's error type and words.
+#: Our limit -> OpenAI's error type and the limit's name in its message.
 _LIMITS = {
     "rpm": ("requests", "requests per min (RPM)"),
     "tpm": ("tokens", "tokens per min (TPM)"),

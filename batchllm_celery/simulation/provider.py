@@ -1,4 +1,4 @@
-"""The simulated provider behind its wire formats: lets calls in, answers, counts."""
+"""The simulated provider without its wire formats: it admits, refuses, answers and counts."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Provider:
     """One simulated provider: its state and its decisions, without HTTP.
 
     Args:
-        config: what it is like.
+        config: its limits, speed and faults.
         clock: Unix seconds; moments that calls and caches show.
         timer: seconds of a steady clock, for the limits.
     """
@@ -141,7 +141,7 @@ class Provider:
     async def answer(
         self, wire: str, request: GenerateRequest
     ) -> tuple[Call, Reply | QuotaRefusal]:
-        """Let the call in or refuse it, and wait as long as the answer takes."""
+        """Admit or refuse the call, and wait as long as the answer takes."""
         refusal = self._refusal(request)
         if refusal is not None:
             return self._refused(wire, request, refusal), refusal

@@ -16,8 +16,8 @@ _EPSILON = 1e-9
 class Meter(Protocol):
     """One limit. Amounts are requests or tokens, times are seconds of any steady clock.
 
-    An amount larger than the whole limit is let in when nothing else is charged, for else it
-    could never come in.
+    An amount larger than the whole limit is admitted when nothing else is charged. It would
+    never be otherwise.
     """
 
     limit: float
@@ -52,7 +52,7 @@ class Bucket:
 
     @property
     def _capacity(self) -> float:
-        # A bucket that never holds one whole request would never let one in.
+        # A bucket that can't hold one whole request would never admit one.
         return max(1.0, self.limit / 60 * self.seconds)
 
     def _refill(self, now: float) -> None:
@@ -154,7 +154,7 @@ class SlidingWindow:
 
 @dataclass(frozen=True, slots=True)
 class QuotaRefusal:
-    """Why a call is not let in: the limit's name, its size, and when to come back."""
+    """Why a call is not admitted: the limit's name, its size, and the seconds to wait."""
 
     limit_name: str
     limit: float

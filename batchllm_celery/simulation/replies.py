@@ -83,12 +83,12 @@ class Chance:
 
 
 def decide(config: SimulationConfig, request: GenerateRequest, attempt: int) -> Reply:
-    """What a call that the limits let in is answered.
+    """The reply to an admitted call.
 
     Args:
         config: the provider.
         request: the call.
-        attempt: how many calls with this prompt were let in, this one included.
+        attempt: how many calls with this prompt were admitted, this one included.
     """
     chance = Chance(config.seed, request.prompt, attempt)
     latency = _latency(config, chance[0], chance[1])

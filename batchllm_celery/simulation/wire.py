@@ -1,4 +1,4 @@
-"""What both wire formats share: an answer, an error, a retry header."""
+"""What all wire formats share: an answer, an error, a retry header."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class HttpAnswer:
 
 
 class WireError(Exception):
-    """A request that is wrong, before its wire format has put it into words.
+    """A request that is wrong, not yet written as an error of its wire format.
 
     Args:
         status: HTTP status.

@@ -47,11 +47,11 @@ class ProcessResources:
     """What the strategies of one process share. The registry hands it to each of them.
 
     Args:
-        connection: the process's Redis; None where there is none (a fleet of one).
+        connection: the process's Redis; None without one.
         keys: names of our keys in Redis.
         settings: this process's settings, the only source of base URLs.
         slots: calls in flight at most; connection pools are sized to it.
-        events: who is told.
+        events: listeners of what happens.
     """
 
     connection: Connection | None = None
@@ -102,7 +102,7 @@ class LLMCallStrategy(ABC, Generic[TOutput]):
     """How one kind of LLM call is made. One instance serves all items of a process at once,
     so keep nothing of an item on `self`: that is what `state` is for.
 
-    Life of an item: `prepare` (once per instance, whoever comes first) -> for each attempt
+    Life of an item: `prepare` (once per instance) -> for each attempt
     `execute`, and `on_error` if it raised -> `cleanup`. `close` comes once, when the process ends.
 
         class Shout(LLMCallStrategy[str]):
@@ -112,7 +112,7 @@ class LLMCallStrategy(ABC, Generic[TOutput]):
 
     #: The quota to draw on; None: the registration's, else PROVIDER:MODEL.
     quota: str | None = None
-    #: `PROVIDER:MODEL`, what prices are looked up under; None: no price is known.
+    #: `PROVIDER:MODEL`, the key of its price; None: no price is known.
     model_name: str | None = None
     #: Most tokens that one answer may have, for the limiter's estimate; None: not bounded.
     max_output_tokens: int | None = None
@@ -121,8 +121,8 @@ class LLMCallStrategy(ABC, Generic[TOutput]):
 
     @property
     def full_speed(self) -> bool:
-        """Whether its calls begin as fast as slots allow while nobody has set or named a quota: so
-        if there is no provider. Else the rate is found from below."""
+        """Whether calls start as fast as slots allow while no limits are set and no quota is named.
+        True without a model name. Otherwise the rate starts low and grows."""
         return self.model_name is None
 
     async def prepare(self) -> None:
@@ -162,7 +162,7 @@ class LLMCallStrategy(ABC, Generic[TOutput]):
         return output, TokenUsage(input_tokens=100, output_tokens=50, total_tokens=150)
 
     def models(self) -> tuple[str, ...]:
-        """Every `PROVIDER:MODEL` that a call may ask; default: `model_name`, where there is one."""
+        """Every `PROVIDER:MODEL` that a call may use; default: `model_name`, if it is set."""
         return () if self.model_name is None else (self.model_name,)
 
     def classify(self, exception: BaseException) -> Failure | None:
@@ -171,19 +171,19 @@ class LLMCallStrategy(ABC, Generic[TOutput]):
 
 
 def as_completion(answer: Any) -> Completion[Any]:
-    """The one shape that everything behind `execute` sees: here alone it is checked.
+    """What `execute` returned, as a `Completion`: the only shape that the code after it handles.
 
-    A usage may be a mapping or an object of any known SDK; figures that can't be are cut to the
-    nearest that can.
+    A usage may be a mapping or an object of any known SDK. Impossible figures become the
+    nearest possible one.
 
     Raises:
         TypeError: for an answer that is neither a `Completion` nor an `(output, usage)` pair, a
-            usage that tells no tokens, metadata that is no mapping. It carries the tokens.
+            usage without tokens, or metadata that is no mapping. The error carries the tokens.
     """
     if isinstance(answer, Completion):
-        output, told, metadata = answer.output, answer.usage, answer.metadata
+        output, usage, metadata = answer.output, answer.usage, answer.metadata
     elif isinstance(answer, tuple) and len(answer) == 2:
-        (output, told), metadata = answer, {}
+        (output, usage), metadata = answer, {}
     elif inspect.isawaitable(answer):
         if inspect.iscoroutine(answer):
             answer.close()
@@ -192,20 +192,20 @@ def as_completion(answer: Any) -> Completion[Any]:
         raise TypeError(
             f"execute() must return (output, usage) or a Completion, not {type(answer).__name__}"
         )
-    reading = usage_in(told)
+    reading = usage_in(usage)
     if reading is None:
-        raise TypeError(f"no tokens can be read from a usage of type {type(told).__name__}")
+        raise TypeError(f"no tokens can be read from a usage of type {type(usage).__name__}")
     notes = _metadata(metadata, reading.usage)
     if reading.guessed:
         notes = {**notes, "usage_guessed": True}
     return Completion(output, reading.usage, notes)
 
 
-def usage_in(told: Any) -> Reading | None:
+def usage_in(usage: Any) -> Reading | None:
     """The tokens of a usage; none for None and for an empty mapping. None: it is no usage."""
-    if told is None or (isinstance(told, Mapping) and not told):
+    if usage is None or (isinstance(usage, Mapping) and not usage):
         return Reading(NO_TOKENS)
-    return understand(told)
+    return understand(usage)
 
 
 def _metadata(given: Any, usage: TokenUsage) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""A cheaper model first, a better one for what it can't do."""
+"""A cheaper model first, and a better one for the items at which it fails."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from batchllm_celery.strategies.failures import charged, classify_for, stamp_mod
 
 _LEVEL = "escalation_level"
 
-#: What a better model may do better.
+#: Failure kinds for which a better model is tried.
 ESCALATED_KINDS = frozenset(
     {FailureKind.VALIDATION, FailureKind.TRUNCATED, FailureKind.CONTENT_BLOCKED}
 )
 
 
 class EscalatingStrategy(LLMCallStrategy[TOutput]):
-    """Asks the first strategy; after an answer that is no use, the next attempt asks the next one.
+    """Calls the first strategy; after an unusable answer the next attempt calls the next one.
 
         EscalatingStrategy(
             [GeminiStrategy("gemini-2.5-flash-lite", schema=Person),
@@ -65,7 +65,7 @@ class EscalatingStrategy(LLMCallStrategy[TOutput]):
 
     @property
     def full_speed(self) -> bool:
-        """As all levels say: they draw on one quota."""
+        """Whether all levels are: they draw on one quota."""
         return all(level.full_speed for level in self.levels)
 
     async def prepare(self) -> None:
@@ -110,7 +110,7 @@ class EscalatingStrategy(LLMCallStrategy[TOutput]):
     async def on_error(
         self, exception: Exception, attempt: int, state: RetryState | None = None
     ) -> None:
-        """Told to the level that the next attempt asks."""
+        """Call the `on_error` of the level that makes the next attempt."""
         await self.levels[self._level(state)].on_error(exception, attempt, state)
 
     def models(self) -> tuple[str, ...]:

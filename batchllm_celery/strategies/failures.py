@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("batchllm_celery")
 
-#: No provider is waited for longer before it is asked again: a day's quota is there again by then.
+#: Longest wait, in seconds, that a provider may ask for: a day, after which a day's quota is reset.
 MOST_SECONDS = 86_400.0
 
 _STAMP = "_failed_token_usage"
@@ -177,7 +177,11 @@ def classify(exception: BaseException) -> Failure:
         return Failure(
             kind=_kind(exception),
             message=_message(exception),
-            retry_after=_retry_after(exception),
+            retry_after=_seconds(
+                exception.retry_after
+                if isinstance(exception, ProviderError)
+                else retry_after_of(_headers_of(exception))
+            ),
             usage=extract_token_usage(exception),
         )
     except BaseException as error:  # an attribute of it fails, or even leaves
@@ -186,10 +190,10 @@ def classify(exception: BaseException) -> Failure:
 
 
 def classify_for(strategy: LLMCallStrategy[Any], exception: BaseException) -> Failure:
-    """What the strategy's own translator says, else the general rules.
+    """The failure by the strategy's `classify`, else by the general rules.
 
-    A translator that raises is logged and passed over. One that gives no tokens does not hide
-    those which the exception carries.
+    A `classify` that raises is logged and ignored. Tokens that the exception carries are kept if
+    `classify` returns none.
     """
     try:
         failure = strategy.classify(exception)
@@ -206,7 +210,7 @@ def classify_for(strategy: LLMCallStrategy[Any], exception: BaseException) -> Fa
 
 
 def _checked(failure: Failure) -> Failure:
-    """What a translator answered, in the types that the rest relies on.
+    """The result of a strategy's `classify`, with the types that the runner relies on.
 
     Raises:
         TypeError: if it is no `Failure`.
@@ -224,7 +228,7 @@ def _checked(failure: Failure) -> Failure:
 
 #: Seconds until the same bug is logged again.
 BUG_SECONDS = 60.0
-#: Bugs that a process tells apart; further ones are not logged.
+#: Number of different bugs that a process logs; further ones are not logged.
 MOST_BUGS = 100
 _logged: dict[object, float] = {}
 
@@ -412,12 +416,6 @@ def condensed(message: str) -> str:
     return f"{text[:_HEAD]}{_GAP}{text[-_TAIL:]}"
 
 
-def _retry_after(exception: BaseException) -> float | None:
-    if isinstance(exception, ProviderError):
-        return _seconds(exception.retry_after)
-    return _seconds(retry_after_of(_headers_of(exception)))
-
-
 def _seconds(asked: object) -> float | None:
     """A foreign number of seconds; longer ones than `MOST_SECONDS` are cut to that."""
     value = _number(asked)
@@ -482,7 +480,7 @@ def priced_as(exception: BaseException) -> str | None:
 
 @contextmanager
 def charged(usage: TokenUsage) -> Iterator[None]:
-    """Whatever is raised inside carries `usage`: the call was paid for, its answer was no use."""
+    """Make every exception from the block carry `usage`: the failed call was paid for."""
     try:
         yield
     except Exception as error:
@@ -493,7 +491,7 @@ def charged(usage: TokenUsage) -> Iterator[None]:
 
 
 def extract_token_usage(exception: BaseException) -> TokenUsage:
-    """Tokens that a failed call has spent, as its exception tells; zeros where it tells none.
+    """Tokens that a failed call has spent, as its exception carries them; zeros if it carries none.
     Never raises."""
     try:
         for one in causes_of(exception):
@@ -509,7 +507,7 @@ def extract_token_usage(exception: BaseException) -> TokenUsage:
 
 
 def _usages(exception: BaseException) -> Iterator[TokenUsage]:
-    """Candidates, most trustworthy first: our stamp, the exception's own word, its cause's."""
+    """Candidates, most trustworthy first: our stamp, the exception's own usage, its cause's."""
     yield read_usage(getattr(exception, "__dict__", {}).get(_STAMP))
     yield read_usage(getattr(exception, "usage", None))
     result = getattr(exception.__cause__, "result", None)

@@ -26,8 +26,8 @@ from batchllm_celery.redaction import keep_secrets_of
 from batchllm_celery.strategies.base import LLMCallStrategy, ProcessResources, close_quietly
 from batchllm_celery.strategies.failures import log_bug
 
-#: Strategies built from names that a process keeps open; of more, idle ones are closed. A fleet has
-#: a handful, but items may each bring parameters of their own.
+#: Number of strategies built from names that a process keeps open. A fleet has a handful, but each
+#: item may have its own parameters, so idle ones above this number are closed.
 MOST_KEPT = 200
 
 Factory: TypeAlias = Callable[..., LLMCallStrategy[Any]]
@@ -89,7 +89,7 @@ class Registration:
 
 
 def _check_async(name: str, strategy: Any) -> None:
-    """One word when it is registered or built, in place of asyncio's for each item."""
+    """Refuse a blocking `execute` once, before every item fails for it."""
     execute = getattr(strategy, "execute", None)
     if not (inspect.iscoroutinefunction(execute) or asyncio.iscoroutinefunction(execute)):
         raise UsageError(
@@ -260,7 +260,7 @@ class Registry:
         """The process's one instance of `spec`, built at the first call, not yet prepared.
 
         Raises:
-            StrategyNotFoundError: for a name that nobody registered.
+            StrategyNotFoundError: for a name that is not registered.
             UsageError: for parameters that the factory refuses.
         """
         key = json.dumps([spec.name, spec.params], sort_keys=True, default=str)
@@ -278,12 +278,12 @@ class Registry:
         return found
 
     def using(self, strategy: LLMCallStrategy[Any]) -> AbstractContextManager[None]:
-        """Nobody closes `strategy` inside the block. Enter it without an `await` after `get`."""
+        """Keep `strategy` open inside the block. Enter it without an `await` after `get`."""
         return _Using(self._hold(strategy))
 
     async def close_surplus(self) -> None:
         """Close instances built from names, the longest unused first, down to `most_kept`; those in
-        use stay. An item that needs a closed one again has it built and prepared anew."""
+        use stay. A closed one is built and prepared again when an item needs it."""
         surplus = len(self._by_spec) - self._most_kept
         if surplus <= 0:
             return

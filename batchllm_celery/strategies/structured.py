@@ -37,8 +37,8 @@ _TOKEN = re.compile(r'"(?:[^"\\]|\\.?)*+"?|[{}\[\]]', re.DOTALL)
 _MEMBER = re.compile(r'"\s*:\s*\Z')
 _NOT_JSON = (ValueError, RecursionError)  # the latter: brackets nested without end
 _MOST_ERRORS = 5
-#: Seconds that the patterns of a schema may take on one answer: some are never done with some
-#: texts, and whoever runs them can do nothing else meanwhile.
+#: Seconds that the patterns of a schema may take on one answer. Some patterns never finish on some
+#: texts, and they block the event loop.
 PATTERN_SECONDS = 0.5
 
 
@@ -86,7 +86,7 @@ class OutputSchema:
         return self.model.model_validate(values[-1]) if self.model else values[-1]
 
     def _contradicts(self, value: Any, final: Any) -> bool:
-        """Whether `value` would do as well: nobody can tell which of the two was meant."""
+        """Whether `value` differs and is valid too, so that the meant one is unknown."""
         return bool(value != final) and self._problem(value) is None
 
     def _problem(self, value: Any) -> str | None:
@@ -426,7 +426,7 @@ class StructuredStrategy(LLMCallStrategy[Any]):
     async def on_error(
         self, exception: Exception, attempt: int, state: RetryState | None = None
     ) -> None:
-        """Keep a validation error for the next prompt; tell the inner strategy too."""
+        """Keep a validation error for the next prompt, and call the inner strategy's `on_error`."""
         remember_feedback(exception, state)
         await self.inner.on_error(exception, attempt, state)
 

@@ -1,4 +1,4 @@
-"""Tokens as every known SDK tells them, as a mapping or an object, turned into a `TokenUsage`."""
+"""Token counts of every known SDK, as a mapping or an object, as a `TokenUsage`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from batchllm_celery.models import NO_TOKENS, TokenUsage
 
 logger = logging.getLogger("batchllm_celery")
 
-#: Tokens of one call at most; no model takes or gives as many. A larger figure is cut to this, or
-#: one wrong answer would spend a batch's budget and hold its quota up for days.
+#: Upper bound for the tokens of one call, above any model's. A larger figure is cut to this,
+#: because one wrong figure would spend a batch's budget and block its quota for days.
 MOST_TOKENS = 10_000_000
 
 _INPUT = (
@@ -82,13 +82,13 @@ class Reading(NamedTuple):
 
 
 def read_usage(source: Any) -> TokenUsage:
-    """The tokens that `source` tells; zeros where it tells none."""
+    """The tokens in `source`; zeros if it has none."""
     reading = understand(source)
     return NO_TOKENS if reading is None else reading.usage
 
 
 def understand(source: Any, depth: int = 0) -> Reading | None:
-    """The tokens that a usage object, mapping or method tells; None where it tells none.
+    """The tokens in a usage object, mapping or method; None if it has none.
 
     Figures that can't be (negative, no number, over `MOST_TOKENS`) are cut to the nearest that can.
     """
@@ -137,7 +137,7 @@ def count(value: Any) -> int:
 def reasoned_output(prompt: int, completion: int, total: int, reasoning: int) -> tuple[int, bool]:
     """Output tokens of an OpenAI-shaped usage, and whether they are a guess.
 
-    Most servers count reasoning in `completion_tokens`, some beside them: the total tells.
+    Most servers count reasoning in `completion_tokens`, some beside them. The total shows which.
     """
     if total <= 0 or total >= MOST_TOKENS or prompt + completion == total:
         return completion, False
@@ -146,13 +146,13 @@ def reasoned_output(prompt: int, completion: int, total: int, reasoning: int) ->
     return max(completion, total - prompt), True
 
 
-_told: set[str] = set()
+_warned: set[int] = set()
 
 
 def _clamped(number: float) -> int:
     kept = 0 if math.isnan(number) or number < 0 else MOST_TOKENS
-    if str(kept) not in _told:
-        _told.add(str(kept))
+    if kept not in _warned:
+        _warned.add(kept)
         logger.warning("usage.impossible value=%g kept=%d (said once)", number, kept)
     return kept
 

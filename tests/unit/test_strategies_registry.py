@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import inspect
 import subprocess
 import sys
 import time
@@ -188,6 +189,28 @@ def test_only_the_provider_that_is_built_is_imported(name: str, own: str, others
     package = "batchllm_celery.providers"
     assert f"{package}.{own}" in loaded
     assert not {f"{package}.{other}" for other in others} & loaded
+
+
+@pytest.mark.parametrize("name", ["gemini", "gemini-cached", "openai", "pydantic-ai", "simulated"])
+def test_a_built_in_takes_each_parameter_that_it_offers(name: str) -> None:
+    """What the signature names reaches the class, a default of its own included."""
+    values: dict[str, Any] = {
+        "model": "openai:m" if name == "pydantic-ai" else "m",
+        "schema": {"type": "object"},
+        "cached_content": ["text"],
+        "cache_ttl_seconds": 900,
+        "cache_renewal_buffer_seconds": 60,
+        "cache_tags": {"team": "a"},
+        "extra": {"seed": 1},
+    }
+    factory = catalog.lookup(name).factory
+    offered = inspect.signature(factory).parameters
+    assert not {"client", "base_url", "api_key", "config", "response_parser"} & set(offered)
+    given = {option: values.get(option, 1) for option in offered}
+    built = catalog.lookup(name).build(StrategySpec(name=name, params=given))
+    assert built.max_output_tokens == 1
+    required = [p.name for p in offered.values() if p.default is p.empty]
+    assert required == ([] if name == "simulated" else ["model"])
 
 
 def test_a_strategy_s_own_module_imports_no_provider() -> None:

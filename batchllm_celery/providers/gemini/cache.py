@@ -1,8 +1,8 @@
 """A Gemini context cache that the whole fleet shares.
 
-What a process knows of the cache is `_cache`; what the fleet knows is one hash in Redis; what is
-true is at the provider. Whoever needs a cache that is not there takes the fleet's lock, looks
-again, and only then renews, adopts or creates one: one create however many ask.
+Each process keeps the cache's name and end in `_cache`, and the fleet keeps them in one hash in
+Redis. A process that finds no usable cache takes the fleet's lock and reads the hash again. Only
+then does it renew, find or create one, so that a fleet creates a cache once.
 """
 
 from __future__ import annotations
@@ -37,9 +37,7 @@ _PREFIX = "batchllm:"
 
 #: Seconds after which the lock of a process that died while creating a cache is free again.
 LOCK_LEASE = 60.0
-
-
-#: Seconds between two tries to renew, while the provider can't.
+#: Seconds between two attempts to renew after a failed one.
 RENEWAL_PAUSE = 10.0
 
 
@@ -86,7 +84,7 @@ class GeminiCachedStrategy(GeminiStrategy[TOutput]):
         cache_ttl_seconds: how long the provider keeps the cache after its last renewal.
         cache_refresh_threshold: batch-llm's, without effect: see `cache_renewal_buffer_seconds`.
         cache_renewal_buffer_seconds: the cache is renewed this long before it ends.
-        auto_renew: False lets it end (it is created anew when the provider says that it is gone).
+        auto_renew: False lets it end; when the provider reports it gone, another one is created.
         cache_tags: an existing cache is reused only if it has all of these, equal in case and
             type; no tags match any cache of the same model and content.
         system: system instruction; part of the cache.
@@ -153,9 +151,9 @@ class GeminiCachedStrategy(GeminiStrategy[TOutput]):
 
     async def delete_cache(self) -> None:
         """Delete the cache at the provider, for the whole fleet; the next call creates another.
-        Nothing happens where there is none."""
+        Without a cache it does nothing."""
         record = await self._record()
-        async with self._lock, record.turn():
+        async with self._lock, record.locked():
             known = await record.read() or self._cache
             self._cache = None
             await record.write(None)
@@ -190,7 +188,7 @@ class GeminiCachedStrategy(GeminiStrategy[TOutput]):
 
         Thread safety: it reads `self._cache` once and writes nothing, and all calls of a process
         run on one event loop, so it needs no lock. The answer may be out of date one `await`
-        later: whoever acts on it takes `self._lock`, then the fleet's, and asks again.
+        later: code that acts on it takes `self._lock`, then the fleet's lock, and checks again.
         """
         cache = self._cache
         return cache is None or self._seconds_left(cache) <= self.cache_renewal_buffer_seconds
@@ -222,7 +220,7 @@ class GeminiCachedStrategy(GeminiStrategy[TOutput]):
         known = await record.read()
         if known is not None and self._serves(known, gone):
             return known
-        async with record.turn():
+        async with record.locked():
             known = await record.read()
             if known is None or not self._serves(known, gone):
                 known = await self._obtain(known or self._cache, gone)
@@ -331,19 +329,19 @@ class GeminiCachedStrategy(GeminiStrategy[TOutput]):
 
 
 class CacheRecord(Protocol):
-    """What is known of a cache beyond one instance, and whose turn it is to change it."""
+    """A cache's entry that several instances share, with a lock for its changes."""
 
     async def read(self) -> CacheEntry | None: ...
 
     async def write(self, entry: CacheEntry | None) -> None: ...
 
-    def turn(self) -> Any:
-        """Async context manager: alone inside, over everything that shares this record."""
+    def locked(self) -> Any:
+        """Async context manager that holds the lock."""
 
 
 @dataclass(slots=True)
 class LocalRecord:
-    """Shared by the instances of one process, where there is no Redis."""
+    """Shared by the instances of one process without Redis."""
 
     entry: CacheEntry | None = None
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -355,7 +353,7 @@ class LocalRecord:
         self.entry = entry
 
     @asynccontextmanager
-    async def turn(self) -> AsyncIterator[None]:
+    async def locked(self) -> AsyncIterator[None]:
         async with self.lock:
             yield
 
@@ -369,7 +367,7 @@ async def _open_local_record() -> Opened[CacheRecord]:
 
 @dataclass(frozen=True, slots=True)
 class FleetRecord:
-    """Shared by all processes of a fleet, in Redis. Gone when the cache is: it has its TTL."""
+    """Shared by all processes of a fleet, in Redis. It has the cache's TTL."""
 
     connection: Connection
     key: str
@@ -400,8 +398,8 @@ class FleetRecord:
         await self.connection.patiently(call)
 
     @asynccontextmanager
-    async def turn(self) -> AsyncIterator[None]:
-        """Leased, renewed while it is held: a process that dies here holds up nobody for long."""
+    async def locked(self) -> AsyncIterator[None]:
+        """A lease that is renewed while it is held, so that the lock of a dead process ends."""
         lock = self.connection.client.lock(
             self.lock_key, timeout=LOCK_LEASE, sleep=0.05, thread_local=False
         )
@@ -420,7 +418,7 @@ async def _keep(lock: Any) -> None:
         try:
             await lock.reacquire()
         except Exception as error:
-            # Lost: at worst another process creates a second cache, which costs, and harms nobody.
+            # The lock is lost: at worst another process creates and pays for a second cache.
             logger.warning("cache.lock_lost error=%s", type(error).__name__)
             return
 

@@ -1,4 +1,4 @@
-"""The google-genai client as we use it, and its answers and errors as our own words."""
+"""The google-genai client, and how its answers and errors are read."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _BLOCKED = {
     "IMAGE_RECITATION",
     "MODEL_ARMOR",
 }
-#: The one end of a whole answer. Others that are not named here, and those still to come, fail.
+#: The finish reason of a complete answer. Any reason that is not known here fails the attempt.
 _GOOD_END = "STOP"
 
 
@@ -87,7 +87,7 @@ async def _open(slots: int, base_url: str | None, api_key: str | None) -> Opened
         ) from error
 
     keep_secret(account_of(client)[-1])
-    _continue_nothing(client.aio.models)
+    _disable_continuation(client.aio.models)
 
     async def close() -> None:
         await client.aio.aclose()
@@ -97,8 +97,8 @@ async def _open(slots: int, base_url: str | None, api_key: str | None) -> Opened
 
 
 async def _readable_error(response: Any) -> None:
-    """Raise for an error whose body is not the JSON that it is said to be: the SDK would fail at
-    that, and nobody would know the status."""
+    """Raise for an error whose body is not JSON although its content type is: the SDK would fail to
+    parse it, and the status would be lost."""
     if response.status < 400 or not str(response.content_type).endswith("json"):
         return
     content = await response.read()
@@ -108,9 +108,11 @@ async def _readable_error(response: Any) -> None:
         raise _refused(response.status, content, response.headers, "APIError") from None
 
 
-def _continue_nothing(models: Any) -> None:
-    """Keep `generate_content` to one request, whoever calls it (PydanticAI gives a config of its
-    own): the SDK would go on for as long as the answer says CONTINUATION, each request paid."""
+def _disable_continuation(models: Any) -> None:
+    """Keep `generate_content` to one request, also when PydanticAI calls it with its own config.
+
+    The SDK sends another paid request each time that the finish reason is CONTINUATION.
+    """
     generate = models.generate_content
 
     async def generate_once(*, config: Any = None, **arguments: Any) -> Any:
@@ -124,8 +126,10 @@ def _continue_nothing(models: Any) -> None:
 
 
 def account_of(client: Any) -> list[str]:
-    """Server, project, location and key that a client calls with: what a context cache belongs to.
-    For hashing only, since the key is among them. A stranger's client may tell nothing."""
+    """Server, project, location and key of a client: what a context cache belongs to.
+
+    For hashing only, since the key is among them. Parts that a user's own client hides are empty.
+    """
     inner = getattr(client, "_api_client", None)
     options = getattr(inner, "_http_options", None)
     parts = [getattr(options, "base_url", None)]
@@ -282,7 +286,10 @@ def translate(error: BaseException) -> ProviderError | None:
 def _refused(
     status: int | None, body: Any, headers: Mapping[str, str] | None, error_type: str
 ) -> ProviderError:
-    """What an error's body says: of an error status, or (`status` by its own word) of a 200."""
+    """The failure that an error's body describes.
+
+    `status` is HTTP's, or the one that the body names for an error under status 200.
+    """
     fields = bodies.fields_of(body)
     details, words = google_rpc.details_of(fields), bodies.words_of(body)
     retry_after = google_rpc.retry_delay(details)

@@ -99,7 +99,9 @@ class GeminiStrategy(ProviderStrategy[TOutput]):
             "system_instruction": system,
             "temperature": temperature,
             "max_output_tokens": max_output_tokens,
-            "thinking_config": _thinking(thinking_budget),
+            "thinking_config": (
+                None if thinking_budget is None else {"thinking_budget": thinking_budget}
+            ),
             **_structured(self.schema),
         }
         self._request_config: Any = None
@@ -170,10 +172,10 @@ class GeminiStrategy(ProviderStrategy[TOutput]):
     async def _call(self, contents: Any, config: Any) -> Any:
         """One answer, as an object with the SDK's names.
 
-        By the SDK's raw route: its models drop what they don't know, an error in place of the
-        answer among it. Who parses answers by code of their own gets the SDK's own object.
+        This is the SDK's raw route. Its models drop unknown fields, also an error in place of the
+        answer. A `response_parser` gets the SDK's own object.
         """
-        raw = not self._wants_sdk_object()
+        raw = self.response_parser is None and not self.include_metadata
         try:
             response = await self.client.aio.models.generate_content(
                 model=self.model, contents=contents, config=_raw(config) if raw else config
@@ -190,9 +192,6 @@ class GeminiStrategy(ProviderStrategy[TOutput]):
         if not raw or not isinstance(body, str):
             return response  # its own object; a client of the user's may know no raw route
         return gemini_client.read_answer(body, http.headers)
-
-    def _wants_sdk_object(self) -> bool:
-        return self.response_parser is not None or self.include_metadata
 
     def _parse(self, response: Any) -> Any:
         if self.response_parser is not None:
@@ -232,10 +231,6 @@ def _one_request(config_type: Any, *, own: bool) -> dict[str, Any]:
     if not own:  # ours has its retries off already
         options["http_options"] = {"retry_options": {"attempts": 1}}
     return options
-
-
-def _thinking(budget: int | None) -> dict[str, int] | None:
-    return None if budget is None else {"thinking_budget": budget}
 
 
 def _structured(schema: OutputSchema | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The openai client as we use it, and its answers and errors as our own words."""
+"""The openai client, and how its answers and errors are read."""
 
 from __future__ import annotations
 
@@ -269,7 +269,10 @@ def _refused(
     headers: Mapping[str, str] | None,
     error_type: str = "APIError",
 ) -> ProviderError:
-    """What an error's body says: of an error status, or (`status` by its own word) of a 200."""
+    """The failure that an error's body describes.
+
+    `status` is HTTP's, or the one that the body names for an error under status 200.
+    """
     fields = bodies.fields_of(body)
     details = google_rpc.details_of(fields)
     words = bodies.words_of(body)
@@ -277,7 +280,7 @@ def _refused(
     if wait is None:
         wait = retry_after_of(headers)
     if wait is None:
-        wait = _wait_told_in(fields, words)
+        wait = _wait_in_body(fields, words)
     return ProviderError(
         condensed(words or f"Error code: {status or 'none'}"),
         kind=_kind(status, fields, details, words),
@@ -316,20 +319,20 @@ def _kind(
     return FailureKind.QUOTA_EXHAUSTED if _DAY.search(words) else FailureKind.RATE_LIMITED
 
 
-def _wait_told_in(fields: Mapping[str, Any], words: str) -> float | None:
+def _wait_in_body(fields: Mapping[str, Any], words: str) -> float | None:
     """Seconds that a body asks us to wait: a field, a header that a router passes on, or words."""
     metadata = fields.get("metadata")
     passed_on = metadata.get("headers") if isinstance(metadata, Mapping) else None
-    for told in (fields, metadata, passed_on):
-        if not isinstance(told, Mapping):
+    for source in (fields, metadata, passed_on):
+        if not isinstance(source, Mapping):
             continue
-        plain = {str(name).lower().replace("_", "-"): value for name, value in told.items()}
+        plain = {str(name).lower().replace("_", "-"): value for name, value in source.items()}
         if (wait := retry_after_of(plain)) is not None:
             return wait
-    return _wait_named_in(words)
+    return _wait_in_message(words)
 
 
-def _wait_named_in(message: str) -> float | None:
+def _wait_in_message(message: str) -> float | None:
     """Seconds of "Please try again in 1m2.5s"."""
     match = _TRY_AGAIN.search(message)
     if match is None:

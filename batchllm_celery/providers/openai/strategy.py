@@ -20,8 +20,9 @@ from batchllm_celery.strategies.structured import (
     with_feedback,
 )
 
-#: So many web pages are taken for a passing fault, while a server has answered nothing else.
-PAGES_BEFORE_DOUBT = 1
+#: Web pages in place of answers that count as a passing fault. One more, while no other answer has
+#: come, means a wrong base URL.
+MAX_PAGES = 1
 
 
 class OpenAICompatibleStrategy(ProviderStrategy[TOutput]):
@@ -79,7 +80,7 @@ class OpenAICompatibleStrategy(ProviderStrategy[TOutput]):
 
     @property
     def full_speed(self) -> bool:
-        """Whether it calls a server of your own, which its slots and its refusals slow down."""
+        """Whether it calls a server of your own, whose slots and refusals set the rate."""
         return self._has_own_server()
 
     async def prepare(self) -> None:
@@ -130,7 +131,7 @@ class OpenAICompatibleStrategy(ProviderStrategy[TOutput]):
     async def _call(self, prompt: str) -> tuple[Any, Callable[[], Any]]:
         """The answer's body, and how to have the SDK's object of it.
 
-        The raw route of the SDK: its models take a body for an answer that is none.
+        This is the SDK's raw route. Its models accept bodies that are no answer.
         """
         messages = [{"role": "user", "content": prompt}]
         if self.system is not None:
@@ -149,13 +150,16 @@ class OpenAICompatibleStrategy(ProviderStrategy[TOutput]):
         return response, raw.parse
 
     def _count_page(self, content: bytes) -> None:
-        """A web page in place of an answer may pass; where nothing else ever came, it is what
-        stands at a wrong base URL, and each further call would be one too many."""
+        """Count an answer that is a web page; raise after `MAX_PAGES` if no other answer ever came.
+
+        Raises:
+            ProviderError: of kind `invalid_request`, so that the row is not called again.
+        """
         if not bodies.is_page(content[:200].decode("utf-8", "replace")):
             self._pages = None
         elif self._pages is not None:
             self._pages += 1
-            if self._pages > PAGES_BEFORE_DOUBT:
+            if self._pages > MAX_PAGES:
                 raise ProviderError(
                     "the server answers web pages, not JSON: check the base URL "
                     "(it usually ends in /v1)",
