@@ -70,14 +70,6 @@ class Coalescer(Generic[T, R]):
         self._schedule(loop)
         return answer
 
-    async def drain(self) -> None:
-        """Return when nothing waits and no flush is under way."""
-        while self._waiting or self._flushes:
-            if self._flushes:
-                await asyncio.wait(self._flushes)
-            else:
-                await asyncio.sleep(self._gap)
-
     def _schedule(self, loop: asyncio.AbstractEventLoop) -> None:
         if self._scheduled or len(self._flushes) >= self._concurrency:
             return

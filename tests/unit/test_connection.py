@@ -410,18 +410,3 @@ async def test_a_cancelled_flush_cancels_its_callers() -> None:
     coalescer: Coalescer[int, int] = Coalescer(flush)
     with pytest.raises(asyncio.CancelledError):
         await asyncio.wait_for(coalescer(1), timeout=5)
-
-
-async def test_drain_returns_when_nothing_is_left() -> None:
-    """After drain every item asked for before it has its answer."""
-    flushes = Flushes()
-    coalescer: Coalescer[int, int] = Coalescer(flushes, max_batch=2)
-    await coalescer.drain()
-    asked = _ask(coalescer, 1, 2, 3)
-    await asyncio.sleep(0)
-    draining = asyncio.create_task(coalescer.drain())
-    await wait_until_async(lambda: flushes.batches)
-    assert not draining.done()
-    flushes.gate.set()
-    await draining
-    assert await asyncio.gather(*asked) == [-1, -2, -3]
