@@ -23,11 +23,12 @@ from batchllm_celery.models import (
 
 logger = logging.getLogger("batchllm_celery")
 
+#: Bytes of a row's fingerprint.
 FINGERPRINT_BYTES = 8
-#: Levels of a row's context that are carried; see `too_deep`.
+#: Most levels of nesting in a row's context; see `too_deep`.
 DEEPEST = 500
+#: Digits of the time of feeding, in milliseconds, that `feed.lua` puts before a payload.
 STAMP_BYTES = 13
-"""Digits of the feeding time (milliseconds) that `feed.lua` puts before a payload."""
 #: Most bytes of what a strategy remembers of one item between its attempts; they are written after
 #: each attempt.
 MOST_STATE_BYTES = 500_000
@@ -129,7 +130,7 @@ def too_deep(data: bytes) -> bool:
 
 
 def _outline(line: bytes) -> dict[str, Any]:
-    """What can be told of a head that is nested too deep: its id comes before its context."""
+    """What can be read of a head that is nested too deep: its id comes before its context."""
     identity, _ = json.JSONDecoder().raw_decode(line.decode(), line.index(b'"id":') + 5)
     return {
         "v": SCHEMA_VERSION,

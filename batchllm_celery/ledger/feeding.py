@@ -24,8 +24,9 @@ Row = Payload | WorkItemResult[Any, Any]
 #: One feed script takes this many rows, or this many bytes, at most.
 FEED_ROWS = 500
 FEED_BYTES = 2 * 1024 * 1024
-#: Rows younger than this are kept: Redis' AOF may lose its last second.
+#: Seconds for which fed rows are kept here: a Redis that restarts may lose its last second.
 UNSYNCED_SECONDS = 3.0
+#: Items or bytes: more than any batch has.
 UNLIMITED = 10**15
 #: Seconds that a dry run is kept.
 REHEARSAL_TTL = 3600

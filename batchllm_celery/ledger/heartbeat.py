@@ -52,7 +52,7 @@ class Heartbeat:
         keys: the fleet's names.
         process_id: the ledger's.
         batches: ids of the batches held now, called in the thread: `ledger.claims.holding.batches`.
-        heard: gets all replies of a beat, in the thread: pass them to the loop by
+        notify: gets all replies of a beat, in the thread: pass them to the loop by
             `call_soon_threadsafe`, and there to `ledger.recovery.on_heartbeat`.
         interval: seconds.
         presence: describes the process for `status`; None for no entry in the register.
@@ -65,7 +65,7 @@ class Heartbeat:
         *,
         process_id: str,
         batches: Callable[[], list[str]],
-        heard: Callable[[list[Beat]], object],
+        notify: Callable[[list[Beat]], object],
         interval: float = 1.0,
         presence: Callable[[], WorkerInfo] | None = None,
     ) -> None:
@@ -73,7 +73,7 @@ class Heartbeat:
         self._keys = keys
         self._process_id = process_id
         self._batches = batches
-        self._heard = heard
+        self._notify = notify
         self._interval = interval
         self._presence = presence
         self._broken = BrokenEntries()
@@ -104,7 +104,7 @@ class Heartbeat:
             try:
                 self._beat_with(client)
             except (redis.RedisError, OSError) as error:
-                # The loop's own client tells people that Redis is away.
+                # The loop's own client logs that Redis is away.
                 logger.debug("heartbeat.failed error=%s", describe(error))
                 self._stopping.wait(min(self._interval, 0.5))
             except Exception:
@@ -147,7 +147,7 @@ class Heartbeat:
         self.last_beat = time.monotonic()
         if batches:
             beats = [self._beat_of(*pair) for pair in zip(batches, answers, strict=True)]
-            self._heard([beat for beat in beats if beat is not None])
+            self._notify([beat for beat in beats if beat is not None])
         self._show(client)
 
     def _run_for(self, client: redis.Redis, batches: Sequence[str]) -> list[Any]:

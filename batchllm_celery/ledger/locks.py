@@ -43,7 +43,7 @@ class BatchLock:
         self._wait = wait
         self._renewing: asyncio.Task[None] | None = None
         self.lost = False
-        """Whether somebody else has taken it (this process was silent for a lease)."""
+        """Whether somebody else has taken it (this process did not renew it for a lease)."""
 
     async def __aenter__(self) -> Self:
         await self._take()

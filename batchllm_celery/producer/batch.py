@@ -143,7 +143,7 @@ class Batch:
         return fed
 
     async def _feed(self, first: int, rows: list[Any], max_outstanding: int | None) -> list[int]:
-        return await self._session.ledger.feeding.feed(
+        return await self._session.services.ledger.feeding.feed(
             self.id, first, rows, max_outstanding=max_outstanding
         )
 
@@ -161,7 +161,9 @@ class Batch:
             task = asyncio.ensure_future(work)
             while not task.done():
                 await asyncio.wait([task], timeout=0.1)
-                late = time.monotonic() > self._feed_until and self._session.connection.lost
+                late = (
+                    time.monotonic() > self._feed_until and self._session.services.connection.lost
+                )
                 if (stop.is_set() or late) and not task.done():
                     task.cancel()
                     await asyncio.wait([task])
@@ -226,7 +228,7 @@ class Batch:
     async def _progress_by(self, give_up: float) -> BatchProgress:
         left = None if give_up == math.inf else max(give_up - time.monotonic(), 0.05)
         async with asyncio.timeout(left):
-            return await self._session.ledger.batches.progress(self.id)
+            return await self._session.services.ledger.batches.progress(self.id)
 
     def results(self, *, follow: bool = True) -> Results:
         """Results in completion order, by `for` or by `async for`; reading takes nothing away.
@@ -250,7 +252,9 @@ class Batch:
         """
         if not self._locked:
             self._session.run(
-                lambda s: s.enter(s.ledger.batches.lock(self.id, "consumer", wait=1.0))
+                lambda s: s.services.enter(
+                    s.services.ledger.batches.lock(self.id, "consumer", wait=1.0)
+                )
             )
             self._locked = True
 
@@ -313,7 +317,7 @@ class Batch:
         return self.progress()
 
     def _on_ledger(self, work: Callable[[Ledger], Coroutine[Any, Any, T]]) -> T:
-        return self._session.run(lambda session: work(session.ledger))
+        return self._session.run(lambda session: work(session.services.ledger))
 
 
 class Results:
@@ -350,11 +354,16 @@ class Results:
 
         The counters are read before the stream: an outcome and its count are written in one step.
         """
-        over = not self._follow or (await session.ledger.batches.progress(self._batch.id)).is_over
+        over = (
+            not self._follow
+            or (await session.services.ledger.batches.progress(self._batch.id)).is_over
+        )
         if not over:
             await _say_what_is_missing(session, self._batch.spec, self._reminder)
         block = 0.0 if over else READ_BLOCK
-        return await session.ledger.batches.results(self._batch.id, after, READ_COUNT, block), over
+        return await session.services.ledger.batches.results(
+            self._batch.id, after, READ_COUNT, block
+        ), over
 
 
 async def _give_back(feeding: AsyncExitStack) -> None:
@@ -376,7 +385,7 @@ async def _say_what_is_missing(session: Session, spec: BatchSpec, reminder: Remi
     """A word for whoever waits for a batch that nobody works for."""
     if not reminder.due():
         return
-    workers = await list_workers(session.connection, session.keys)
+    workers = await list_workers(session.services.connection, session.services.keys)
     if not any(spec.queue in worker.queues.split(",") for worker in workers):
         logger.warning(
             "batch.no_worker batch_id=%s queue=%s seconds=%.0f: no worker serves this queue; start "

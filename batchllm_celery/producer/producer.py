@@ -80,7 +80,7 @@ class Producer:
         Raises:
             RedisUnavailableError: in one clear line.
         """
-        self._session.run(lambda session: session.connection.ping())
+        self._session.run(lambda session: session.services.connection.ping())
 
     # -- submitting -------------------------------------------------------------------------------
 
@@ -243,21 +243,21 @@ class Producer:
         async def create(session: Session) -> bool:
             await _refuse_other_kind(session, spec)
             if quota is not None and not spec.config.dry_run:
-                await session.limiter.configure(quota, update=quota_update)
-            await session.enter(feeding)
+                await session.services.limiter.configure(quota, update=quota_update)
+            await session.services.enter(feeding)
 
             async def lock() -> None:
-                lock = session.ledger.batches.lock(spec.batch_id, "producer", wait=1.0)
+                lock = session.services.ledger.batches.lock(spec.batch_id, "producer", wait=1.0)
                 await feeding.enter_async_context(lock)
 
             # First the lock: a refusal must not have changed what another process feeds.
             try:
                 await lock()
             except BatchNotFoundError:
-                await session.ledger.feeding.create(spec)
+                await session.services.ledger.feeding.create(spec)
                 await lock()
                 return False
-            await session.ledger.feeding.create(spec)
+            await session.services.ledger.feeding.create(spec)
             return True
 
         async def create_in_time(session: Session) -> bool:
@@ -284,26 +284,28 @@ class Producer:
             BatchNotFoundError: for an unknown id.
         """
         check_batch_id(batch_id)
-        spec = self._session.run(lambda session: session.ledger.batches.spec(batch_id))
+        spec = self._session.run(lambda session: session.services.ledger.batches.spec(batch_id))
         return Batch(self._session, spec, resumed=True)
 
     def batches(self) -> list[BatchProgress]:
         """All batches of this namespace, the youngest first."""
-        return self._session.run(lambda session: session.ledger.batches.newest())
+        return self._session.run(lambda session: session.services.ledger.batches.newest())
 
     def workers(self) -> list[WorkerInfo]:
         """The worker processes seen within the last minute."""
-        return self._session.run(lambda session: list_workers(session.connection, session.keys))
+        return self._session.run(
+            lambda session: list_workers(session.services.connection, session.services.keys)
+        )
 
     def quotas(self) -> list[QuotaState]:
         """The quotas in use, with their limiter's state."""
-        return self._session.run(lambda session: session.limiter.states())
+        return self._session.run(lambda session: session.services.limiter.states())
 
     def broken(self) -> list[BrokenEntry]:
         """What `batches`, `quotas` and `workers` have met so far and could not read."""
 
         async def found(session: Session) -> list[BrokenEntry]:
-            return session.connection.broken.all()
+            return session.services.connection.broken.all()
 
         return self._session.run(found)
 
@@ -318,7 +320,9 @@ class Producer:
         Raises:
             QuotaConflictError: it differs and `update` is false.
         """
-        return self._session.run(lambda session: session.limiter.configure(quota, update=update))
+        return self._session.run(
+            lambda session: session.services.limiter.configure(quota, update=update)
+        )
 
     def close(self) -> None:
         """Give back locks and connections; batches go on without us. Idempotent."""
@@ -334,7 +338,7 @@ class Producer:
 async def _refuse_other_kind(session: Session, spec: BatchSpec) -> None:
     """A rehearsal would replace paid answers by mock ones, a real run the other way round."""
     try:
-        known = await session.ledger.batches.spec(spec.batch_id)
+        known = await session.services.ledger.batches.spec(spec.batch_id)
     except BatchNotFoundError:
         return
     if known.config.dry_run != spec.config.dry_run:

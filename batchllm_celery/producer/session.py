@@ -1,4 +1,4 @@
-"""What a producing process opens once: Redis, the ledger, the limiter, the Celery app."""
+"""What a producing process opens once: the services, and the Celery app that sends messages."""
 
 from __future__ import annotations
 
@@ -6,17 +6,13 @@ import asyncio
 import os
 import threading
 from collections.abc import Callable, Coroutine, Sequence
-from contextlib import AsyncExitStack
 from typing import Any, TypeVar
 
 from batchllm_celery import event_loop
-from batchllm_celery.connection import Connection
 from batchllm_celery.embedded import resolve_url, revive_when_lost
 from batchllm_celery.events import Events
-from batchllm_celery.keys import Keys
-from batchllm_celery.ledger import Ledger, new_process_id
-from batchllm_celery.limiter import Limiter
 from batchllm_celery.queue import App, make_app, publish, redis_of
+from batchllm_celery.services import Services
 from batchllm_celery.settings import Settings
 
 T = TypeVar("T")
@@ -35,9 +31,9 @@ class Session:
         self._url: str | None = None
         self._lock = threading.Lock()
         self._pid = os.getpid()
-        self._inherited: list[AsyncExitStack] = []
+        self._inherited: list[Services] = []
         revive_when_lost(events)
-        self._stack: AsyncExitStack | None = None
+        self._services: Services | None = None
 
     @property
     def url(self) -> str:
@@ -68,10 +64,11 @@ class Session:
         await self._open()
         return await work(self)
 
-    async def enter(self, context: Any) -> Any:
-        """Hold an async context manager until the session closes."""
-        assert self._stack is not None
-        return await self._stack.enter_async_context(context)
+    @property
+    def services(self) -> Services:
+        """Redis, the ledger, the limiter; only inside `run`, `run_async` and `do`."""
+        assert self._services is not None
+        return self._services
 
     def publish(
         self,
@@ -89,32 +86,20 @@ class Session:
         closed: closing it here would unregister descriptors that parent and child share."""
         if self._pid != os.getpid():
             self._pid = os.getpid()
-            if self._stack is not None:
-                self._inherited.append(self._stack)
-            self._stack = None
+            if self._services is not None:
+                self._inherited.append(self._services)
+            self._services = None
 
     async def _open(self) -> None:
         self._forget_after_fork()
-        if self._stack is not None:
-            return
-        stack = AsyncExitStack()
-        process_id = new_process_id()
-        url: str = await asyncio.to_thread(lambda: self.url)
-        connection = await stack.enter_async_context(Connection(url, events=self._events))
-        keys = Keys(self.settings.namespace, connection.database)
-        ledger = Ledger(connection, keys, process_id=process_id, settings=self.settings)
-        limiter = Limiter(connection, keys, process_id=process_id, events=self._events)
-        if self._stack is not None:  # another thread was faster
-            await stack.aclose()
-            return
-        self._stack = stack
-        self.keys, self.connection = keys, connection
-        self.ledger = await stack.enter_async_context(ledger)
-        self.limiter = limiter
+        if self._services is None:
+            url: str = await asyncio.to_thread(lambda: self.url)
+            if self._services is None:  # nobody was faster
+                self._services = Services(self.settings, url, events=self._events)
 
     def close(self) -> None:
-        """Give back locks and connections; repeating it is harmless."""
+        """Release locks and connections; repeating it is harmless."""
         self._forget_after_fork()
-        stack, self._stack = self._stack, None
-        if stack is not None:
-            event_loop.run(stack.aclose())
+        services, self._services = self._services, None
+        if services is not None:
+            event_loop.run(services.close())

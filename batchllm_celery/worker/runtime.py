@@ -302,7 +302,7 @@ class Runtime:
             keys,
             process_id=self.process_id,
             batches=self.ledger.claims.holding.batches,
-            heard=lambda beats: loop.call_soon_threadsafe(self._on_beats, beats),
+            notify=lambda beats: loop.call_soon_threadsafe(self._on_beats, beats),
             interval=self.settings.heartbeat_seconds,
             presence=self._presence,
         )

@@ -120,7 +120,7 @@ async def test_a_broken_batch_keeps_nobody_from_the_others(
                 keys,
                 process_id=ledger.process_id,
                 batches=lambda: ["first", "bad", "last"],
-                heard=heard.extend,
+                notify=heard.extend,
                 interval=0.05,
             )
             heartbeat.start()

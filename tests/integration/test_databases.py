@@ -103,7 +103,7 @@ async def test_a_pause_is_told_in_its_own_database_only(redis_url: str, namespac
                 keys,
                 process_id=worker.process_id,
                 batches=worker.claims.holding.batches,
-                heard=heard.extend,
+                notify=heard.extend,
                 interval=60,
             )
             heartbeat.start()

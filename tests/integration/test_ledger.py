@@ -806,7 +806,7 @@ async def test_the_heartbeat_renews_and_hears_of_control_at_once(
         one.keys,
         process_id=one.process_id,
         batches=one.claims.holding.batches,
-        heard=heard.extend,
+        notify=heard.extend,
         interval=0.2,
         presence=lambda: WorkerInfo(
             one.process_id, host="h", pid=1, slots=7, running=len(one.claims.holding)

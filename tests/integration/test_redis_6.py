@@ -84,7 +84,7 @@ async def test_the_heartbeat_thread_beats(
             Keys(namespace),
             process_id=worker.process_id,
             batches=worker.claims.holding.batches,
-            heard=heard.extend,
+            notify=heard.extend,
             interval=0.02,
         )
         heartbeat.start()

@@ -228,7 +228,7 @@ async def test_a_failed_look_for_lost_work_is_not_the_last(
         looks += 1
         raise redis.ConnectionError("gone for a moment")
 
-    monkeypatch.setattr(runtime.ledger, "offer", offer)
+    monkeypatch.setattr(runtime.ledger.recovery, "requeue", offer)
     await wait_until_async(lambda: looks >= 2)
     await runtime.close()
 
