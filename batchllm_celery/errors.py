@@ -19,7 +19,7 @@ FrameworkTimeoutError (TimeoutError)   our own time limit for an attempt or an i
 from __future__ import annotations
 
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
 
 from batchllm_celery.redaction import printable, without_secrets
@@ -84,17 +84,28 @@ def shown_message(message: str) -> str:
     return printable(without_secrets(message[:10_000]))[:ERROR_MESSAGE_MAX_LENGTH]
 
 
+def causes_of(error: BaseException, *, contexts: bool = False) -> Iterator[BaseException]:
+    """`error` and its causes, each once and five at most: `raise error from error` makes a circle.
+
+    Args:
+        error: where to begin.
+        contexts: whether what was being handled counts as the cause where none is named.
+    """
+    seen: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and len(seen) < 5 and not any(current is one for one in seen):
+        seen.append(current)
+        yield current
+        current = current.__cause__ or (current.__context__ if contexts else None)
+
+
 def stack_of(error: BaseException, frames: int = 20) -> str:
     """Where `error` and its causes were raised, for a log: types, files and source lines, but no
     message, because that may quote a prompt or an answer."""
     lines: list[str] = []
-    seen: set[int] = set()
-    current: BaseException | None = error
-    while current is not None and id(current) not in seen and len(seen) < 5:
-        seen.add(id(current))
+    for current in causes_of(error, contexts=True):
         lines.append(f"{type(current).__name__}, raised at:\n")
         lines += traceback.format_tb(current.__traceback__, limit=-frames)
-        current = current.__cause__ or current.__context__
     return "".join(lines).rstrip()
 
 

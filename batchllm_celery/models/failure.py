@@ -69,3 +69,6 @@ FAILURE_POLICIES: dict[FailureKind, FailurePolicy] = {
 CONTROL_KINDS = frozenset(
     {FailureKind.CANCELLED, FailureKind.DEADLINE, FailureKind.BUDGET, FailureKind.ABORTED}
 )
+
+#: What we alone say of an item: no call ends so, whatever a strategy raises.
+OUR_KINDS = frozenset(kind for kind, policy in FAILURE_POLICIES.items() if policy is _STOP)

@@ -24,11 +24,13 @@ from batchllm_celery.errors import (
     FrameworkTimeoutError,
     ProviderError,
     TokenTrackingError,
+    causes_of,
     describe,
     stack_of,
     text_of,
 )
 from batchllm_celery.models import NO_TOKENS, Failure, TokenUsage
+from batchllm_celery.models.failure import OUR_KINDS
 from batchllm_celery.redaction import printable, without_secrets
 from batchllm_celery.strategies.usage import read_usage
 
@@ -178,7 +180,7 @@ def classify(exception: BaseException) -> Failure:
             retry_after=_retry_after(exception),
             usage=extract_token_usage(exception),
         )
-    except Exception as error:  # an attribute of it fails
+    except BaseException as error:  # an attribute of it fails, or even leaves
         message = f"{type(exception).__name__}: it can't be looked at ({type(error).__name__})"
         return Failure(FailureKind.LOGIC_ERROR, message, usage=extract_token_usage(exception))
 
@@ -193,7 +195,7 @@ def classify_for(strategy: LLMCallStrategy[Any], exception: BaseException) -> Fa
         failure = strategy.classify(exception)
         if failure is not None:
             failure = _checked(failure)
-    except Exception as error:
+    except BaseException as error:
         logger.warning("classify_failed error=%s", describe(error))
         failure = None
     if failure is None:
@@ -213,7 +215,7 @@ def _checked(failure: Failure) -> Failure:
     if not isinstance(failure, Failure):
         raise TypeError(f"classify() must return a Failure or None, not {type(failure).__name__}")
     return Failure(
-        FailureKind(failure.kind),
+        _kind_for_a_call(failure.kind),
         str(failure.message),
         None if failure.retry_after is None else _seconds(failure.retry_after),
         read_usage(failure.usage),
@@ -288,11 +290,24 @@ def _kind(exception: BaseException) -> FailureKind:
 
 
 def _named_kind(exception: ProviderError) -> FailureKind | None:
-    """The kind that it names; None where there is none of that name."""
+    """The kind that it names; None where there is none of that name for a call."""
     try:
-        return FailureKind(exception.kind)
+        return _kind_for_a_call(exception.kind)
     except ValueError:
         return None
+
+
+def _kind_for_a_call(name: str) -> FailureKind:
+    """The kind of this name.
+
+    Raises:
+        ValueError: where there is none, or one that a call can't end with: an item that was
+            "cancelled" by its strategy would be run again, as one of a resumed batch is.
+    """
+    kind = FailureKind(name)
+    if kind in OUR_KINDS:
+        raise ValueError(f"no call ends as {kind.value}")
+    return kind
 
 
 def _kind_of_type(exception: BaseException) -> FailureKind | None:
@@ -370,12 +385,10 @@ def _headers_of(exception: BaseException) -> Mapping[str, str] | None:
 def _is_broken_http(exception: BaseException) -> bool:
     """Whether the answer was no HTTP (a broken status line, an oversize header): aiohttp says
     "400" of it, which no server said."""
-    cause: BaseException | None = exception
-    while cause is not None:
-        if "HttpProcessingError" in {cls.__name__ for cls in type(cause).__mro__}:
-            return True
-        cause = cause.__cause__
-    return False
+    return any(
+        "HttpProcessingError" in {cls.__name__ for cls in type(cause).__mro__}
+        for cause in causes_of(exception)
+    )
 
 
 def _message(exception: BaseException) -> str:
@@ -384,7 +397,7 @@ def _message(exception: BaseException) -> str:
     shown = exception.error_type or type(exception.__cause__ or exception).__name__
     text = text_of(exception)
     if _named_kind(exception) is None:
-        text = f"no failure kind is called {str(exception.kind)[:40]!r}; it said: {text}"
+        text = f"no failure kind of a call is called {str(exception.kind)[:40]!r}; it said: {text}"
     return f"{shown}: {condensed(text)}"
 
 
@@ -483,12 +496,13 @@ def extract_token_usage(exception: BaseException) -> TokenUsage:
     """Tokens that a failed call has spent, as its exception tells; zeros where it tells none.
     Never raises."""
     try:
-        for usage in _usages(exception):
-            if usage:
-                return usage
-    except Exception as error:
+        for one in causes_of(exception):
+            for usage in _usages(one):
+                if usage:
+                    return usage
+    except BaseException as error:
         logger.debug(
-            f"Failed to extract token usage from {type(exception).__name__}: {error}. "
+            f"Failed to extract token usage from {type(exception).__name__}: {text_of(error)}. "
             "Returning 0 tokens. This is normal for non-LLM exceptions."
         )
     return NO_TOKENS
@@ -498,8 +512,5 @@ def _usages(exception: BaseException) -> Iterator[TokenUsage]:
     """Candidates, most trustworthy first: our stamp, the exception's own word, its cause's."""
     yield read_usage(getattr(exception, "__dict__", {}).get(_STAMP))
     yield read_usage(getattr(exception, "usage", None))
-    cause = exception.__cause__
-    if cause is not None:
-        result = getattr(cause, "result", None)
-        yield read_usage(getattr(result, "usage", None))
-        yield extract_token_usage(cause)
+    result = getattr(exception.__cause__, "result", None)
+    yield read_usage(getattr(result, "usage", None))

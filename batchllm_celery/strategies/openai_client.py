@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from batchllm_celery.errors import FailureKind, ProviderError, UsageError
+from batchllm_celery.errors import FailureKind, ProviderError, UsageError, causes_of
 from batchllm_celery.models import TokenUsage
 from batchllm_celery.redaction import keep_secret, keep_secrets_in
 from batchllm_celery.strategies import bodies, gemini_client
@@ -291,13 +291,11 @@ def _refused(
 
 def _never_connected(error: BaseException) -> bool:
     """On aiohttp the SDK calls every broken connection a timeout; its cause knows better."""
-    cause: BaseException | None = error
-    while cause is not None:
-        names = {cls.__name__ for cls in type(cause).__mro__}
-        if "ClientConnectionError" in names and not isinstance(cause, TimeoutError):
-            return True
-        cause = cause.__cause__ or cause.__context__
-    return False
+    return any(
+        "ClientConnectionError" in {cls.__name__ for cls in type(cause).__mro__}
+        and not isinstance(cause, TimeoutError)
+        for cause in causes_of(error, contexts=True)
+    )
 
 
 def _kind(

@@ -23,13 +23,16 @@ from batchllm_celery.errors import (
     FrameworkTimeoutError,
     ProviderError,
     TokenTrackingError,
+    stack_of,
 )
 from batchllm_celery.models import FAILURE_POLICIES, Failure, FailurePolicy, TokenUsage
+from batchllm_celery.models.failure import OUR_KINDS
 from batchllm_celery.strategies import (
     CallableStrategy,
     classify,
     classify_for,
     extract_token_usage,
+    openai_client,
     stamp_usage,
 )
 from batchllm_celery.strategies.failures import charged, retry_after_of
@@ -59,7 +62,7 @@ def a_validation_error() -> ValidationError:
 
 
 CASES: list[tuple[BaseException, FailureKind]] = [
-    *((ProviderError("said so", kind=kind), kind) for kind in FailureKind),
+    *((ProviderError("said so", kind=kind), kind) for kind in FailureKind if kind not in OUR_KINDS),
     (FrameworkTimeoutError("Framework timeout after 1.0s (limit: 1.0s)"), K.FRAMEWORK_TIMEOUT),
     (asyncio.CancelledError(), K.CANCELLED),
     (StatusError(400), K.INVALID_REQUEST),
@@ -383,3 +386,66 @@ def test_an_answer_that_is_no_http_is_a_broken_connection() -> None:
     assert classify(said).kind is K.INVALID_REQUEST
     assert classify(http.client.BadStatusLine("HTP/1.1")).kind is K.CONNECTION
     assert classify(http.client.IncompleteRead(b"")).kind is K.CONNECTION
+
+
+@pytest.mark.parametrize("kind", ["cancelled", K.ABORTED, "budget", K.EXHAUSTED, "skipped"])
+def test_a_call_can_not_end_as_what_only_we_decide(kind: str) -> None:
+    """Such an outcome of a batch that goes on would be refused, and the item called again."""
+    failure = classify(ProviderError("it said so", kind=kind))
+    assert failure.kind is K.LOGIC_ERROR
+    assert "it said so" in failure.message
+
+
+class Leaving(Exception):
+    """One that can't be looked at without leaving."""
+
+    @property
+    def status_code(self) -> int:
+        raise SystemExit(3)
+
+
+class LeavingWithUsage(Exception):
+    @property
+    def usage(self) -> object:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("error", [Leaving("x"), LeavingWithUsage("x")])
+def test_looking_at_an_exception_ends_nothing(error: Exception) -> None:
+    """A property that raises SystemExit ended the worker's loop."""
+    assert classify(error).kind in (K.LOGIC_ERROR, K.UNKNOWN)
+
+
+def test_a_translator_that_leaves_is_passed_over() -> None:
+    """`sys.exit()` in `classify` ends no worker."""
+
+    class Quitting(CallableStrategy[str]):
+        def classify(self, exception: BaseException) -> Failure | None:
+            raise SystemExit(3)
+
+    async def call(prompt: str) -> str:
+        return prompt
+
+    assert classify_for(Quitting(call), TimeoutError()).kind is K.PROVIDER_TIMEOUT
+
+
+def _caused_by_itself(error: BaseException, other: BaseException | None = None) -> BaseException:
+    error.__cause__ = error if other is None else other
+    if other is not None:
+        other.__cause__ = error
+    return error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        _caused_by_itself(RuntimeError("x")),  # `raise error from error`
+        _caused_by_itself(RuntimeError("x"), OSError("y")),
+        _caused_by_itself(ExceptionGroup("x", [OSError("y")])),
+    ],
+)
+def test_causes_in_a_circle_come_to_an_end(error: BaseException) -> None:
+    """The worker's loop stood still for ever."""
+    assert classify(error).usage.total_tokens == 0
+    assert stack_of(error)
+    assert openai_client.translate(error) is None
