@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import socket
+import time
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from http import HTTPStatus
@@ -449,3 +450,37 @@ def test_causes_in_a_circle_come_to_an_end(error: BaseException) -> None:
     assert classify(error).usage.total_tokens == 0
     assert stack_of(error)
     assert openai_client.translate(error) is None
+
+
+REFUSED = StatusError(429, headers={"retry-after": "7"})
+
+
+def _wrapped(cause: BaseException, words: str = "call failed") -> Exception:
+    try:
+        raise RuntimeError(words) from cause
+    except RuntimeError as error:
+        return error
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "wait"),
+    [
+        (ExceptionGroup("a TaskGroup", [REFUSED]), K.RATE_LIMITED, 7),
+        (ExceptionGroup("x", [ExceptionGroup("y", [REFUSED]), ValueError()]), K.RATE_LIMITED, 7),
+        (_wrapped(REFUSED), K.RATE_LIMITED, 7),
+        (_wrapped(ExceptionGroup("x", [REFUSED])), K.RATE_LIMITED, 7),
+        (_wrapped(ValueError("a bug")), K.UNKNOWN, None),
+        (_wrapped(REFUSED, "the model is overloaded"), K.OVERLOADED, None),
+    ],
+)
+def test_groups_and_wrappers_are_what_is_in_them(error: Exception, kind: K, wait: float) -> None:
+    """A client that calls in a TaskGroup, or wraps what went wrong, hides no refusal."""
+    failure = classify(error)
+    assert (failure.kind, failure.retry_after) == (kind, wait)
+
+
+def test_a_message_of_megabytes_is_searched_in_no_time() -> None:
+    """It held the process for a minute."""
+    started = time.process_time()
+    assert classify(RuntimeError("x" * 50_000_000)).kind is K.UNKNOWN
+    assert time.process_time() - started < 5
