@@ -521,7 +521,7 @@ def extract_token_usage(exception: BaseException) -> TokenUsage:
     """Tokens that a failed call has spent, as its exception tells; zeros where it tells none.
     Never raises."""
     try:
-        for one in causes_of(exception):
+        for one in (*causes_of(exception), _first_of(exception)):
             for usage in _usages(one):
                 if usage:
                     return usage

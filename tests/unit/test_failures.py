@@ -479,6 +479,12 @@ def test_groups_and_wrappers_are_what_is_in_them(error: Exception, kind: K, wait
     assert (failure.kind, failure.retry_after) == (kind, wait)
 
 
+def test_the_tokens_of_a_call_in_a_group_count() -> None:
+    """The call was paid for, whatever it ran in."""
+    spent = ProviderError("no use", usage={"input_tokens": 3, "output_tokens": 2})
+    assert extract_token_usage(ExceptionGroup("x", [spent])).total_tokens == 5
+
+
 def test_a_message_of_megabytes_is_searched_in_no_time() -> None:
     """It held the process for a minute."""
     started = time.process_time()
