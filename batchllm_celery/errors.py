@@ -85,7 +85,7 @@ def shown_message(message: str) -> str:
 
 
 def causes_of(error: BaseException, *, contexts: bool = False) -> Iterator[BaseException]:
-    """`error` and its causes, each once and five at most: `raise error from error` makes a circle.
+    """`error` and its causes, each once and ten at most: `raise error from error` makes a circle.
 
     Args:
         error: where to begin.
@@ -93,7 +93,7 @@ def causes_of(error: BaseException, *, contexts: bool = False) -> Iterator[BaseE
     """
     seen: list[BaseException] = []
     current: BaseException | None = error
-    while current is not None and len(seen) < 5 and not any(current is one for one in seen):
+    while current is not None and len(seen) < 10 and not any(current is one for one in seen):
         seen.append(current)
         yield current
         current = current.__cause__ or (current.__context__ if contexts else None)

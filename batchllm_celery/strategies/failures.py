@@ -116,9 +116,13 @@ _AWS_KINDS = {
     "UnrecognizedClientException": FailureKind.AUTHENTICATION,
 }
 
+#: Failures beneath a wrapper that are the provider's and not the strategy's.
+_OF_A_PROVIDER = frozenset(_STATUS_KINDS.values()) | {FailureKind.CONTENT_BLOCKED}
+_DEEPEST_GROUP = 5
+
 #: What `condensed` keeps of a long message.
 _HEAD, _GAP, _TAIL = 120, " .. ", 76
-#: Characters of each end of a message that are searched for secrets.
+#: Characters of each end of a message that are searched.
 _SEARCHED = 5_000
 
 # By name, because the libraries may not be installed, and must not be imported for this.
@@ -174,19 +178,39 @@ def classify(exception: BaseException) -> Failure:
             failure.kind, failure.message, failure.retry_after, read_usage(exception.usage)
         )
     try:
+        said = _said_by(exception)
         return Failure(
-            kind=_kind(exception),
-            message=_message(exception),
+            kind=_kind(said),
+            message=_message(_first_of(exception)),
             retry_after=_seconds(
-                exception.retry_after
-                if isinstance(exception, ProviderError)
-                else retry_after_of(_headers_of(exception))
+                said.retry_after
+                if isinstance(said, ProviderError)
+                else retry_after_of(_headers_of(said))
             ),
             usage=extract_token_usage(exception),
         )
     except BaseException as error:  # an attribute of it fails, or even leaves
         message = f"{type(exception).__name__}: it can't be looked at ({type(error).__name__})"
         return Failure(FailureKind.LOGIC_ERROR, message, usage=extract_token_usage(exception))
+
+
+def _first_of(exception: BaseException) -> BaseException:
+    """The first exception of a group (of a `TaskGroup`, say), else itself."""
+    for _ in range(_DEEPEST_GROUP):
+        if not isinstance(exception, BaseExceptionGroup):
+            break
+        exception = exception.exceptions[0]
+    return exception
+
+
+def _said_by(exception: BaseException) -> BaseException:
+    """The exception that says what happened: where a wrapper's own words say nothing, the
+    provider's error beneath it."""
+    first = _first_of(exception)
+    if isinstance(first, ProviderError) or _kind(first) is not FailureKind.UNKNOWN:
+        return first
+    causes = (_first_of(cause) for cause in causes_of(first) if cause is not first)
+    return next((cause for cause in causes if _kind(cause) in _OF_A_PROVIDER), first)
 
 
 def classify_for(strategy: LLMCallStrategy[Any], exception: BaseException) -> Failure:
@@ -289,7 +313,7 @@ def _kind(exception: BaseException) -> FailureKind:
         return _AWS_KINDS[aws]
     status = _status(exception)
     if status is not None:
-        return kind_of_refusal(status, text_of(exception))
+        return kind_of_refusal(status, text_of(exception)[:_SEARCHED])
     return _kind_of_type(exception) or _kind_of_text(text_of(exception))
 
 
@@ -330,6 +354,7 @@ def _kind_of_type(exception: BaseException) -> FailureKind | None:
 
 
 def _kind_of_text(text: str) -> FailureKind:
+    text = text[:_SEARCHED]  # megabytes of it take the process's time
     for pattern, kind in _TEXTS:
         if pattern.search(text):
             return kind
@@ -494,7 +519,7 @@ def extract_token_usage(exception: BaseException) -> TokenUsage:
     """Tokens that a failed call has spent, as its exception carries them; zeros if it carries none.
     Never raises."""
     try:
-        for one in causes_of(exception):
+        for one in (*causes_of(exception), _first_of(exception)):
             for usage in _usages(one):
                 if usage:
                     return usage

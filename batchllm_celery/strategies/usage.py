@@ -28,6 +28,8 @@ _INPUT = (
     "prompt_eval_count",  # Ollama
     "input_token_count",  # watsonx
     "inputTextTokenCount",  # Titan
+    "inputTokenCount",  # Bedrock's invocation metrics
+    "total_input_tokens",  # Gemini's interactions
 )
 _OUTPUT = (
     "output_tokens",
@@ -41,6 +43,9 @@ _OUTPUT = (
     "generated_token_count",
     "generation_token_count",
     "response_token_count",
+    "output_token_count",  # Replicate
+    "outputTokenCount",
+    "total_output_tokens",
 )
 _TOTAL = ("total_tokens", "totalTokens", "total_token_count", "totalTokenCount")
 #: Part of the input.
@@ -61,13 +66,16 @@ _CACHE_WRITTEN = (
 )
 #: On top of Gemini's input and output.
 _TOOL_USE = ("tool_use_prompt_token_count", "toolUsePromptTokenCount")
-_THOUGHTS = ("thoughts_token_count", "thoughtsTokenCount")
+_THOUGHTS = ("thoughts_token_count", "thoughtsTokenCount", "total_thought_tokens")
 
 _INPUT_DETAILS = ("prompt_tokens_details", "input_tokens_details", "input_token_details")
 _OUTPUT_DETAILS = ("completion_tokens_details", "output_tokens_details")
 _NAMES = (*_INPUT, *_OUTPUT, *_TOTAL, *_CACHED, *_CACHE_READ, *_CACHE_WRITTEN)
-#: Where a usage may be wrapped: an SDK's whole answer, and Cohere's two ways of counting.
-_WRAPPERS = ("billed_units", "usage", "usage_metadata", "usageMetadata", "tokens", "meta")
+#: Where a usage may be wrapped: an SDK's whole answer, Cohere's two ways of counting, metrics.
+_WRAPPERS = (
+    "billed_units", "usage", "usage_metadata", "usageMetadata", "token_usage", "tokens", "meta",
+    "metrics", "amazon-bedrock-invocationMetrics",
+)  # fmt: skip
 _DEEPEST = 3
 
 _ABOVE_PROMPT = ("input_tokens", "inputTokens")
@@ -94,17 +102,20 @@ def understand(source: Any, depth: int = 0) -> Reading | None:
     """
     if isinstance(source, TokenUsage):
         return Reading(source if plausible(source) else _plain(source))
-    if source is None or isinstance(source, str | bytes | int | float | list | tuple | set):
+    if source is None or isinstance(source, str | bytes | int | float | list | set):
         return None
     if any(_has(source, name) for name in _NAMES):
         return _read(source)
     if callable(source) and depth < _DEEPEST:
         return understand(source(), depth + 1)
+    told_none = False
     for name in _WRAPPERS if depth < _DEEPEST else ():
-        found = understand(_get(source, name), depth + 1)
+        wrapped = _get(source, name)
+        found = understand(wrapped, depth + 1)
         if found is not None:
             return found
-    return None
+        told_none |= wrapped is None and _has(source, name)
+    return Reading(NO_TOKENS) if told_none else None  # an answer whose server tells no usage
 
 
 def plausible(usage: TokenUsage) -> bool:

@@ -38,6 +38,7 @@ from batchllm_celery.models import (
 )
 from batchllm_celery.settings import Settings
 from batchllm_celery.strategies import LLMCallStrategy, ProcessResources, Registry
+from batchllm_celery.strategies.failures import log_bug
 from batchllm_celery.worker.slots import Slots
 from batchllm_celery.worker.startup import ready_file, touch_forever
 
@@ -520,10 +521,17 @@ class Runtime:
         chosen = claim.payload.strategy or spec.strategy
         try:
             strategy = await self.registry.get(chosen)
+            job = self._job(spec, claim, strategy)
         except UsageError as error:
             return self._without_call(claim, FailureKind.INVALID_REQUEST, describe(error))
+        except BaseException as error:  # a property of it fails: it would each time
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            log_bug("strategy.unusable", error, strategy=chosen.name)
+            return self._without_call(claim, FailureKind.LOGIC_ERROR, describe(error))
         with self.registry.using(strategy):
-            outcome = await self.runner.run(self._job(spec, claim, strategy))
+            outcome = await self.runner.run(job)
         await self.registry.close_surplus()
         if spec.config.dry_run and isinstance(outcome, WorkItemResult):
             return _rehearsed(outcome)
@@ -532,6 +540,8 @@ class Runtime:
     def _job(self, spec: BatchSpec, claim: Claim, strategy: LLMCallStrategy[Any]) -> ItemJob:
         payload = claim.payload
         quota = spec.quota or strategy.quota or spec.strategy.name
+        # The runner asks for them, too, where a failure would be taken for one of Redis.
+        _ = strategy.max_output_tokens, strategy.models()
         # Where it has its default name nobody has chosen it.
         if strategy.full_speed and quota in (strategy.model_name, spec.strategy.name):
             self.limiter.begin_at_full_speed(quota)

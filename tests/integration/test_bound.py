@@ -153,6 +153,28 @@ def _kind(kind: Any, **extra: Any) -> Callable[[], Any]:
     return lambda: _raise(ProviderError("told so", kind=kind, usage=USAGE, **extra))
 
 
+class Unreadable(Mischief):
+    """One of its properties fails."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda: ("ok", USAGE))
+
+
+def _unreadable(name: str, error: BaseException) -> LLMCallStrategy[Any]:
+    failing = property(lambda self: _raise(error))
+    found: LLMCallStrategy[Any] = type("Failing", (Unreadable,), {name: failing})()
+    return found
+
+
+UNREADABLE: dict[str, BaseException] = {
+    "model_name": SystemExit(3),
+    "max_output_tokens": OSError("no file"),
+    "full_speed": RuntimeError("no"),
+    "quota": RuntimeError("no"),
+    "models": ProviderError("x", kind=FailureKind.RATE_LIMITED),
+}
+
+
 ENDLESS: dict[str, Callable[[], Any]] = {
     "refusals as a word": _kind("rate_limited"),
     "days that end at once": _kind(FailureKind.QUOTA_EXHAUSTED, retry_after=0),
@@ -168,6 +190,8 @@ def mischief(how: str) -> LLMCallStrategy[Any]:
         return Blocking()
     if how in ("prepare", "on_error", "cleanup"):
         return Elsewhere(how)
+    if how in UNREADABLE:
+        return _unreadable(how, UNREADABLE[how])
     return Mischief(ENDLESS[how] if how in ENDLESS else ANSWERS[how][0])
 
 
@@ -234,6 +258,14 @@ async def test_what_goes_wrong_beside_the_call_ends_the_item_too(
     assert calls["a"] <= 3
     if how == "blocking":
         assert "async def" in (results[0].error or "")
+
+
+@pytest.mark.parametrize("how", UNREADABLE)
+async def test_a_strategy_that_can_not_be_read_fails_its_items(runtime: Runtime, how: str) -> None:
+    """In place of going back for ever, or ending the worker."""
+    results = await run(runtime, ["a", "b"], how, config=FAST)
+    assert [result.error_kind for result in results] == [FailureKind.LOGIC_ERROR] * 2
+    assert not calls
 
 
 @pytest.mark.parametrize("how", [how for how in ENDLESS if how != "a large answer"])

@@ -250,6 +250,8 @@ async def test_a_base_url_of_a_web_site_is_called_so_once_nothing_else_ever_came
         ("openai", 5, K.UNKNOWN),
         ("openai", "tool_calls", K.UNKNOWN),
         ("openai", "length", K.TRUNCATED),
+        ("openai", "Length ", K.TRUNCATED),
+        ("gemini", "max_tokens", K.TRUNCATED),
         ("openai", "content_filter", K.CONTENT_BLOCKED),
         ("gemini", "OTHER", K.UNKNOWN),
         ("gemini", "MALFORMED_FUNCTION_CALL", K.UNKNOWN),
@@ -278,7 +280,15 @@ async def test_an_answer_without_an_end_is_none(wire: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wire", "finish"), [("openai", "stop"), ("openai", "eos_token"), ("gemini", "STOP")]
+    ("wire", "finish"),
+    [
+        ("openai", "stop"),
+        ("openai", "STOP"),
+        ("openai", " stop "),
+        ("openai", "eos_token"),
+        ("gemini", "STOP"),
+        ("gemini", "stop"),
+    ],
 )
 async def test_the_finish_reason_stands_in_the_result(wire: str, finish: str) -> None:
     """As README shows it."""
@@ -314,6 +324,14 @@ async def test_of_an_answer_in_parts_the_text_is_the_output(content: Any) -> Non
 async def test_parts_without_text_are_no_answer(content: Any, kind: K) -> None:
     """Never their `str()`."""
     assert (await failure_of("openai", http(good("openai", content)))).kind is kind
+
+
+@WIRES
+@pytest.mark.parametrize("text", ["", " \n", "\u3000"])
+async def test_a_blank_text_is_no_answer(wire: str, text: str) -> None:
+    """It is asked again, and its tokens are counted."""
+    failure = await failure_of(wire, http(good(wire, text)))
+    assert (failure.kind, failure.usage.total_tokens) == (K.UNKNOWN, 5)
 
 
 # -- error bodies of all shapes

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import socket
+import time
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from http import HTTPStatus
@@ -26,6 +27,7 @@ from batchllm_celery.errors import (
     stack_of,
 )
 from batchllm_celery.models import FAILURE_POLICIES, Failure, FailurePolicy, TokenUsage
+from batchllm_celery.models.failure import OUR_KINDS
 from batchllm_celery.providers.openai.client import translate
 from batchllm_celery.strategies import (
     CallableStrategy,
@@ -61,7 +63,7 @@ def a_validation_error() -> ValidationError:
 
 
 CASES: list[tuple[BaseException, FailureKind]] = [
-    *((ProviderError("said so", kind=kind), kind) for kind in FailureKind),
+    *((ProviderError("said so", kind=kind), kind) for kind in FailureKind if kind not in OUR_KINDS),
     (FrameworkTimeoutError("Framework timeout after 1.0s (limit: 1.0s)"), K.FRAMEWORK_TIMEOUT),
     (asyncio.CancelledError(), K.CANCELLED),
     (StatusError(400), K.INVALID_REQUEST),
@@ -448,3 +450,43 @@ def test_causes_in_a_circle_come_to_an_end(error: BaseException) -> None:
     assert classify(error).usage.total_tokens == 0
     assert stack_of(error)
     assert translate(error) is None
+
+
+REFUSED = StatusError(429, headers={"retry-after": "7"})
+
+
+def _wrapped(cause: BaseException, words: str = "call failed") -> Exception:
+    try:
+        raise RuntimeError(words) from cause
+    except RuntimeError as error:
+        return error
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "wait"),
+    [
+        (ExceptionGroup("a TaskGroup", [REFUSED]), K.RATE_LIMITED, 7),
+        (ExceptionGroup("x", [ExceptionGroup("y", [REFUSED]), ValueError()]), K.RATE_LIMITED, 7),
+        (_wrapped(REFUSED), K.RATE_LIMITED, 7),
+        (_wrapped(ExceptionGroup("x", [REFUSED])), K.RATE_LIMITED, 7),
+        (_wrapped(ValueError("a bug")), K.UNKNOWN, None),
+        (_wrapped(REFUSED, "the model is overloaded"), K.OVERLOADED, None),
+    ],
+)
+def test_groups_and_wrappers_are_what_is_in_them(error: Exception, kind: K, wait: float) -> None:
+    """A client that calls in a TaskGroup, or wraps what went wrong, hides no refusal."""
+    failure = classify(error)
+    assert (failure.kind, failure.retry_after) == (kind, wait)
+
+
+def test_the_tokens_of_a_call_in_a_group_count() -> None:
+    """The call was paid for, whatever it ran in."""
+    spent = ProviderError("no use", usage={"input_tokens": 3, "output_tokens": 2})
+    assert extract_token_usage(ExceptionGroup("x", [spent])).total_tokens == 5
+
+
+def test_a_message_of_megabytes_is_searched_in_no_time() -> None:
+    """It held the process for a minute."""
+    started = time.process_time()
+    assert classify(RuntimeError("x" * 50_000_000)).kind is K.UNKNOWN
+    assert time.process_time() - started < 5

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from decimal import Decimal
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import pytest
 
@@ -114,6 +114,12 @@ SHAPES: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {
         {"prompt_tokens": 9, "completion_tokens": 2, "prompt_cache_hit_tokens": 4},
         (9, 2, 4),
     ),
+    "Bedrock's metrics": ({"inputTokenCount": 9, "outputTokenCount": 2}, (9, 2, 0)),
+    "Replicate": ({"metrics": {"input_token_count": 9, "output_token_count": 2}}, (9, 2, 0)),
+    "LangChain's metadata": (
+        {"token_usage": {"prompt_tokens": 9, "completion_tokens": 2}},
+        (9, 2, 0),
+    ),
     "Ollama": ({"prompt_eval_count": 9, "eval_count": 2}, (9, 2, 0)),
     "a whole answer": ({"usage": {"prompt_tokens": 9, "completion_tokens": 2}}, (9, 2, 0)),
     "nothing but Nones": ({"prompt_tokens": None, "completion_tokens": None}, (0, 0, 0)),
@@ -195,6 +201,20 @@ def test_a_usage_of_our_own_with_impossible_figures_is_cut_too() -> None:
     assert not plausible(usage)
     usage = as_completion(Completion("x", TokenUsage(input_tokens=5, total_tokens=10**59))).usage
     assert usage.total_tokens == 5
+
+
+class Named(NamedTuple):
+    input_tokens: int = 9
+    output_tokens: int = 2
+
+
+@pytest.mark.parametrize(
+    ("given", "total"),
+    [(Named(), 11), (SimpleNamespace(id="1", usage=None), 0), ({"usage_metadata": None}, 0)],
+)
+def test_a_named_tuple_and_an_answer_without_usage_are_understood(given: Any, total: int) -> None:
+    """A server that sends no usage costs no paid answer; a tuple may have names."""
+    assert as_completion(("x", given)).usage.total_tokens == total
 
 
 def test_what_tells_no_tokens_is_no_usage() -> None:

@@ -196,7 +196,7 @@ def check_answer(response: Any) -> None:
         raise ProviderError("the answer has no candidates", error_type="EmptyAnswer")
     if not isinstance(candidates, list):
         return
-    finish = finish_reason_of(response)
+    finish = (finish_reason_of(response) or "").strip().upper()
     if finish == "MAX_TOKENS":
         raise ProviderError(
             "the answer was cut at the output limit: raise max_output_tokens",
@@ -211,7 +211,7 @@ def check_answer(response: Any) -> None:
         )
     if finish != _GOOD_END:
         raise ProviderError(
-            f"the answer did not come to its end (finish_reason {(finish or '')[:40] or None})",
+            f"the answer did not come to its end (finish_reason {finish[:40] or None})",
             error_type="UnfinishedAnswer",
         )
 
@@ -228,7 +228,7 @@ def text_of(response: Any) -> str:
         text = "".join(map(_text_of_part, parts)) if isinstance(parts, list) else ""
     else:
         text = getattr(response, "text", None) or ""
-    if not text:
+    if not text.strip():
         finish = finish_reason_of(response)
         raise ProviderError(f"the answer is empty ({finish})", error_type="EmptyAnswer")
     return text

@@ -152,7 +152,7 @@ def text_of(response: Any) -> str:
     """
     choice = _finished_choice(response, _GOOD_ENDS)
     text = _text_of_content(getattr(choice.message, "content", None))
-    if not text:
+    if not text.strip():
         raise ProviderError(
             f"the answer is empty ({choice.finish_reason})", error_type="EmptyAnswer"
         )
@@ -165,8 +165,7 @@ def check_answer(response: Any) -> None:
     Raises:
         ProviderError: as `text_of`.
     """
-    finish = (finish_reason_of(response) or "").lower()
-    if finish in _TOOL_ENDS:
+    if _end_of(response) in _TOOL_ENDS:
         _finished_choice(response, _TOOL_ENDS)
     else:
         text_of(response)
@@ -181,22 +180,22 @@ def _finished_choice(response: Any, good_ends: set[str]) -> Any:
     if error := getattr(choice, "error", None):
         plain = vars(error) if hasattr(error, "__dict__") else error
         raise _refused(bodies.status_in(plain), plain, None)
-    finish = finish_reason_of(response) or ""
+    finish = _end_of(response)
     message = getattr(choice, "message", None)
-    if finish.lower() in _CUT_ENDS:
+    if finish in _CUT_ENDS:
         raise ProviderError(
             "the answer was cut at the output limit: raise max_output_tokens",
             kind=FailureKind.TRUNCATED,
             error_type="Truncated",
         )
-    if finish.lower() in _BLOCKED_ENDS or getattr(message, "refusal", None):
+    if finish in _BLOCKED_ENDS or getattr(message, "refusal", None):
         raise ProviderError(
             "the answer was blocked",
             kind=FailureKind.CONTENT_BLOCKED,
             error_type="ContentBlocked",
         )
     # Some small servers have no such field at all; one that is there and says nothing is no end.
-    if finish.lower() not in good_ends and hasattr(choice, "finish_reason"):
+    if finish not in good_ends and hasattr(choice, "finish_reason"):
         raise ProviderError(
             f"the answer did not come to its end (finish_reason {finish[:40] or None!r})",
             error_type="UnfinishedAnswer",
@@ -204,6 +203,11 @@ def _finished_choice(response: Any, good_ends: set[str]) -> Any:
     if message is None:
         raise ProviderError("the answer has no message", error_type="EmptyAnswer")
     return choice
+
+
+def _end_of(response: Any) -> str:
+    """The same in one spelling; empty where there is none."""
+    return (finish_reason_of(response) or "").strip().lower()
 
 
 def finish_reason_of(response: Any) -> str | None:
