@@ -46,7 +46,8 @@ def to_stdout() -> Console:
 
 def print_json(value: Any) -> None:
     """One object, one line, on standard output."""
-    sys.stdout.write(printable_json(json.dumps(value, ensure_ascii=False)) + "\n")
+    utf8 = sys.stdout.encoding.lower().replace("-", "") == "utf8"
+    sys.stdout.write(printable_json(json.dumps(value, ensure_ascii=not utf8)) + "\n")
     sys.stdout.flush()
 
 

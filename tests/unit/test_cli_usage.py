@@ -145,6 +145,21 @@ def test_a_wrong_request_is_one_line_and_exit_2(
     assert not Path("rows.jsonl.results.jsonl").exists()
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_output_that_is_not_utf8_ends_no_command(encoding: str) -> None:
+    """People get escapes for what the encoding lacks, programs the same JSON."""
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    look = [sys.executable, "-m", "batchllm_celery.cli", "doctor", "--redis-url"]
+    look += ["redis://127.0.0.1:1/0", "--app", "prüfung"]
+    for_people = subprocess.run(look, env=environment, capture_output=True)
+    assert for_people.returncode == 2
+    assert b"Error" not in for_people.stdout + for_people.stderr
+    assert "Redis at redis://127.0.0.1:1/0" in for_people.stdout.decode(encoding)
+    for_programs = subprocess.run([*look, "--json"], env=environment, capture_output=True)
+    findings = json.loads(for_programs.stdout.decode(encoding))["findings"]
+    assert any("prüfung" in finding["text"] for finding in findings)
+
+
 def test_every_command_has_its_help() -> None:
     """No command fails to load, and each says what it does."""
     for name in _COMMANDS:
