@@ -48,6 +48,7 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str,
 
 RUN = ("run", "rows.jsonl")
 SIMULATED = (*RUN, "--model", "simulated")
+OPENAI = (*RUN, "--model", "openai:m")
 
 
 @pytest.mark.parametrize(
@@ -66,6 +67,15 @@ SIMULATED = (*RUN, "--model", "simulated")
         ((*RUN, "--model", "gemini:x", "--params", "{"), "--params is not JSON"),
         ((*RUN, "--model", "gemini:x", "--params", '{"nope": 1}'), "nope"),
         ((*RUN, "--model", "gemini:x", "--base-url", "http://x"), "--base-url goes with"),
+        ((*OPENAI, "--base-url", "localhost:8000"), "openai_base_url: must read http://HOST"),
+        ((*OPENAI, "--base-url", "ftp://h/v1"), "openai_base_url: must read"),
+        ((*OPENAI, "--base-url", "http://"), "openai_base_url: must read"),
+        ((*OPENAI, "--base-url", "http://h:99999/v1"), "openai_base_url: must read"),
+        ((*OPENAI, "--base-url", "http://[::1/v1"), "openai_base_url: must read"),
+        ((*OPENAI, "--base-url", " http://h/v1"), "openai_base_url: must read"),
+        ((*OPENAI, "--base-url", "http://h\n.x/v1"), "openai_base_url: must read"),
+        ((*OPENAI, "--base-url", "http://ann:secret@h/v1"), "no user and no password"),
+        (("worker", "--base-url", "h"), "openai_base_url: must read"),
         ((*SIMULATED, "--schema", "missing.json"), "--schema missing.json"),
         ((*SIMULATED, "--schema", "bad.json"), "is not JSON"),
         ((*SIMULATED, "--rpm", "0"), "--rpm"),
@@ -141,6 +151,7 @@ def test_a_wrong_request_is_one_line_and_exit_2(
     assert words in err
     assert err.startswith("Error: ")
     assert err.count("\n") == 1
+    assert "secret" not in err
     assert time.monotonic() - started < 5
     assert not Path("rows.jsonl.results.jsonl").exists()
 
