@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -155,8 +156,8 @@ def render(seen: Status) -> RenderableType:
     return Group(*parts)
 
 
-def _batches(seen: Status) -> Table:
-    table = _table("Batch", "State", "Done", "✓", "✗", "Under way", "Tokens", "Cost", "Rate", "ETA")
+def _batches(seen: Status) -> Rows:
+    table = Rows("Batch", "State", "Done", "✓", "✗", "Under way", "Tokens", "Cost", "Rate", "ETA")
     now = time.time()
     for progress in seen.batches[:SHOWN_BATCHES]:
         speed = seen.rates.get(progress.batch_id, 0.0) or _average(progress, now)
@@ -186,9 +187,9 @@ def _average(progress: BatchProgress, now: float) -> float:
     return progress.finished / since if progress.submitted_at and since > 1 else 0.0
 
 
-def quota_table(quotas: list[QuotaState]) -> Table:
+def quota_table(quotas: list[QuotaState]) -> Rows:
     """Quotas with their limits and what they are doing."""
-    table = _table("Quota", "Limits", "After a 429", "In flight", "Today", "Now")
+    table = Rows("Quota", "Limits", "After a 429", "In flight", "Today", "Now")
     now = time.time()
     for quota in quotas:
         table.add_row(
@@ -206,7 +207,7 @@ def _workers(workers: list[WorkerInfo]) -> RenderableType:
     if not workers:
         return Text("No worker is running; start some: batchllm worker", style="yellow")
     now = time.time()
-    table = _table("Worker", "Host", "Pid", "Running", "Lanes", "Seen")
+    table = Rows("Worker", "Host", "Pid", "Running", "Lanes", "Seen")
     for worker in workers:
         table.add_row(
             worker.worker_id,
@@ -219,8 +220,32 @@ def _workers(workers: list[WorkerInfo]) -> RenderableType:
     return table
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
-    for number, column in enumerate(columns):
-        table.add_column(column, overflow="fold", no_wrap=number > 1)
-    return table
+class Rows:
+    """A table; where the terminal is too narrow for it, its rows one after the other, in words."""
+
+    def __init__(self, *columns: str) -> None:
+        self.caption: str | None = None
+        self._columns = columns
+        self._rows: list[tuple[str, ...]] = []
+
+    def add_row(self, *cells: str) -> None:
+        self._rows.append(cells)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
+        for column in self._columns:
+            table.add_column(column, no_wrap=True)
+        for cells in self._rows:
+            table.add_row(*map(Text, cells))
+        if Measurement.get(console, options.update_width(1000), table).maximum <= options.max_width:
+            yield table
+        else:
+            yield from self._one_by_one()
+        if self.caption is not None:
+            yield Text(self.caption, style="italic")
+
+    def _one_by_one(self) -> Iterator[Text]:
+        for name, *cells in self._rows:
+            yield Text.assemble((f"{self._columns[0]} ", "dim"), (name, "bold"), overflow="fold")
+            parts = zip(self._columns[1:], cells, strict=True)
+            yield Text("  " + " · ".join(f"{label} {cell}" for label, cell in parts if cell != "-"))
