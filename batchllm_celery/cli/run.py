@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
-from batchllm_celery.cli import exit_codes, job, options
+from batchllm_celery.cli import exit_codes, job, options, validation_message
 from batchllm_celery.cli.console import log_to, print_json, say, to_stderr, to_stdout
 from batchllm_celery.cli.fleet import Fleet, SimulatedProviderProcess, environment_of
 from batchllm_celery.cli.inputs import STDIN, Rows, check_all, spooled
@@ -214,7 +214,10 @@ def _with_simulation(
         return settings, None
     from batchllm_celery.simulation.config import SimulationConfig
 
-    config = SimulationConfig.model_validate_json(chosen["simulation"] or '{"latency": 0.2}')
+    try:
+        config = SimulationConfig.model_validate_json(chosen["simulation"] or '{"latency": 0.2}')
+    except ValueError as error:
+        raise UsageError(f"--simulation: {validation_message(error)}") from None
     provider = SimulatedProviderProcess(config.model_dump_json())
     stack.callback(provider.close)
     return settings.model_copy(update={"simulated_url": provider.url}), provider
