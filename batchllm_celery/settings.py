@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -16,6 +17,18 @@ from batchllm_celery.redaction import keep_secrets_in
 def _default_state_dir() -> Path:
     base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     return Path(base) / "batchllm"
+
+
+def _is_server(url: str) -> bool:
+    """Whether an HTTP client can call it; the SDKs refuse a login in it beside their own header."""
+    try:
+        parts = urlsplit(url)
+        port_can_be = parts.port != 0
+    except ValueError:
+        return False
+    if "@" in parts.netloc or any(mark.isspace() for mark in url):
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and port_can_be
 
 
 class Settings(BaseSettings):
@@ -93,6 +106,16 @@ class Settings(BaseSettings):
     @classmethod
     def _empty_is_absent(cls, value: str | None) -> str | None:
         return value or None
+
+    @field_validator("openai_base_url", "simulated_url")
+    @classmethod
+    def _check_server(cls, url: str | None) -> str | None:
+        if url is not None and not _is_server(url):
+            raise ValueError(
+                "must read http://HOST or https://HOST (with a port and a path, as it needs), and "
+                "hold no user and no password: a key goes in its variable"
+            )
+        return url
 
     @field_validator("redis_url", "openai_base_url", "simulated_url")
     @classmethod

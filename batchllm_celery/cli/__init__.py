@@ -6,6 +6,7 @@ redis and the providers' SDKs are loaded when it runs.
 
 from __future__ import annotations
 
+import io
 import sys
 from importlib import import_module
 
@@ -77,6 +78,10 @@ def cli() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its code. An error is one line on standard error."""
+    # A terminal or a file that is not UTF-8 shows an escape in place of ✓; it ends no command.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(_run(arguments))
 
 

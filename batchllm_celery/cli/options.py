@@ -35,6 +35,8 @@ def group(*decorators: Callable[[F], F]) -> Callable[[F], F]:
 class Number(click.FloatRange):
     """A number in a range; NaN and infinity are in none, though comparisons would let NaN pass."""
 
+    name = "number"
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         number = super().convert(value, param, ctx)
         if not math.isfinite(number):

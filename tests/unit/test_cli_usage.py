@@ -60,6 +60,7 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str,
 
 RUN = ("run", "rows.jsonl")
 SIMULATED = (*RUN, "--model", "simulated")
+OPENAI = (*RUN, "--model", "openai:m")
 
 
 @pytest.mark.parametrize(
@@ -78,10 +79,22 @@ SIMULATED = (*RUN, "--model", "simulated")
         ((*RUN, "--model", "gemini:x", "--params", "{"), "--params is not JSON"),
         ((*RUN, "--model", "gemini:x", "--params", '{"nope": 1}'), "nope"),
         ((*RUN, "--model", "gemini:x", "--base-url", "http://x"), "--base-url goes with"),
+        ((*OPENAI, "--base-url", "localhost:8000"), "openai_base_url: must read http://HOST"),
+        ((*OPENAI, "--base-url", "ftp://h/v1"), "openai_base_url: must read"),
+        ((*OPENAI, "--base-url", "http://"), "openai_base_url: must read"),
+        ((*OPENAI, "--base-url", "http://h:99999/v1"), "openai_base_url: must read"),
+        ((*OPENAI, "--base-url", "http://[::1/v1"), "openai_base_url: must read"),
+        ((*OPENAI, "--base-url", " http://h/v1"), "openai_base_url: must read"),
+        ((*OPENAI, "--base-url", "http://h\n.x/v1"), "openai_base_url: must read"),
+        ((*OPENAI, "--base-url", "http://ann:secret@h/v1"), "no user and no password"),
+        (("worker", "--base-url", "h"), "openai_base_url: must read"),
         ((*SIMULATED, "--schema", "missing.json"), "--schema missing.json"),
         ((*SIMULATED, "--schema", "bad.json"), "is not JSON"),
         ((*SIMULATED, "--rpm", "0"), "--rpm"),
         ((*SIMULATED, "--rpm", "nan"), "--rpm"),
+        ((*SIMULATED, "--simulation", "{"), "--simulation: Invalid JSON"),
+        ((*SIMULATED, "--simulation", '{"x": 1}'), "--simulation: x: Extra inputs"),
+        ((*SIMULATED, "--simulation", '{"latency": -1}'), "--simulation: latency: "),
         ((*SIMULATED, "--rpm", "1e300"), "requests_per_minute: must be"),
         ((*SIMULATED, "--rpm", "1e-300"), "requests_per_minute: must be"),
         ((*SIMULATED, "--rpd", "9" * 30), "requests_per_day: must be"),
@@ -153,8 +166,24 @@ def test_a_wrong_request_is_one_line_and_exit_2(
     assert words in err
     assert err.startswith("Error: ")
     assert err.count("\n") == 1
+    assert "secret" not in err
     assert time.monotonic() - started < 5
     assert not Path("rows.jsonl.results.jsonl").exists()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_output_that_is_not_utf8_ends_no_command(encoding: str) -> None:
+    """People get escapes for what the encoding lacks, programs the same JSON."""
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    look = [sys.executable, "-m", "batchllm_celery.cli", "doctor", "--redis-url"]
+    look += ["redis://127.0.0.1:1/0", "--app", "prüfung"]
+    for_people = subprocess.run(look, env=environment, capture_output=True)
+    assert for_people.returncode == 2
+    assert b"Error" not in for_people.stdout + for_people.stderr
+    assert "Redis at redis://127.0.0.1:1/0" in for_people.stdout.decode(encoding)
+    for_programs = subprocess.run([*look, "--json"], env=environment, capture_output=True)
+    findings = json.loads(for_programs.stdout.decode(encoding))["findings"]
+    assert any("prüfung" in finding["text"] for finding in findings)
 
 
 def test_every_command_has_its_help() -> None:

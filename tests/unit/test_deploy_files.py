@@ -232,6 +232,32 @@ def test_valkey_keeps_everything_and_its_password_to_itself() -> None:
         assert "requirepass" in rest
 
 
+@pytest.mark.parametrize(
+    ("answer", "alive", "ready"),
+    [
+        ("PONG", True, True),
+        ("LOADING Valkey is loading the dataset in memory", True, False),
+        ("Could not connect to Valkey at 127.0.0.1:6379: Connection refused", False, False),
+        ("NOAUTH Authentication required.", False, False),
+    ],
+)
+def test_a_valkey_that_reads_its_file_is_not_restarted(
+    tmp_path: Path, answer: str, alive: bool, ready: bool
+) -> None:
+    """A large append-only file takes minutes to load: restarted meanwhile, it never ends."""
+    client = tmp_path / "valkey-cli"
+    client.write_text(f"#!/bin/sh\necho '{answer}'\n")
+    client.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "VALKEY_PASSWORD": "x"}
+    pod = next(pod for pod in pods() if pod["containers"][0]["name"] == "valkey")
+    for probe, healthy in (("livenessProbe", alive), ("readinessProbe", ready)):
+        command = pod["containers"][0][probe]["exec"]["command"]
+        ended = subprocess.run(command, env=environment, timeout=10, check=False)
+        assert (ended.returncode == 0) is healthy, probe
+    start = compose()["services"]["valkey"]["healthcheck"]["start_period"]
+    assert start == "10m"  # until then no failure counts, so that `up` does not give it up
+
+
 def test_passwords_and_keys_come_from_outside() -> None:
     """No file holds a secret: the example is empty, compose insists, the pods refer to a Secret."""
     example = dict(re.findall(r"^(\w+)=(.*)$", (ROOT / "deploy/env.example").read_text(), re.M))

@@ -32,6 +32,8 @@ _EXTRAS = {
     "pydantic-ai": "pydantic_ai",
     "parquet": "pyarrow",
     "otel": "opentelemetry",
+    "prometheus": "prometheus_client",
+    "uvloop": "uvloop",
 }
 OLDEST_REDIS = (6, 2)
 _PACKAGES = ("celery", "kombu", "redis", "google-genai", "pydantic")

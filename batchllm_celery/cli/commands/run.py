@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
-from batchllm_celery.cli import exit_codes, options
+from batchllm_celery.cli import exit_codes, options, validation_message
 from batchllm_celery.cli.batch_follower import BatchFollower, End, RedisWatch
 from batchllm_celery.cli.display.console import log_to, print_json, say, to_stderr, to_stdout
 from batchllm_celery.cli.display.progress import open_display
@@ -217,7 +217,10 @@ def _with_simulation(
         return settings, None
     from batchllm_celery.simulation.config import SimulationConfig
 
-    config = SimulationConfig.model_validate_json(checked.simulation or '{"latency": 0.2}')
+    try:
+        config = SimulationConfig.model_validate_json(checked.simulation or '{"latency": 0.2}')
+    except ValueError as error:
+        raise UsageError(f"--simulation: {validation_message(error)}") from None
     provider = SimulatedProviderProcess(config.model_dump_json())
     stack.callback(provider.close)
     return settings.model_copy(update={"simulated_url": provider.url}), provider

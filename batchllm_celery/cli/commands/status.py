@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
 from batchllm_celery.cli import exit_codes, options
-from batchllm_celery.cli.display.console import new_table, print_json, to_stdout
+from batchllm_celery.cli.display.console import print_json, to_stdout
 from batchllm_celery.cli.display.progress import RateMeter
 from batchllm_celery.cli.display.quota_view import doing, quota_table
+from batchllm_celery.cli.display.tables import FittingTable
 from batchllm_celery.cli.display.wording import count, duration, money, rate, short
 from batchllm_celery.cli.request import CommandRequest, settings_of
 from batchllm_celery.cli.signals import Interrupts
@@ -155,8 +155,8 @@ def render(seen: Status) -> RenderableType:
     return Group(*parts)
 
 
-def _batches(seen: Status) -> Table:
-    table = new_table(
+def _batches(seen: Status) -> FittingTable:
+    table = FittingTable(
         "Batch", "State", "Done", "✓", "✗", "In flight", "Tokens", "Cost", "Rate", "ETA"
     )
     now = time.time()
@@ -192,7 +192,7 @@ def _workers(workers: list[WorkerInfo]) -> RenderableType:
     if not workers:
         return Text("No worker is running; start some: batchllm worker", style="yellow")
     now = time.time()
-    table = new_table("Worker", "Host", "Pid", "Running", "Queues", "Seen")
+    table = FittingTable("Worker", "Host", "Pid", "Running", "Queues", "Seen")
     for worker in workers:
         table.add_row(
             worker.worker_id,

@@ -12,7 +12,6 @@ import click
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.logging import RichHandler
 from rich.segment import Segment
-from rich.table import Table
 
 from batchllm_celery.redaction import printable, printable_json, without_secrets
 
@@ -47,7 +46,8 @@ def to_stdout() -> Console:
 
 def print_json(value: Any) -> None:
     """Print an object as one line of JSON on standard output."""
-    sys.stdout.write(printable_json(json.dumps(value, ensure_ascii=False)) + "\n")
+    utf8 = sys.stdout.encoding.lower().replace("-", "") == "utf8"
+    sys.stdout.write(printable_json(json.dumps(value, ensure_ascii=not utf8)) + "\n")
     sys.stdout.flush()
 
 
@@ -57,11 +57,3 @@ def log_to(console: Console, *, verbose: bool) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
     if verbose:
         logging.getLogger("batchllm_celery").setLevel(logging.DEBUG)
-
-
-def new_table(*columns: str) -> Table:
-    """A table without lines; only the first two columns may wrap."""
-    table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
-    for number, column in enumerate(columns):
-        table.add_column(column, overflow="fold", no_wrap=number > 1)
-    return table

@@ -5,9 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from rich.table import Table
-
-from batchllm_celery.cli.display.console import new_table
+from batchllm_celery.cli.display.tables import FittingTable
 from batchllm_celery.cli.display.wording import count, duration, short
 from batchllm_celery.models import BatchProgress, BatchState, QuotaLimits
 
@@ -60,9 +58,9 @@ def doing(progress: BatchProgress, quota: QuotaState | None, now: float) -> str:
     return quota_words(quota, now) if quota is not None else ""
 
 
-def quota_table(quotas: list[QuotaState]) -> Table:
+def quota_table(quotas: list[QuotaState]) -> FittingTable:
     """Quotas with their limits and what they are doing."""
-    table = new_table("Quota", "Limits", "After a 429", "In flight", "Today", "Now")
+    table = FittingTable("Quota", "Limits", "After a 429", "In flight", "Today", "Now")
     now = time.time()
     for quota in quotas:
         table.add_row(
