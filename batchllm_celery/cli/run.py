@@ -209,6 +209,9 @@ def _with_simulation(
 ) -> tuple[Settings, SimulatedProviderProcess | None]:
     """Settings for the workers; for `--model simulated` with a provider of our own and its URL."""
     settings = plan.settings
+    if plan.workers and "unrunnable_after" not in settings.model_fields_set:
+        # Its workers are all of one kind: what one of them can't run, none can.
+        settings = settings.model_copy(update={"unrunnable_after": 0.0})
     needs_one = plan.spec.strategy.name == "simulated" and settings.simulated_url is None
     if not needs_one or not plan.workers or chosen["dry_run"]:
         return settings, None

@@ -30,6 +30,8 @@ from batchllm_celery.settings import Settings
                      "FILE.ready while Redis answers too.")  # fmt: skip
 @options.option("--drain-seconds", type=click.FloatRange(min=0),
                 help="How long calls in flight may take after SIGTERM.  [default: 30]")  # fmt: skip
+@options.option("--unrunnable-after", type=click.FloatRange(min=0), metavar="SECONDS",
+                help="Until items that no live worker can run fail.  [default: 600]")  # fmt: skip
 @options.option("--loglevel", default="INFO", show_default=True)
 @options.base_url
 @options.connection
@@ -56,7 +58,9 @@ def worker(processes: int, loglevel: str, **chosen: Any) -> int:
 
 def _settings(chosen: dict[str, Any]) -> Settings:
     settings = job.settings_of(chosen)
-    changes = {name: chosen[name] for name in ("drain_seconds", "heartbeat_file")}
+    changes = {
+        name: chosen[name] for name in ("drain_seconds", "heartbeat_file", "unrunnable_after")
+    }
     named = {name: value for name, value in changes.items() if value is not None}
     if "heartbeat_file" in named:
         named["heartbeat_file"] = Path(named["heartbeat_file"])

@@ -120,6 +120,15 @@ class Gate(Protocol):
     def calls(self, under_way: bool) -> None:
         """A call starts now; or not yet, although `begin` let it in: it waits for a permit."""
 
+    async def hands_back(self, failure: Failure, error: Exception, *, called: bool) -> bool:
+        """Whether this process is at fault, not the item, and another process may run it.
+
+        Args:
+            failure: what `error` was translated to.
+            error: what the strategy raised.
+            called: whether by a provider call; else before any.
+        """
+
 
 @dataclass(slots=True)
 class OpenGate:
@@ -150,6 +159,10 @@ class OpenGate:
     def calls(self, under_way: bool) -> None:
         """Count."""
         self.made += under_way
+
+    async def hands_back(self, failure: Failure, error: Exception, *, called: bool) -> bool:
+        """There is no other process."""
+        return False
 
 
 @dataclass(slots=True)
@@ -208,7 +221,22 @@ class Stopped:
     until: float | None = None
 
 
-_Outcome = Completion[Any] | Failure | Stopped
+@dataclass(frozen=True, slots=True)
+class Unrunnable:
+    """The item has no outcome: this process can't run it, and hands it back.
+
+    Args:
+        reason: what is wrong with the process.
+        called: whether a provider call showed it.
+        parameters: whether its factory does not take the parameters.
+    """
+
+    reason: str
+    called: bool = False
+    parameters: bool = False
+
+
+_Outcome = Completion[Any] | Failure | Stopped | Unrunnable
 
 
 class ItemRunner:
@@ -244,7 +272,7 @@ class ItemRunner:
         self.succeeded_at: dict[str, float] = {}
         """When the last one was, by the monotonic clock."""
 
-    async def run(self, job: ItemJob) -> WorkItemResult[Any, Any] | Stopped:
+    async def run(self, job: ItemJob) -> WorkItemResult[Any, Any] | Stopped | Unrunnable:
         """Drive `job` to its outcome. `cleanup` runs whatever happens.
 
         Raises:
@@ -262,7 +290,7 @@ class ItemRunner:
             outcome = run.broken(error)
         finally:
             await _clean_up(job)
-        if isinstance(outcome, Stopped):
+        if isinstance(outcome, Stopped | Unrunnable):
             return outcome
         result = run.result(outcome)
         if self.events.wants(ItemFinished):
@@ -383,7 +411,10 @@ class _Run:
         try:
             await _from_user(self.job.prepare)
         except Exception as error:
-            return self._failure(error)
+            failure = self._failure(error)
+            if await self.job.gate.hands_back(failure, error, called=False):
+                return Unrunnable(failure.message)
+            return failure
         finally:
             self.ready = time.monotonic()
         if self.job.strategy.model_name and not self.runner.prices.loaded:
@@ -531,6 +562,9 @@ class _Run:
             usage=failure.usage if failure.usage and plausible(failure.usage) else None,
             retry_after=failure.retry_after,
         )
+        # (`last` is another failure where 403s on everything are taken for the caller's.)
+        if failure is self.last and await job.gate.hands_back(failure, error, called=True):
+            return Unrunnable(failure.message, called=True)
         self._count(failure)
         await self._on_error(error, attempt)
         delay = self._delay(failure)

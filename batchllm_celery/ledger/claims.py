@@ -36,6 +36,8 @@ class Claim:
     state: RetryState = field(default_factory=RetryState)
     usage: TokenUsage = NO_TOKENS
     last_error: str = ""
+    handed_back_at: float = 0.0
+    """Server time at which a process that could not run it first handed it back; 0: none has."""
     queued_seconds: float = 0.0
     fed_at: float = 0.0
     claimed_at: float = field(default_factory=time.monotonic)
@@ -50,6 +52,11 @@ class Claim:
     """What ends its call, should it be given back in the middle of one; without spaces."""
     settled: bool = False
     """Whether its outcome is on its way to the ledger: it can't be given back any more."""
+
+    @property
+    def server_now(self) -> float:
+        """The server's time at this moment, in seconds since 1970."""
+        return self.fed_at + self.queued_seconds + time.monotonic() - self.claimed_at
 
 
 @dataclass(slots=True)
@@ -78,6 +85,7 @@ class Tries:
     usage: TokenUsage = NO_TOKENS
     overloads: int = 0
     last_error: str = ""
+    handed_back_at: float = 0.0
 
     def encode(self) -> bytes:
         """JSON.
@@ -94,6 +102,8 @@ class Tries:
             entry["o"] = self.overloads
         if self.last_error:
             entry["e"] = self.last_error
+        if self.handed_back_at:
+            entry["h"] = self.handed_back_at
         data = json.dumps(entry, separators=(",", ":")).encode()
         if len(data) > MOST_STATE_BYTES:
             raise ValueError(f"{len(data):,} bytes; at most {MOST_STATE_BYTES:,} are kept")
@@ -111,6 +121,7 @@ class Tries:
             TokenUsage.of(entry.get("u")),
             entry.get("o", 0),
             entry.get("e", ""),
+            entry.get("h", 0.0),
         )
 
 

@@ -72,13 +72,19 @@ class Ledger(WorkerSide, ProducerSide):
         await self.close()
 
     async def offer(
-        self, queue: str, n: int, *, lost_only: bool = False
+        self,
+        queue: str,
+        n: int,
+        *,
+        lost_only: bool = False,
+        skips: Callable[[str], bool] = lambda batch_id: False,
     ) -> list[tuple[str, list[int]]]:
         """Up to `n` items of a queue's batches that no message has brought, to be enqueued.
 
         What was lost or given back comes first; with `lost_only` nothing else does (for workers
         that are busy: lost work must not wait for an idle one). It also looks after the dead and
         the stopped, so call it every sixth of a lease or so, with `n` = 0 when nothing is free.
+        Nothing is taken of batches that `skips` says yes to: this process can't run them.
         """
         client: Any = self._connection.client
         key, patiently = self._keys.queue(queue), self._connection.patiently
@@ -92,7 +98,8 @@ class Ledger(WorkerSide, ProducerSide):
         offered = []
         for batch_id in batch_ids:
             try:
-                indexes, over = await self._offer_of(batch_id, n, lost_only, run_id)
+                most = 0 if skips(batch_id) else n
+                indexes, over = await self._offer_of(batch_id, most, lost_only, run_id)
             except BatchUnreadableError:
                 continue  # `status` names it; the others go on
             except Exception as error:

@@ -152,7 +152,8 @@ class WorkerSide(LedgerCalls):
         """
         claim.calling = False
         cut_off, claim.given_up = claim.given_up, 0
-        entry = Tries(attempts, refusals, state, usage, overloads, last_error).encode()
+        back = claim.handed_back_at
+        entry = Tries(attempts, refusals, state, usage, overloads, last_error, back).encode()
         try:
             await self._of(claim.batch_id).save((claim, entry, cut_off))
         except asyncio.CancelledError:  # handed back before it was told: `release` tells it
@@ -238,16 +239,18 @@ class WorkerSide(LedgerCalls):
         claim.calling, claim.given_up = False, 0
         self._spawn(self._release(claim.batch_id, [claim]))
 
-    async def release(self, claims: Sequence[Claim]) -> None:
-        """Give items back at once (drain, pause). One whose call is cut off counts as maybe
-        billed; one whose outcome is being recorded is left alone."""
+    async def release(self, claims: Sequence[Claim], *, delay: float = 0.0) -> None:
+        """Give items back (drain, pause), to be requeued at once or after `delay` seconds. One
+        whose call is cut off counts as maybe billed; one whose outcome is being recorded is left
+        alone."""
         by_batch: dict[str, list[Claim]] = defaultdict(list)
         for claim in claims:
             if not claim.settled:
                 by_batch[claim.batch_id].append(claim)
         for batch_id, group in by_batch.items():
             for first in range(0, len(group), CALL_ITEMS):
-                await self._surely(self._release(batch_id, group[first : first + CALL_ITEMS]))
+                some = group[first : first + CALL_ITEMS]
+                await self._surely(self._release(batch_id, some, delay))
 
     async def heartbeat(self) -> dict[str, BatchState]:
         """Renew everything that this process holds, and hear the states of its batches."""
@@ -397,8 +400,8 @@ class WorkerSide(LedgerCalls):
         while now - self._recent[0][0] > RECENT_SECONDS:
             self._recent.popleft()
 
-    async def _release(self, batch_id: str, claims: list[Claim]) -> None:
-        arguments: list[Argument] = [self.process_id, 0]
+    async def _release(self, batch_id: str, claims: list[Claim], delay: float = 0.0) -> None:
+        arguments: list[Argument] = [self.process_id, round(delay * 1000)]
         for claim in claims:
             cut_by = claim.cut_by if claim.calling else "back" if claim.unused else ""
             lost = max(claim.given_up, int(claim.calling))
@@ -469,6 +472,7 @@ def _claim(batch_id: str, token: str, now: float, entry: Sequence[Any]) -> Claim
         state=tries.state,
         usage=tries.usage,
         last_error=tries.last_error,
+        handed_back_at=tries.handed_back_at,
         queued_seconds=max(0.0, now - stored.fed_at),
         fed_at=stored.fed_at,
     )
