@@ -162,6 +162,7 @@ class _Run:
         "admitted_at",
         "baseline",
         "cost",
+        "estimate_key",
         "executed",
         "is_retry",
         "job",
@@ -182,6 +183,7 @@ class _Run:
         self.executed = 0.0
         self.usage_estimated = False
         self.limit = job.config.timeout_per_item
+        self.estimate_key = f"{job.quota}/{type(job.strategy).__name__}"
         self.last: Failure | None = None
         self.baseline: int | None = None
         self.is_retry = job.refusals > 0
@@ -257,8 +259,17 @@ class _Run:
 
     async def _attempt(self) -> _Outcome | None:
         """One call; None if another one follows."""
+        job, runner = self.job, self.runner
         try:
-            permit = await self._permit()
+            estimate = partial(
+                runner.estimator.estimate,
+                self.estimate_key,
+                job.prompt,
+                job.strategy.max_output_tokens,
+            )
+            permit = await runner.limiter.acquire(
+                job.quota, estimate, priority=job.priority, retry=self.is_retry
+            )
         except QuotaUnavailableError as error:
             return await self._day_is_over(classify(error), error.until)
         if time.monotonic() - self.admitted_at > GATE_HOLDS:
@@ -273,16 +284,6 @@ class _Run:
             self._succeeded(permit, answer)
             return answer
         return await self._failed(permit, answer)
-
-    async def _permit(self) -> Permit:
-        job, runner = self.job, self.runner
-        strategy = job.strategy
-        estimate = partial(
-            runner.estimator.estimate, _estimate_key(job), job.prompt, strategy.max_output_tokens
-        )
-        return await runner.limiter.acquire(
-            job.quota, estimate, priority=job.priority, retry=self.is_retry
-        )
 
     async def _ask_gate(self, permit: Permit) -> Failure | Stopped | None:
         try:
@@ -355,7 +356,7 @@ class _Run:
         runner.forbidden.pop(job.batch_id, None)
         runner.succeeded_at[job.quota] = time.monotonic()
         if known:
-            runner.estimator.observe(_estimate_key(job), job.prompt, known)
+            runner.estimator.observe(self.estimate_key, job.prompt, known)
         job.attempts += 1
         if not usage and job.estimate_usage:
             usage = self._estimated_usage(completion.output)
@@ -598,10 +599,6 @@ class _Run:
         waited = max(0.0, round(time.monotonic() - self.ready - self.executed, 3))
         total = round(queued + waited + executed, 3)
         return Timing.model_construct(queued=queued, waited=waited, executed=executed, total=total)
-
-
-def _estimate_key(job: ItemJob) -> str:
-    return f"{job.quota}/{type(job.strategy).__name__}"
 
 
 def _type_of(message: str) -> str:

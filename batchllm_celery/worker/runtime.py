@@ -140,12 +140,8 @@ class _Running:
 
     claim: Claim
     task: asyncio.Task[WorkItemResult[Any, Any] | None]
-    runtime: Runtime
     begun: bool = False
     handed_back: bool = False
-
-    def end(self, _: object) -> None:
-        self.runtime._ended(self)
 
     @property
     def in_call(self) -> bool:
@@ -199,7 +195,8 @@ class _LedgerGate:
 
     async def prepare(self) -> None:
         await self._runtime.registry.prepare(self._strategy)
-        self._runtime.faults.was_prepared(self._spec)
+        if self._runtime.faults.found:
+            self._runtime.faults.was_prepared(self._spec)
 
     async def parks(self) -> bool:
         return await self._runtime.parks(self._quota)
@@ -443,8 +440,7 @@ class Runtime:
         if self.draining:
             return 0
         on_the_way = max(0, in_hand - self._messages) * self._message_items
-        few = self.faults.messages()
-        if few is not None:
+        if self.faults.found and (few := self.faults.messages()) is not None:
             return 0 if in_hand else few
         return max(0, math.ceil(self._free_admissions(on_the_way) / self._message_items))
 
@@ -512,7 +508,7 @@ class Runtime:
 
     @contextlib.asynccontextmanager
     async def _admission(self, items: int) -> AsyncIterator[_Admission]:
-        if not self._may_enter():
+        if not self.draining and self._free_admissions() <= 0:
             async with self._room:
                 await self._room.wait_for(self._may_enter)
         self._admitted += items
@@ -553,11 +549,11 @@ class Runtime:
         self, spec: BatchSpec, claim: Claim
     ) -> asyncio.Task[WorkItemResult[Any, Any] | None]:
         task = asyncio.ensure_future(self._run_claim(spec, claim))
-        running = self._running[claim.batch_id, claim.index] = _Running(claim, task, self)
-        task.add_done_callback(running.end)
+        running = self._running[claim.batch_id, claim.index] = _Running(claim, task)
+        task.add_done_callback(partial(self._ended, running))
         return task
 
-    def _ended(self, running: _Running) -> None:
+    def _ended(self, running: _Running, _: object) -> None:
         claim = running.claim
         self._running.pop((claim.batch_id, claim.index), None)
         if not running.begun:  # cancelled at once: `_run_claim` never saw it
@@ -566,11 +562,14 @@ class Runtime:
     async def _run_claim(self, spec: BatchSpec, claim: Claim) -> WorkItemResult[Any, Any] | None:
         self._running[claim.batch_id, claim.index].begun = True
         try:
-            async with self._slots.hold(spec.priority):
+            await self._slots.take(spec.priority)
+            try:
                 outcome = await self._run_one(spec, claim)
                 # Inside: what a budget can be overshot by is what the slots hold.
                 if isinstance(outcome, WorkItemResult):
                     return await self._record(claim, outcome)
+            finally:
+                self._slots.give()
             if isinstance(outcome, Unrunnable):
                 return await self._hand_back_or_fail(spec, claim, outcome)
             if outcome.until is not None:
@@ -594,8 +593,7 @@ class Runtime:
             problem = f"InvalidInput: {claim.payload.problem}"
             return self._without_call(claim, FailureKind.INVALID_INPUT, problem)
         chosen = claim.payload.strategy or spec.strategy
-        fault = self.faults.waiting(chosen)
-        if fault is not None:
+        if self.faults.found and (fault := self.faults.waiting(chosen)):
             return Unrunnable(fault.reason)
         try:
             strategy = await self.registry.get(chosen)
@@ -606,7 +604,8 @@ class Runtime:
             outcome = await self.runner.run(job)
         await self.registry.close_surplus()
         if isinstance(outcome, WorkItemResult):
-            self.faults.ran(chosen)
+            if self.faults.found:
+                self.faults.ran(chosen)
         elif isinstance(outcome, Unrunnable):
             claim.usage, claim.last_error = job.usage, job.last_error
         if spec.config.dry_run and isinstance(outcome, WorkItemResult):

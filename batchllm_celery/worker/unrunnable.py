@@ -65,22 +65,23 @@ class Faults:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._faults: dict[str, Fault] = {}
+        self.found: dict[str, Fault] = {}
+        """By `StrategySpec.key`; usually empty, so look here before any other question."""
         self._tries: deque[bool] = deque(maxlen=LAST_TRIES)
         self._handed_back: dict[tuple[str, int], list[float]] = {}
 
     def waiting(self, spec: StrategySpec) -> Fault | None:
         """What is wrong with `spec` here, until it is to be tried again."""
-        fault = self._faults.get(spec.key) if self._faults else None
+        fault = self.found.get(spec.key)
         return fault if fault is not None and self._clock() < fault.retry_at else None
 
     def add(self, spec: StrategySpec, reason: str, batch_id: str, *, called: bool) -> Fault:
         """Note that an item of `spec` could not be run."""
-        now, fault = self._clock(), self._faults.get(spec.key)
+        now, fault = self._clock(), self.found.get(spec.key)
         if fault is None:
-            if len(self._faults) >= MOST_FAULTS:
-                self._faults.pop(next(iter(self._faults)))
-            fault = self._faults[spec.key] = Fault(spec.name, reason, called, time.time())
+            if len(self.found) >= MOST_FAULTS:
+                self.found.pop(next(iter(self.found)))
+            fault = self.found[spec.key] = Fault(spec.name, reason, called, time.time())
             logger.warning(
                 "strategy.unrunnable strategy=%s reason=%s: its items go back, for other workers",
                 spec.name,
@@ -118,17 +119,16 @@ class Faults:
     def ran(self, spec: StrategySpec) -> None:
         """An item of `spec` has been run here."""
         self._tries.append(True)
-        if self._faults:
-            self._end(spec)
+        self._end(spec)
 
     def was_prepared(self, spec: StrategySpec) -> None:
         """`spec` is prepared: that ends a fault which came before any call."""
-        fault = self._faults.get(spec.key) if self._faults else None
+        fault = self.found.get(spec.key)
         if fault is not None and not fault.called:
             self._end(spec)
 
     def _end(self, spec: StrategySpec) -> None:
-        fault = self._faults.pop(spec.key, None)
+        fault = self.found.pop(spec.key, None)
         if fault is not None:
             self._tries.clear()
             logger.info("strategy.runnable strategy=%s", spec.name)
@@ -138,22 +138,22 @@ class Faults:
         now = self._clock()
         return any(
             batch_id in fault.batches and now < fault.retry_at and not fault.hopeless
-            for fault in self._faults.values()
+            for fault in self.found.values()
         )
 
     def messages(self) -> int | None:
         """How many messages to take: None for as many as usual."""
-        if not self._faults or len(self._tries) < LAST_TRIES or any(self._tries):
+        if not self.found or len(self._tries) < LAST_TRIES or any(self._tries):
             return None
-        return int(self._clock() >= min(fault.retry_at for fault in self._faults.values()))
+        return int(self._clock() >= min(fault.retry_at for fault in self.found.values()))
 
     def all(self) -> list[Fault]:
         """Safe from any thread."""
-        return list(self._faults.values())
+        return list(self.found.values())
 
     def keys(self) -> list[str]:
         """Keys of the strategies (`StrategySpec.key`); safe from any thread."""
-        return list(self._faults)
+        return list(self.found)
 
 
 def reason_of(error: Exception) -> str:
