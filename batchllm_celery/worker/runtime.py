@@ -594,7 +594,7 @@ class Runtime:
             return self._without_call(claim, FailureKind.INVALID_INPUT, problem)
         chosen = claim.payload.strategy or spec.strategy
         if self.faults.found and (fault := self.faults.waiting(chosen)):
-            return Unrunnable(fault.reason)
+            return Unrunnable(fault.reason, parameters=fault.parameters)
         try:
             strategy = await self.registry.get(chosen)
         except UsageError as error:
@@ -630,6 +630,7 @@ class Runtime:
         """Hand an item back that this process can't run; or end it, where nobody can."""
         chosen = claim.payload.strategy or spec.strategy
         fault = self.faults.add(chosen, outcome.reason, claim.batch_id, called=outcome.called)
+        fault.parameters = outcome.parameters
         self._call_later(fault.retry_at - time.monotonic(), self.on_room)
         first = claim.handed_back_at or claim.server_now
         last = await able.able_at(self._connection, self._resources.keys, chosen)

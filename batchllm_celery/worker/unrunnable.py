@@ -53,6 +53,8 @@ class Fault:
     """When the strategy is tried again, by the monotonic clock."""
     hopeless: bool = False
     """Whether no live worker can run it: its items end here as fast as they come."""
+    parameters: bool = False
+    """Whether its factory does not take the parameters."""
     batches: set[str] = field(default_factory=set)
 
 

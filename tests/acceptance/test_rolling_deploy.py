@@ -119,3 +119,10 @@ def test_a_name_that_no_live_worker_knows_is_refused(
     said = fleet.run("submit", str(rows), "--strategy", "sumarise")
     assert said.returncode == 2
     assert "did you mean 'summarise'" in said.stderr
+
+
+def test_parameters_that_no_worker_takes_fail_soon(producer: Producer, deploy: Deploy) -> None:
+    """A typing error does not wait for `unrunnable_after`: its items fail as `invalid_request`."""
+    deploy(good=1)
+    results = run(producer, 20, params={"stile": "long"})
+    assert {result.error_kind for result in results} == {FailureKind.INVALID_REQUEST}
