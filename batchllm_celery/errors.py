@@ -4,6 +4,7 @@ BatchLLMError
 ├── UsageError (ValueError)            a person asked for something that can't be done; exit 2
 │   ├── InputError                     the rows
 │   ├── StrategyNotFoundError          a name that no module registered
+│   ├── StrategyParametersError        parameters that its factory does not take
 │   ├── BatchNotFoundError             an id that Redis does not know
 │   ├── BatchConflictError             the same id, another job
 │   └── QuotaConflictError             the same quota, other limits
@@ -51,6 +52,7 @@ class FailureKind(StrEnum):
     WORKER_LOST = "worker_lost"
     CUT_OFF = "cut_off"
     EXHAUSTED = "exhausted"
+    UNRUNNABLE = "unrunnable"
     INVALID_INPUT = "invalid_input"
     SKIPPED = "skipped"
     UNKNOWN = "unknown"
@@ -123,6 +125,10 @@ class InputError(UsageError):
 
 class StrategyNotFoundError(UsageError):
     """No strategy is registered under this name in this process."""
+
+
+class StrategyParametersError(UsageError):
+    """The strategy's factory in this process does not take these parameters."""
 
 
 class BatchNotFoundError(UsageError):

@@ -21,6 +21,8 @@ NS:{quota:NAME}:ch:DB channel new epochs and free slots; channels know no databa
 NS:quotas             zset    quota names -> last use
 NS:worker:ID          hash    one worker process: host, pid, slots, running, last seen
 NS:workers            zset    worker id -> last seen
+NS:able               zset    what a live process can run -> when it last could (`ledger/able.py`)
+NS:succeeded          zset    quota -> its last successful call in any process
 NS:control:DB         channel batch ids whose state was changed by a person
 NS:cache:{NAME}       hash    a provider-side context cache shared by the fleet
 NS:cache:{NAME}:lock  string  who creates or renews it at the moment
@@ -110,6 +112,14 @@ class Keys:
     @property
     def workers(self) -> str:
         return f"{self.namespace}:workers"
+
+    @property
+    def able(self) -> str:
+        return f"{self.namespace}:able"
+
+    @property
+    def succeeded(self) -> str:
+        return f"{self.namespace}:succeeded"
 
     @property
     def control(self) -> str:

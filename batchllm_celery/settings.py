@@ -45,6 +45,8 @@ class Settings(BaseSettings):
         heartbeat_seconds: how often a process says that it lives and reads its batches' states.
         offer_seconds: idle time after which free slots look for items that no message brought.
         max_deliveries: deaths of its worker in mid-call after which an item is quarantined.
+        unrunnable_after: seconds until items that no live worker can run fail (`unrunnable`);
+            0: they fail at once, with what is wrong.
         max_outstanding: items that a producer keeps unfinished or unread at most.
         max_payload_bytes: bytes of payloads and unread results in Redis at most, per batch.
         result_ttl_seconds: how long a finished batch stays readable.
@@ -78,6 +80,7 @@ class Settings(BaseSettings):
     heartbeat_seconds: float = Field(default=1.0, gt=0)
     offer_seconds: float = Field(default=3.0, gt=0)
     max_deliveries: int = Field(default=5, ge=1, le=MOST)
+    unrunnable_after: float = Field(default=600.0, ge=0, le=MOST_SECONDS)
     max_outstanding: int = Field(default=20_000, ge=1)
     max_payload_bytes: int = Field(default=512 * 1024 * 1024, ge=1024 * 1024, le=MOST)
     result_ttl_seconds: int = Field(default=7 * 24 * 3600, ge=60, le=MOST_SECONDS)

@@ -32,7 +32,7 @@ from batchllm_celery.events import (
     WorkerStarted,
     WorkerStopped,
 )
-from batchllm_celery.execution import ItemJob, ItemRunner, OpenGate, Prices, Stopped
+from batchllm_celery.execution import ItemJob, ItemRunner, OpenGate, Prices, Stopped, Unrunnable
 from batchllm_celery.keys import Keys
 from batchllm_celery.limiter import Estimator, Limiter
 from batchllm_celery.models import (
@@ -384,6 +384,7 @@ class ParallelBatchProcessor(Generic[TInput, TOutput, TContext]):
         except UsageError as error:  # parameters that the strategy's factory does not take
             return _unprocessed(item, index, FailureKind.INVALID_INPUT, describe(error))
         outcome = await engine.runner.run(job)
+        assert not isinstance(outcome, Unrunnable)  # an OpenGate hands nothing back
         if isinstance(outcome, Stopped):  # a shared quota that parks: here it fails
             why = "QuotaExhausted: the day's quota is used up"
             return _unprocessed(item, index, FailureKind.QUOTA_EXHAUSTED, why)

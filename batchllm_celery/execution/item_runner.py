@@ -7,17 +7,14 @@ Exceptions of a strategy become one `Failure` here and go no further. Exceptions
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import math
-import re
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
-from pydantic_core import PydanticSerializationError, from_json, to_json, to_jsonable_python
+from pydantic_core import to_json
 from redis.exceptions import RedisError
 
 from batchllm_celery.errors import (
@@ -30,24 +27,24 @@ from batchllm_celery.errors import (
     text_of,
 )
 from batchllm_celery.events import AttemptFailed, AttemptStarted, Events, ItemFinished, ItemStarted
-from batchllm_celery.execution.pricing import ModelPrices, Prices
+from batchllm_celery.execution.job import ItemJob, Stopped, Unrunnable
+from batchllm_celery.execution.output import json_form, plain_metadata
+from batchllm_celery.execution.pricing import Prices
 from batchllm_celery.execution.retry import delay_before_next, refused_too_often
+from batchllm_celery.execution.user_code import ends, from_user, stand_in
 from batchllm_celery.limiter import CallOutcome, Estimator, Limiter, Permit
 from batchllm_celery.limiter.estimator import plain_tokens
 from batchllm_celery.models import (
     FAILURE_POLICIES,
     MAX_OVERLOADS,
-    NO_TOKENS,
     BatchState,
     Completion,
     Failure,
-    ProcessorConfig,
-    RetryState,
     Timing,
     TokenUsage,
     WorkItemResult,
 )
-from batchllm_celery.strategies.base import LLMCallStrategy, as_completion
+from batchllm_celery.strategies.base import as_completion
 from batchllm_celery.strategies.failures import (
     classify,
     classify_for,
@@ -74,20 +71,14 @@ _NO_ROOM = frozenset({None, 503, 529})
 
 _A_TOKEN = TokenUsage(input_tokens=1, output_tokens=1)
 
-T = TypeVar("T")
-
-#: The word of the gate holds so many seconds. A permit may go stale (250 ms) while it is asked: the
-#: item then takes another one, at the head of the line, and if that comes soon, calls at once. So
-#: no call ever starts without a fresh permit, and a slow Redis delays it, but not for ever.
+#: Seconds for which the gate's decision holds. A permit may go stale (250 ms) while the gate is
+#: asked. The item then takes another one, as a retry, and calls at once if that comes soon. So no
+#: call ever starts without a fresh permit, and a slow Redis delays it, but not for ever.
 GATE_HOLDS = 2.0
 #: An overload is one beside successes if one of the quota's calls succeeded so shortly before.
 BESIDE_SUCCESSES_SECONDS = 10.0
 #: Of an item's last error, what is kept for the outcome that may have to name it.
 LAST_ERROR_CHARACTERS = 300
-#: Digits of an integer that Python reads from JSON by default.
-MOST_DIGITS = 4300
-_LONG_NUMBER = re.compile(rb"\d{4301}")
-_SHORT = 10**18
 
 _OUTCOMES = {
     FailureKind.RATE_LIMITED: CallOutcome.REFUSED,
@@ -96,123 +87,7 @@ _OUTCOMES = {
 }
 
 
-class Gate(Protocol):
-    """Asked before each call whether it may start; told what to remember before each wait."""
-
-    async def begin(self) -> FailureKind | BatchState | None:
-        """None: go on. A kind: the item ends with it. A state: the item goes back, no outcome."""
-
-    async def save(
-        self,
-        attempts: int,
-        refusals: int,
-        state: RetryState,
-        usage: TokenUsage,
-        *,
-        overloads: int,
-        last_error: str,
-    ) -> None:
-        """Keep what another process needs to go on from here.
-
-        Raises:
-            TypeError, ValueError, RecursionError: for a state that can't be kept.
-        """
-
-    def gave_up(self) -> None:
-        """A call ran into a time limit of ours: the provider may bill it all the same."""
-
-    def calls(self, under_way: bool) -> None:
-        """A call starts now; or not yet, although `begin` let it in: it waits for a permit."""
-
-
-@dataclass(slots=True)
-class OpenGate:
-    """A gate for one item in a process without a ledger: open until its calls are used up."""
-
-    most_calls: float = math.inf
-    made: int = 0
-
-    async def begin(self) -> FailureKind | BatchState | None:
-        """Go on, unless it was called too often."""
-        return FailureKind.EXHAUSTED if self.made >= self.most_calls else None
-
-    async def save(
-        self,
-        attempts: int,
-        refusals: int,
-        state: RetryState,
-        usage: TokenUsage,
-        *,
-        overloads: int,
-        last_error: str,
-    ) -> None:
-        """Nothing to keep: the item can't move."""
-
-    def gave_up(self) -> None:
-        """Nobody counts."""
-
-    def calls(self, under_way: bool) -> None:
-        """Count."""
-        self.made += under_way
-
-
-@dataclass(slots=True)
-class ItemJob:
-    """One item as the runner gets it; the counters go on from where another process left off.
-
-    Args:
-        prepare: brings the strategy into service, once per process (`Registry.prepare`).
-        quota: name of the quota that its calls draw on.
-        priority: 0 for usual; higher ones get this process' permits first.
-        queued_seconds: from the submission to this moment.
-        prices: model -> prices that the batch was given; "" for any model that is not named.
-        needs_prices: whether a model without a known price is not called (the batch's money is
-            bounded, and nobody could count it).
-        estimate_usage: whether calls that tell no tokens count as estimated, for a token budget.
-        parks: whether the day's exhausted quota sends the item back (else it fails); a function is
-            asked when that happens, because the quota's setting may change in mid-run.
-    """
-
-    batch_id: str
-    item_id: str
-    index: int
-    prompt: str
-    context: Any
-    strategy: LLMCallStrategy[Any]
-    prepare: Callable[[], Awaitable[None]]
-    quota: str
-    config: ProcessorConfig
-    gate: Gate
-    state: RetryState = field(default_factory=RetryState)
-    attempts: int = 0
-    refusals: int = 0
-    overloads: int = 0
-    last_error: str = ""
-    usage: TokenUsage = NO_TOKENS
-    queued_seconds: float = 0.0
-    priority: int = 0
-    prices: Mapping[str, ModelPrices] = field(default_factory=dict)
-    needs_prices: bool = False
-    estimate_usage: bool = False
-    parks: bool | Callable[[], Awaitable[bool]] = True
-    error: Exception | None = None
-    """The last exception of the strategy, for whoever runs in the same process."""
-
-
-@dataclass(frozen=True, slots=True)
-class Stopped:
-    """The item has no outcome: it goes back to where it came from.
-
-    Args:
-        reason: the batch's state that stopped it (paused, parked).
-        until: Unix time when the quota is there again, where it is known.
-    """
-
-    reason: BatchState
-    until: float | None = None
-
-
-_Outcome = Completion[Any] | Failure | Stopped
+_Outcome = Completion[Any] | Failure | Stopped | Unrunnable
 
 
 class ItemRunner:
@@ -248,7 +123,7 @@ class ItemRunner:
         self.succeeded_at: dict[str, float] = {}
         """When the last one was, by the monotonic clock."""
 
-    async def run(self, job: ItemJob) -> WorkItemResult[Any, Any] | Stopped:
+    async def run(self, job: ItemJob) -> WorkItemResult[Any, Any] | Stopped | Unrunnable:
         """Drive `job` to its outcome. `cleanup` runs whatever happens.
 
         Raises:
@@ -266,7 +141,7 @@ class ItemRunner:
             outcome = run.broken(error)
         finally:
             await _clean_up(job)
-        if isinstance(outcome, Stopped):
+        if isinstance(outcome, Stopped | Unrunnable):
             return outcome
         result = run.result(outcome)
         if self.events.wants(ItemFinished):
@@ -278,44 +153,9 @@ class ItemRunner:
         log_bug(f"item.{kind}", error, batch_id=job.batch_id, item_id=job.item_id)
 
 
-async def _from_user(function: Callable[..., Awaitable[T]], *arguments: Any) -> T:
-    """Await what a user wrote. Whatever it raises is an `Exception`, unless it ends this task."""
-    task = asyncio.current_task()
-    try:
-        return await function(*arguments)
-    except Exception:
-        raise
-    except BaseException as error:
-        if _ends(error, task):
-            raise
-        raise _stand_in(error) from error
-
-
-def _ends(error: BaseException, task: asyncio.Task[Any] | None) -> bool:
-    """Whether `error` ends `task` (it is cancelled, or its coroutine is closed), in place of having
-    been raised by the strategy: a client that cancels its own tasks, or a `sys.exit()` in it."""
-    if isinstance(error, asyncio.CancelledError):
-        return task is None or task.cancelling() > 0
-    return isinstance(error, GeneratorExit) and asyncio.current_task() is not task
-
-
-def _stand_in(error: BaseException) -> Exception:
-    """What a strategy raised to end more than its item, as an exception that ends its item."""
-    if isinstance(error, asyncio.CancelledError):
-        stand_in: Exception = RuntimeError("the strategy cancelled its own call")
-    else:
-        stand_in = ProviderError(
-            text_of(error) or "raised to end more than the item",
-            kind=FailureKind.LOGIC_ERROR,
-            error_type=type(error).__name__,
-        )
-    stand_in.__cause__ = error
-    return stand_in
-
-
 async def _clean_up(job: ItemJob) -> None:
     try:
-        await _from_user(job.strategy.cleanup)
+        await from_user(job.strategy.cleanup)
     except Exception as error:
         logger.warning(f"Cleanup failed for {job.item_id}: {text_of(error)}")
 
@@ -324,13 +164,14 @@ class _Run:
     """One item's way through the runner: its clocks, and the steps of an attempt."""
 
     __slots__ = (
+        "admitted_at",
         "baseline",
         "cost",
+        "estimate_key",
         "executed",
-        "had_turn",
+        "is_retry",
         "job",
         "last",
-        "let_in",
         "limit",
         "ready",
         "runner",
@@ -347,10 +188,11 @@ class _Run:
         self.executed = 0.0
         self.usage_estimated = False
         self.limit = job.config.timeout_per_item
+        self.estimate_key = f"{job.quota}/{type(job.strategy).__name__}"
         self.last: Failure | None = None
         self.baseline: int | None = None
-        self.had_turn = job.refusals > 0
-        self.let_in = -math.inf
+        self.is_retry = job.refusals > 0
+        self.admitted_at = -math.inf
         self.cost = self._price(job.usage) if job.usage else None
 
     async def within_item_timeout(self) -> _Outcome:
@@ -385,9 +227,12 @@ class _Run:
         if self.job.config.dry_run:
             return await self._rehearse()
         try:
-            await _from_user(self.job.prepare)
+            await from_user(self.job.prepare)
         except Exception as error:
-            return self._failure(error)
+            failure = self._failure(error)
+            if await self.job.gate.hands_back(failure, error, called=False):
+                return Unrunnable(failure.message)
+            return failure
         finally:
             self.ready = time.monotonic()
         if self.job.strategy.model_name and not self.runner.prices.loaded:
@@ -405,12 +250,12 @@ class _Run:
 
     async def _rehearse(self) -> _Outcome:
         """`dry_run` in place of the provider: no prepare (it may call one), no limiter."""
-        refusal = self._told(await self.job.gate.begin())
+        refusal = self._refusal(await self.job.gate.begin())
         if refusal is not None:
             return refusal
         self.job.attempts += 1
         try:
-            answer = await _from_user(self.job.strategy.dry_run, self.job.prompt)
+            answer = await from_user(self.job.strategy.dry_run, self.job.prompt)
             completion = as_completion(answer)
         except Exception as error:
             return self._failure(error)
@@ -419,56 +264,55 @@ class _Run:
 
     async def _attempt(self) -> _Outcome | None:
         """One call; None if another one follows."""
+        job, runner = self.job, self.runner
         try:
-            permit = await self._permit()
+            estimate = partial(
+                runner.estimator.estimate,
+                self.estimate_key,
+                job.prompt,
+                job.strategy.max_output_tokens,
+            )
+            permit = await runner.limiter.acquire(
+                job.quota, estimate, priority=job.priority, retry=self.is_retry
+            )
         except QuotaUnavailableError as error:
             return await self._day_is_over(classify(error), error.until)
-        if time.monotonic() - self.let_in > GATE_HOLDS:
+        if time.monotonic() - self.admitted_at > GATE_HOLDS:
             refusal = await self._ask_gate(permit)
             if refusal is not None:
                 return refusal
         if not self.runner.limiter.may_start(permit):
-            return await self._stand_back(permit)
-        self.let_in = -math.inf
+            return await self._defer(permit)
+        self.admitted_at = -math.inf
         answer = await self._call(permit)
         if isinstance(answer, Completion):
             self._succeeded(permit, answer)
             return answer
         return await self._failed(permit, answer)
 
-    async def _permit(self) -> Permit:
-        job, runner = self.job, self.runner
-        strategy = job.strategy
-        estimate = partial(
-            runner.estimator.estimate, _estimate_key(job), job.prompt, strategy.max_output_tokens
-        )
-        return await runner.limiter.acquire(
-            job.quota, estimate, priority=job.priority, retry=self.had_turn
-        )
-
     async def _ask_gate(self, permit: Permit) -> Failure | Stopped | None:
         try:
-            refusal = self._told(await self.job.gate.begin())
+            refusal = self._refusal(await self.job.gate.begin())
         except BaseException:
             self.runner.limiter.settle(permit, CallOutcome.UNUSED)
             raise
         if refusal is not None:
             self.runner.limiter.settle(permit, CallOutcome.UNUSED)
-        self.let_in = time.monotonic()
+        self.admitted_at = time.monotonic()
         return refusal
 
-    async def _stand_back(self, permit: Permit) -> _Outcome | None:
-        """Give a permit back that went stale while the gate was asked, and wait for another.
+    async def _defer(self, permit: Permit) -> _Outcome | None:
+        """Release a permit that went stale while the gate was asked, and wait for another.
 
         After one that a cooldown made void the next comes no sooner than its end: till then the
         item is in no call, for the ledger either, or a death in this wait would count against it.
         """
-        self.had_turn = True
+        self.is_retry = True
         self.job.gate.calls(False)
         self.runner.limiter.settle(permit, CallOutcome.UNUSED)
         if not self.runner.limiter.is_void(permit):
             return None
-        self.let_in = -math.inf
+        self.admitted_at = -math.inf
         return await self._save()
 
     async def _call(self, permit: Permit) -> Completion[Any] | Exception:
@@ -498,8 +342,8 @@ class _Run:
             timeout.__cause__ = error
             return timeout
         except BaseException as error:
-            if not _ends(error, task):
-                return _stand_in(error)
+            if not ends(error, task):
+                return stand_in(error)
             # The provider may have begun to work: the tokens stay counted as estimated.
             job.gate.gave_up()
             self.runner.limiter.settle(permit, CallOutcome.FAILED)
@@ -517,7 +361,7 @@ class _Run:
         runner.forbidden.pop(job.batch_id, None)
         runner.succeeded_at[job.quota] = time.monotonic()
         if known:
-            runner.estimator.observe(_estimate_key(job), job.prompt, known)
+            runner.estimator.observe(self.estimate_key, job.prompt, known)
         job.attempts += 1
         if not usage and job.estimate_usage:
             usage = self._estimated_usage(completion.output)
@@ -535,10 +379,13 @@ class _Run:
             usage=failure.usage if failure.usage and plausible(failure.usage) else None,
             retry_after=failure.retry_after,
         )
+        # (`last` is another failure where 403s on everything are taken for the caller's.)
+        if failure is self.last and await job.gate.hands_back(failure, error, called=True):
+            return Unrunnable(failure.message, called=True)
         self._count(failure, error)
         await self._on_error(error, attempt)
         delay = self._delay(failure)
-        self._tell(failure, attempt, delay)
+        self._notify(failure, attempt, delay)
         if delay is None:
             return failure
         return await self._before_next(failure, delay)
@@ -589,7 +436,7 @@ class _Run:
             self.job.attempts += 1
         elif failure.kind is FailureKind.RATE_LIMITED:
             self.job.refusals += 1
-            self.had_turn = True
+            self.is_retry = True
             if self.baseline is None:
                 self.baseline = self.runner.successes.get(self.job.quota, 0)
 
@@ -601,7 +448,7 @@ class _Run:
 
     async def _on_error(self, error: Exception, attempt: int) -> None:
         try:
-            await _from_user(self.job.strategy.on_error, error, attempt, self.job.state)
+            await from_user(self.job.strategy.on_error, error, attempt, self.job.state)
         except Exception as raised:
             item_id = self.job.item_id
             logger.warning("on_error_failed item_id=%s error=%s", item_id, describe(raised))
@@ -614,7 +461,7 @@ class _Run:
                 return None
         return delay_before_next(failure, job.attempts, job.config.retry, overloads=job.overloads)
 
-    def _tell(self, failure: Failure, attempt: int, wait: float | None) -> None:
+    def _notify(self, failure: Failure, attempt: int, wait: float | None) -> None:
         job = self.job
         if self.runner.events.wants(AttemptFailed):
             name = _type_of(failure.message)
@@ -679,16 +526,18 @@ class _Run:
         models = self.job.strategy.models()
         return next((name for name in models if self._price(_A_TOKEN, name) is None), None)
 
-    def _told(self, word: FailureKind | BatchState | None) -> Failure | Stopped | None:
-        if word is None:
+    def _refusal(self, decision: FailureKind | BatchState | None) -> Failure | Stopped | None:
+        if decision is None:
             return None
-        if isinstance(word, BatchState):
-            return Stopped(word)
-        if word is not FailureKind.EXHAUSTED:
-            why = f"Stopped: the batch ended ({word.value}) before this item was called"
-            return Failure(word, why)
+        if isinstance(decision, BatchState):
+            return Stopped(decision)
+        if decision is not FailureKind.EXHAUSTED:
+            why = f"Stopped: the batch ended ({decision.value}) before this item was called"
+            return Failure(decision, why)
         last = self.job.last_error or "none is known: its calls were cut off"
-        return Failure(word, f"CallsExhausted: no further call of this item; last error: {last}")
+        return Failure(
+            decision, f"CallsExhausted: no further call of this item; last error: {last}"
+        )
 
     def broken(self, error: Exception) -> Failure:
         """The outcome of an item that a fault of ours ended."""
@@ -721,7 +570,7 @@ class _Run:
         metadata = completion.metadata
         if metadata:
             try:
-                metadata = _plain_metadata(metadata)
+                metadata = plain_metadata(metadata)
             except Exception as error:  # the answer is worth more
                 self.runner.report(self.job, "unwritable_metadata", error)
                 metadata = {"metadata_dropped": type(error).__name__}
@@ -759,10 +608,6 @@ class _Run:
         return Timing.model_construct(queued=queued, waited=waited, executed=executed, total=total)
 
 
-def _estimate_key(job: ItemJob) -> str:
-    return f"{job.quota}/{type(job.strategy).__name__}"
-
-
 def _type_of(message: str) -> str:
     return message.partition(":")[0]
 
@@ -782,49 +627,3 @@ def _finished(batch_id: str, result: WorkItemResult[Any, Any]) -> ItemFinished:
         result.cost,
         _type_of(result.error) if result.error else None,
     )
-
-
-# -- outputs as JSON
-
-
-def _plain_metadata(metadata: Mapping[str, Any]) -> Any:
-    data = to_json(dict(metadata), serialize_unknown=True, inf_nan_mode="null")
-    _check_digits(data)
-    return from_json(data)
-
-
-def _check_digits(data: bytes) -> None:
-    """Python's own JSON reader refuses integers of more than 4,300 digits: what holds one can't
-    be read back.
-
-    Raises:
-        ValueError: if there is one.
-    """
-    if len(data) > MOST_DIGITS and _LONG_NUMBER.search(data):
-        json.loads(data)
-
-
-def json_form(value: Any) -> Any:
-    """`value` as plain JSON types: pydantic models and dataclasses become objects, NaN null, and
-    half a surrogate pair (which no file can hold) a question mark.
-
-    Raises:
-        ValueError: if it has no JSON form (PydanticSerializationError is one).
-    """
-    if value is None or isinstance(value, bool):
-        return value
-    if type(value) is int and -_SHORT < value < _SHORT:
-        return value
-    if type(value) is str and value.isascii():
-        return value
-    if type(value) is float and math.isfinite(value):
-        return value
-    try:
-        data = to_json(value, inf_nan_mode="null")
-        _check_digits(data)
-        return from_json(data)
-    except PydanticSerializationError as error:
-        if "UnicodeEncodeError" not in str(error):
-            raise
-        text = json.dumps(to_jsonable_python(value), ensure_ascii=False)
-        return from_json(text.encode("utf-8", "replace"))

@@ -158,7 +158,8 @@ class Claims:
         """
         claim.calling = False
         cut_off, claim.given_up = claim.given_up, 0
-        entry = Attempts(attempts, refusals, state, usage, overloads, last_error).encode()
+        back = claim.handed_back_at
+        entry = Attempts(attempts, refusals, state, usage, overloads, last_error, back).encode()
         try:
             await self._of(claim.batch_id).save((claim, entry, cut_off))
         except asyncio.CancelledError:  # not written yet: `release` writes it
@@ -243,9 +244,10 @@ class Claims:
         claim.calling, claim.given_up = False, 0
         self._background.start(self._release(claim.batch_id, [claim]))
 
-    async def release(self, claims: Sequence[Claim]) -> None:
-        """Let others run these items at once (drain, pause). One whose call is cut off counts as
-        maybe billed. One whose outcome is being recorded is left alone."""
+    async def release(self, claims: Sequence[Claim], *, delay: float = 0.0) -> None:
+        """Let others run these items (drain, pause), at once or after `delay` seconds. One whose
+        call is cut off counts as maybe billed. One whose outcome is being recorded is left alone.
+        """
         by_batch: dict[str, list[Claim]] = defaultdict(list)
         for claim in claims:
             if not claim.settled:
@@ -253,7 +255,7 @@ class Claims:
         for batch_id, group in by_batch.items():
             for first in range(0, len(group), CALL_ITEMS):
                 some = group[first : first + CALL_ITEMS]
-                await asyncio.shield(self._background.start(self._release(batch_id, some)))
+                await asyncio.shield(self._background.start(self._release(batch_id, some, delay)))
 
     # -- the calls, many items each ---------------------------------------------------------
 
@@ -391,8 +393,8 @@ class Claims:
             self.recent.popleft()
         return [bool(one) for one in recorded]
 
-    async def _release(self, batch_id: str, claims: list[Claim]) -> None:
-        arguments: list[Argument] = [self._runner.process_id, 0]
+    async def _release(self, batch_id: str, claims: list[Claim], delay: float = 0.0) -> None:
+        arguments: list[Argument] = [self._runner.process_id, round(delay * 1000)]
         for claim in claims:
             cut_by = claim.cut_by if claim.calling else "back" if claim.unused else ""
             lost = max(claim.given_up, int(claim.calling))
@@ -450,6 +452,7 @@ def _claim(batch_id: str, token: str, now: float, entry: Sequence[Any]) -> Claim
         state=earlier.state,
         usage=earlier.usage,
         last_error=earlier.last_error,
+        handed_back_at=earlier.handed_back_at,
         queued_seconds=max(0.0, now - stored.fed_at),
         fed_at=stored.fed_at,
     )

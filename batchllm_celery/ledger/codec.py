@@ -181,6 +181,7 @@ class Attempts:
     usage: TokenUsage = NO_TOKENS
     overloads: int = 0
     last_error: str = ""
+    handed_back_at: float = 0.0
 
     def encode(self) -> bytes:
         """JSON.
@@ -197,6 +198,8 @@ class Attempts:
             entry["o"] = self.overloads
         if self.last_error:
             entry["e"] = self.last_error
+        if self.handed_back_at:
+            entry["h"] = self.handed_back_at
         data = json.dumps(entry, separators=(",", ":")).encode()
         if len(data) > MOST_STATE_BYTES:
             raise ValueError(f"{len(data):,} bytes; at most {MOST_STATE_BYTES:,} are kept")
@@ -214,6 +217,7 @@ class Attempts:
             TokenUsage.of(entry.get("u")),
             entry.get("o", 0),
             entry.get("e", ""),
+            entry.get("h", 0.0),
         )
 
 

@@ -56,6 +56,7 @@ class Heartbeat:
             `call_soon_threadsafe`, and there to `ledger.recovery.on_heartbeat`.
         interval: seconds.
         presence: describes the process for `status`; None for no entry in the register.
+        able: the Redis commands that say, at a server time, what the process can run.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Heartbeat:
         notify: Callable[[list[Beat]], object],
         interval: float = 1.0,
         presence: Callable[[], WorkerInfo] | None = None,
+        able: Callable[[float], Sequence[Sequence[Any]]] = lambda moment: (),
     ) -> None:
         self._url = url
         self._keys = keys
@@ -76,6 +78,7 @@ class Heartbeat:
         self._notify = notify
         self._interval = interval
         self._presence = presence
+        self._able = able
         self._broken = BrokenEntries()
         self._present_at = float("-inf")
         self._script = scripts.BEAT
@@ -174,7 +177,8 @@ class Heartbeat:
             self._present_at = now
             seconds, microseconds = client.time()
             moment = seconds + microseconds / 1e6
-            _pipeline(client, self._presence().commands(self._keys, moment))
+            shown = self._presence().commands(self._keys, moment)
+            _pipeline(client, [*shown, *self._able(moment)])
 
 
 def _loaded(client: redis.Redis) -> Script:

@@ -32,6 +32,8 @@ class Claim:
     state: RetryState = field(default_factory=RetryState)
     usage: TokenUsage = NO_TOKENS
     last_error: str = ""
+    handed_back_at: float = 0.0
+    """Server time at which a process that could not run it first handed it back; 0: none has."""
     queued_seconds: float = 0.0
     fed_at: float = 0.0
     claimed_at: float = field(default_factory=time.monotonic)
@@ -46,6 +48,11 @@ class Claim:
     """What cuts its call off if the item is released during one; without spaces."""
     settled: bool = False
     """Whether its outcome is on its way to the ledger: it can't be released any more."""
+
+    @property
+    def server_now(self) -> float:
+        """The server's time at this moment, in seconds since 1970."""
+        return self.fed_at + self.queued_seconds + time.monotonic() - self.claimed_at
 
 
 @dataclass(slots=True)

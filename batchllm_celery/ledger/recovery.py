@@ -52,7 +52,12 @@ class Recovery:
         self._reconciled_at = time.monotonic()
 
     async def requeue(
-        self, queue: str, n: int, *, lost_only: bool = False
+        self,
+        queue: str,
+        n: int,
+        *,
+        lost_only: bool = False,
+        skips: Callable[[str], bool] = lambda batch_id: False,
     ) -> list[tuple[str, list[int]]]:
         """Up to `n` items of a queue's batches that no message has brought, by batch: the caller
         sends messages for them.
@@ -60,6 +65,8 @@ class Recovery:
         Items that were lost or released come first; with `lost_only` no others do (for workers that
         are busy: lost items must not wait for an idle one). This also finds stalled processes and
         sweeps stopped batches, so call it with `n` = 0 when no slot is free.
+
+        Nothing is taken of batches for which `skips` is true: this process can't run them.
         """
         client: Any = self._connection.client
         key, patiently = self._runner.keys.queue(queue), self._connection.patiently
@@ -73,7 +80,8 @@ class Recovery:
         requeued = []
         for batch_id in batch_ids:
             try:
-                indexes, over = await self._requeue_of(batch_id, n, lost_only, run_id)
+                most = 0 if skips(batch_id) else n
+                indexes, over = await self._requeue_of(batch_id, most, lost_only, run_id)
             except BatchUnreadableError:
                 continue  # `status` names it; the others go on
             except Exception as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -34,6 +36,10 @@ class WorkerInfo:
     """Messages that nobody can run."""
     unreadable: str = ""
     """Batches that it can't read, separated by commas: corrupted, or of a newer version."""
+    strategies: str = ""
+    """Registered names, separated by commas."""
+    unrunnable: str = ""
+    """What it can't run: a JSON object, strategy -> [reason, Unix time since when]."""
 
     def commands(self, keys: Keys, now: float) -> list[tuple[str | int | float, ...]]:
         """The Redis commands that say "I am here" at server time `now`."""
@@ -65,7 +71,21 @@ class WorkerInfo:
             float(text.get("last_seen", 0)),
             int(text.get("dropped_messages", 0)),
             text.get("unreadable", ""),
+            text.get("strategies", ""),
+            _unrunnable(text.get("unrunnable", "")),
         )
+
+
+def _unrunnable(told: str) -> str:
+    """`told`, if it can be read.
+
+    Raises:
+        ValueError, TypeError: else.
+    """
+    for reason, since in json.loads(told or "{}").values():
+        if type(reason) is not str or not math.isfinite(since):
+            raise ValueError("a worker's list of what it can't run")
+    return told
 
 
 async def list_workers(connection: Connection, keys: Keys) -> list[WorkerInfo]:

@@ -59,6 +59,7 @@ FAILURE_POLICIES: dict[FailureKind, FailurePolicy] = {
     FailureKind.WORKER_LOST: _STOP,
     FailureKind.CUT_OFF: _STOP,
     FailureKind.EXHAUSTED: _STOP,
+    FailureKind.UNRUNNABLE: _STOP,
     FailureKind.INVALID_INPUT: _STOP,
     FailureKind.SKIPPED: _STOP,
     FailureKind.UNKNOWN: _CALL,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -36,6 +37,11 @@ class StrategySpec(Model):
     @classmethod
     def _check_name(cls, name: str) -> str:
         return check_label(name, "strategy name")
+
+    @property
+    def key(self) -> str:
+        """Equal for equal strategies."""
+        return json.dumps([self.name, self.params], sort_keys=True, default=str)
 
 
 @dataclass(slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import difflib
 import secrets
 import threading
 import time
@@ -11,7 +12,12 @@ from contextlib import AsyncExitStack
 from typing import Any, Self
 
 from batchllm_celery.connection import BrokenEntry
-from batchllm_celery.errors import BatchConflictError, BatchNotFoundError, FailureKind
+from batchllm_celery.errors import (
+    BatchConflictError,
+    BatchNotFoundError,
+    FailureKind,
+    StrategyNotFoundError,
+)
 from batchllm_celery.events import Events
 from batchllm_celery.ledger import WorkerInfo
 from batchllm_celery.ledger.workers import list_workers
@@ -130,6 +136,7 @@ class Producer:
         Raises:
             UsageError: an item can't be taken (its place and id are named), or a strategy is
                 missing.
+            StrategyNotFoundError: live workers serve the lane, and none of them knows the strategy.
             BatchConflictError: the id belongs to another job that is still running.
             QuotaConflictError: the quota exists with other limits.
             RedisDeniedError: Redis denies a right, or the password.
@@ -151,6 +158,7 @@ class Producer:
             token_budget=token_budget,
             fail_fast=tuple(FailureKind(kind) for kind in fail_fast),
         )
+        self.check_runnable(spec)
         limits = quota if isinstance(quota, Quota) else None
         batch = self.open(spec, quota=limits, quota_update=quota_update)
         try:
@@ -209,6 +217,7 @@ class Producer:
                 keep_results=False,
                 **options,
             )
+        self.check_runnable(spec)
         limits = quota if isinstance(quota, Quota) else None
         return self.open(spec, quota=limits, quota_update=update), rows
 
@@ -273,6 +282,24 @@ class Producer:
         if resumed and batch.progress().state in ("paused", "parked"):
             batch.resume()
         return batch
+
+    def check_runnable(self, spec: BatchSpec) -> None:
+        """Return if a live worker of the batch's lane knows its strategy, or there is none yet.
+
+        Raises:
+            StrategyNotFoundError: none of them does; with the names that are near.
+        """
+        workers = [one for one in self.workers() if spec.queue in one.queues.split(",")]
+        names = {name for worker in workers for name in worker.strategies.split(",") if name}
+        name = spec.strategy.name
+        if not names or name in names or any(not worker.strategies for worker in workers):
+            return
+        near = difflib.get_close_matches(name, sorted(names))
+        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+        raise StrategyNotFoundError(
+            f"no live worker of lane {spec.queue!r} knows the strategy {name!r}{hint} "
+            f"They know {', '.join(sorted(names))}."
+        )
 
     # -- looking ----------------------------------------------------------------------------------
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import importlib
 import inspect
-import json
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -18,7 +17,12 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, TypeAlias, TypeVar
 
-from batchllm_celery.errors import StrategyNotFoundError, UsageError, describe
+from batchllm_celery.errors import (
+    StrategyNotFoundError,
+    StrategyParametersError,
+    UsageError,
+    describe,
+)
 from batchllm_celery.events import StrategyPrepared
 from batchllm_celery.models import StrategySpec
 from batchllm_celery.models.names import as_label, check_label
@@ -60,13 +64,14 @@ class Registration:
         """Call the factory.
 
         Raises:
-            UsageError: for parameters it does not take, a factory that fails, or an answer that is
+            StrategyParametersError: for parameters it does not take.
+            UsageError: for a factory that fails, or an answer that is
                 not a strategy.
         """
         try:
             inspect.signature(self.factory).bind(**spec.params)
         except TypeError as error:
-            raise UsageError(
+            raise StrategyParametersError(
                 f"strategy {self.name!r}: {error}; it takes {_parameters(self.factory)}"
             ) from error
         keep_secrets_of(spec.params)
@@ -263,7 +268,7 @@ class Registry:
             StrategyNotFoundError: for a name that is not registered.
             UsageError: for parameters that the factory refuses.
         """
-        key = json.dumps([spec.name, spec.params], sort_keys=True, default=str)
+        key = spec.key
         found = self._by_spec.get(key)
         if found is None:
             registration = self._catalog.lookup(spec.name)
@@ -276,6 +281,15 @@ class Registry:
             self._by_spec[key] = found
         self._by_spec.move_to_end(key)
         return found
+
+    def names(self) -> list[str]:
+        """The registered names."""
+        return list(self._catalog)
+
+    def prepared(self) -> list[str]:
+        """Keys (`StrategySpec.key`) of the strategies that are prepared; safe from any thread."""
+        kept = ((key, self._held.get(id(one))) for key, one in list(self._by_spec.items()))
+        return [key for key, held in kept if held is not None and held.prepared]
 
     def using(self, strategy: LLMCallStrategy[Any]) -> AbstractContextManager[None]:
         """Keep `strategy` open inside the block. Enter it without an `await` after `get`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import math
 import os
@@ -11,6 +12,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from batchllm_celery.connection import Connection
@@ -18,29 +20,49 @@ from batchllm_celery.errors import (
     BatchNotFoundError,
     BatchUnreadableError,
     FailureKind,
+    StrategyNotFoundError,
+    StrategyParametersError,
     UsageError,
     describe,
 )
 from batchllm_celery.events import Events, WorkerStarted, WorkerStopped
-from batchllm_celery.execution import ItemJob, ItemRunner, Prices, Stopped
+from batchllm_celery.execution import ItemJob, ItemRunner, Prices, Stopped, Unrunnable
 from batchllm_celery.execution.pricing import given_prices
 from batchllm_celery.keys import Keys
-from batchllm_celery.ledger import Beat, Claim, Heartbeat, Ledger, WorkerInfo, new_process_id
+from batchllm_celery.ledger import (
+    Beat,
+    Claim,
+    Heartbeat,
+    Ledger,
+    WorkerInfo,
+    able,
+    list_workers,
+    new_process_id,
+)
 from batchllm_celery.limiter import Estimator, Limiter
 from batchllm_celery.models import (
     NO_TOKENS,
     BatchSpec,
     BatchState,
+    Failure,
     Quota,
     RetryState,
+    StrategySpec,
     TokenUsage,
     WorkItemResult,
 )
 from batchllm_celery.settings import Settings
 from batchllm_celery.strategies import LLMCallStrategy, ProcessResources, Registry
-from batchllm_celery.strategies.failures import log_bug
+from batchllm_celery.strategies.failures import log_bug, status_of
 from batchllm_celery.worker.slots import Slots
 from batchllm_celery.worker.startup import ready_file, touch_forever
+from batchllm_celery.worker.unrunnable import (
+    MOST_DELAY,
+    Faults,
+    is_missing,
+    is_of_the_process,
+    reason_of,
+)
 
 logger = logging.getLogger("batchllm_celery")
 
@@ -60,6 +82,16 @@ SHOWN_WAIT_SECONDS = 1.0
 
 #: Seconds before a time limit of Celery's at which what still runs goes back.
 CUT_OFF_BEFORE = 5.0
+
+#: Seconds until parameters that no live worker takes fail their items. They are a typing error
+#: more often than a deploy.
+PARAMETERS_AFTER = 30.0
+#: Where a live worker could run it so many seconds ago, an item waits no longer than this.
+ABLE_SECONDS, ABLE_DELAY = 10.0, 2.0
+#: A key that is refused is this process' own if its quota had a success anywhere in so many seconds
+#: before, or has one in so many after.
+CREDENTIAL_SECONDS, CREDENTIAL_WAIT = 60.0, 5.0
+_CREDENTIAL_LOOK = 0.5
 
 _HALTED = frozenset({BatchState.PAUSED, BatchState.PARKED})
 
@@ -108,12 +140,8 @@ class _Running:
 
     claim: Claim
     task: asyncio.Task[WorkItemResult[Any, Any] | None]
-    runtime: Runtime
     begun: bool = False
     handed_back: bool = False
-
-    def end(self, _: object) -> None:
-        self.runtime._ended(self)
 
     @property
     def in_call(self) -> bool:
@@ -149,18 +177,26 @@ class _LedgerGate:
     for each would weigh more than all that this holds.
     """
 
-    __slots__ = ("_claim", "_quota", "_runtime", "_strategy")
+    __slots__ = ("_claim", "_quota", "_runtime", "_spec", "_strategy")
 
     def __init__(
-        self, runtime: Runtime, claim: Claim, strategy: LLMCallStrategy[Any], quota: str
+        self,
+        runtime: Runtime,
+        claim: Claim,
+        spec: StrategySpec,
+        strategy: LLMCallStrategy[Any],
+        quota: str,
     ) -> None:
         self._runtime = runtime
         self._claim = claim
+        self._spec = spec
         self._strategy = strategy
         self._quota = quota
 
     async def prepare(self) -> None:
         await self._runtime.registry.prepare(self._strategy)
+        if self._runtime.faults.found:
+            self._runtime.faults.was_prepared(self._spec)
 
     async def parks(self) -> bool:
         return await self._runtime.parks(self._quota)
@@ -195,6 +231,16 @@ class _LedgerGate:
 
     def calls(self, under_way: bool) -> None:
         self._claim.calling, self._claim.unused = under_way, not under_way
+
+    async def hands_back(self, failure: Failure, error: Exception, *, called: bool) -> bool:
+        runtime, claim = self._runtime, self._claim
+        if not runtime.settings.unrunnable_after:
+            return False
+        if called and not runtime.faults.may_hand_back(claim.batch_id, claim.index):
+            return False
+        if failure.kind is FailureKind.AUTHENTICATION and (called or status_of(error) is not None):
+            return await runtime.credential_is_ours(self._quota, claim)
+        return is_missing(error) if called else is_of_the_process(failure, error)
 
 
 def _rehearsed(result: WorkItemResult[Any, Any]) -> WorkItemResult[Any, Any]:
@@ -241,6 +287,8 @@ class Runtime:
         self._running: dict[tuple[str, int], _Running] = {}
         self._last_delivery = time.monotonic()
         self._hungry = False
+        self.faults = Faults()
+        self._refused_keys: dict[str, float] = {}  # quota -> when it was no matter of this process
         self._started_at = time.time()
         self._opening = asyncio.Lock()
         self._parts: contextlib.AsyncExitStack | None = None
@@ -306,6 +354,7 @@ class Runtime:
             notify=lambda beats: loop.call_soon_threadsafe(self._on_beats, beats),
             interval=self.settings.heartbeat_seconds,
             presence=self._presence,
+            able=partial(self._able, keys),
         )
         self._heartbeat.start()
         parts.callback(self._heartbeat.stop)
@@ -321,7 +370,22 @@ class Runtime:
             started_at=self._started_at,
             dropped_messages=self.dropped_messages(),
             unreadable=",".join(self._unreadable()[:5]),
+            strategies=",".join(sorted(self.registry.names())),
+            unrunnable=json.dumps(
+                {fault.name: (fault.reason, fault.since) for fault in self.faults.all()[:20]}
+            ),
         )
+
+    def _able(self, keys: Keys, now: float) -> list[tuple[str | int | float, ...]]:
+        """The commands that tell others what this process can run; in the heartbeat's thread."""
+        faults, broken = self.faults.all(), set(self.faults.keys())
+        names = set(self.registry.names()) - {fault.name for fault in faults}
+        members = [able.registered(name) for name in names]
+        members += [able.prepared(key) for key in self.registry.prepared() if key not in broken]
+        moment, succeeded = time.monotonic(), dict(self.runner.succeeded_at)
+        successes = {quota: moment - at for quota, at in succeeded.items()}
+        kept = 2 * self.settings.unrunnable_after
+        return able.commands(keys, now, members, successes, kept)
 
     def _unreadable(self) -> list[str]:
         return [entry.name for entry in self._connection.broken.all() if entry.kind == "batch"]
@@ -375,6 +439,8 @@ class Runtime:
         if self.draining:
             return 0
         on_the_way = max(0, in_hand - self._messages) * self._message_items
+        if self.faults.found and (few := self.faults.messages()) is not None:
+            return 0 if in_hand else few
         return max(0, math.ceil(self._free_admissions(on_the_way) / self._message_items))
 
     def expect(self, items: int) -> None:
@@ -441,7 +507,7 @@ class Runtime:
 
     @contextlib.asynccontextmanager
     async def _admission(self, items: int) -> AsyncIterator[_Admission]:
-        if not self._may_enter():
+        if not self.draining and self._free_admissions() <= 0:
             async with self._room:
                 await self._room.wait_for(self._may_enter)
         self._admitted += items
@@ -482,11 +548,11 @@ class Runtime:
         self, spec: BatchSpec, claim: Claim
     ) -> asyncio.Task[WorkItemResult[Any, Any] | None]:
         task = asyncio.ensure_future(self._run_claim(spec, claim))
-        running = self._running[claim.batch_id, claim.index] = _Running(claim, task, self)
-        task.add_done_callback(running.end)
+        running = self._running[claim.batch_id, claim.index] = _Running(claim, task)
+        task.add_done_callback(partial(self._ended, running))
         return task
 
-    def _ended(self, running: _Running) -> None:
+    def _ended(self, running: _Running, _: object) -> None:
         claim = running.claim
         self._running.pop((claim.batch_id, claim.index), None)
         if not running.begun:  # cancelled at once: `_run_claim` never saw it
@@ -495,11 +561,16 @@ class Runtime:
     async def _run_claim(self, spec: BatchSpec, claim: Claim) -> WorkItemResult[Any, Any] | None:
         self._running[claim.batch_id, claim.index].begun = True
         try:
-            async with self._slots.hold(spec.priority):
+            await self._slots.take(spec.priority)
+            try:
                 outcome = await self._run_one(spec, claim)
                 # Inside: what a budget can be overshot by is what the slots hold.
                 if isinstance(outcome, WorkItemResult):
                     return await self._record(claim, outcome)
+            finally:
+                self._slots.give()
+            if isinstance(outcome, Unrunnable):
+                return await self._hand_back_or_fail(spec, claim, outcome)
             if outcome.until is not None:
                 await self.ledger.batches.defer(claim.batch_id, outcome.until)
             await self.ledger.claims.release([claim])
@@ -514,16 +585,20 @@ class Runtime:
             raise
         return None
 
-    async def _run_one(self, spec: BatchSpec, claim: Claim) -> WorkItemResult[Any, Any] | Stopped:
+    async def _run_one(
+        self, spec: BatchSpec, claim: Claim
+    ) -> WorkItemResult[Any, Any] | Stopped | Unrunnable:
         if claim.payload.problem is not None:
             problem = f"InvalidInput: {claim.payload.problem}"
             return self._without_call(claim, FailureKind.INVALID_INPUT, problem)
         chosen = claim.payload.strategy or spec.strategy
+        if self.faults.found and (fault := self.faults.waiting(chosen)):
+            return Unrunnable(fault.reason, parameters=fault.parameters)
         try:
             strategy = await self.registry.get(chosen)
-            job = self._job(spec, claim, strategy)
+            job = self._job(spec, claim, chosen, strategy)
         except UsageError as error:
-            return self._without_call(claim, FailureKind.INVALID_REQUEST, describe(error))
+            return self._not_built(chosen, claim, error)
         except BaseException as error:  # a property of it fails: it would each time
             task = asyncio.current_task()
             if task is not None and task.cancelling():
@@ -533,11 +608,103 @@ class Runtime:
         with self.registry.using(strategy):
             outcome = await self.runner.run(job)
         await self.registry.close_surplus()
+        if isinstance(outcome, WorkItemResult):
+            if self.faults.found:
+                self.faults.ran(chosen)
+        elif isinstance(outcome, Unrunnable):
+            claim.usage, claim.last_error = job.usage, job.last_error
         if spec.config.dry_run and isinstance(outcome, WorkItemResult):
             return _rehearsed(outcome)
         return outcome
 
-    def _job(self, spec: BatchSpec, claim: Claim, strategy: LLMCallStrategy[Any]) -> ItemJob:
+    def _not_built(
+        self, chosen: StrategySpec, claim: Claim, error: UsageError
+    ) -> WorkItemResult[Any, Any] | Unrunnable:
+        of_the_job = Failure(FailureKind.INVALID_REQUEST, describe(error))
+        if self.settings.unrunnable_after and (
+            isinstance(error, StrategyNotFoundError) or is_of_the_process(of_the_job, error)
+        ):
+            return Unrunnable(
+                reason_of(error), parameters=isinstance(error, StrategyParametersError)
+            )
+        return self._without_call(claim, of_the_job.kind, of_the_job.message)
+
+    async def _hand_back_or_fail(
+        self, spec: BatchSpec, claim: Claim, outcome: Unrunnable
+    ) -> WorkItemResult[Any, Any] | None:
+        """Hand an item back that this process can't run; or end it, where nobody can."""
+        chosen = claim.payload.strategy or spec.strategy
+        fault = self.faults.add(chosen, outcome.reason, claim.batch_id, called=outcome.called)
+        fault.parameters = outcome.parameters
+        self._call_later(fault.retry_at - time.monotonic(), self.on_room)
+        first = claim.handed_back_at or claim.server_now
+        last = await able.able_at(self._connection, self._resources.keys, chosen)
+        after = self.settings.unrunnable_after
+        if outcome.parameters:
+            after = min(after, PARAMETERS_AFTER)
+        fault.hopeless = claim.server_now - max(first, last) > after
+        if fault.hopeless:
+            if outcome.parameters:
+                return await self._record(
+                    claim, self._without_call(claim, FailureKind.INVALID_REQUEST, outcome.reason)
+                )
+            why = f"Unrunnable: no worker could run strategy {chosen.name!r} for {after:g} s; "
+            why += f"the last one that tried: {outcome.reason}"
+            result = self._without_call(claim, FailureKind.UNRUNNABLE, why)
+            return await self._record(claim, result)
+        if outcome.called or not claim.handed_back_at:
+            claim.handed_back_at = first
+            await self.ledger.claims.save(
+                claim,
+                claim.attempts,
+                claim.refusals,
+                claim.state,
+                claim.usage,
+                overloads=claim.overloads,
+                last_error=claim.last_error,
+            )
+        delay = self.faults.delay(fault, claim.batch_id, claim.index)
+        if claim.server_now - last < ABLE_SECONDS and delay <= MOST_DELAY:
+            delay = min(delay, ABLE_DELAY)
+        await self.ledger.claims.release([claim], delay=delay)
+        return None
+
+    async def credential_is_ours(self, quota: str, claim: Claim) -> bool:
+        """Whether a key that a provider refused is this process' own: the quota's calls succeed
+        elsewhere, or did a moment ago. Else the key is the fleet's, and the batch stops."""
+        refused = self._refused_keys.get(quota, -math.inf)
+        known = time.monotonic() - refused < CREDENTIAL_SECONDS
+        waits = not known and await self._has_neighbours()
+        ends = time.monotonic() + CREDENTIAL_WAIT if waits else -math.inf
+        keys = self._resources.keys
+        while True:
+            at = await able.succeeded_at(self._connection, keys, quota)
+            if claim.server_now - at < CREDENTIAL_SECONDS:
+                return True
+            if time.monotonic() >= ends:
+                self._refused_keys[quota] = time.monotonic()
+                return False
+            await asyncio.sleep(_CREDENTIAL_LOOK)
+
+    async def _has_neighbours(self) -> bool:
+        """Whether another live worker serves a queue of ours."""
+        workers = await list_workers(self._connection, self._resources.keys)
+        return any(
+            worker.worker_id != self.process_id
+            and not set(self.queues).isdisjoint(worker.queues.split(","))
+            for worker in workers
+        )
+
+    def _call_later(self, delay: float, then: Callable[[], None]) -> None:
+        asyncio.get_running_loop().call_later(max(0.0, delay) + 0.01, then)
+
+    def _job(
+        self,
+        spec: BatchSpec,
+        claim: Claim,
+        chosen: StrategySpec,
+        strategy: LLMCallStrategy[Any],
+    ) -> ItemJob:
         payload = claim.payload
         quota = spec.quota or strategy.quota or spec.strategy.name
         # The runner asks for them, too, where a failure would be taken for one of Redis.
@@ -545,7 +712,7 @@ class Runtime:
         # Where it has its default name nobody has chosen it.
         if strategy.full_speed and quota in (strategy.model_name, spec.strategy.name):
             self.limiter.begin_at_full_speed(quota)
-        gate = _LedgerGate(self, claim, strategy, quota)
+        gate = _LedgerGate(self, claim, chosen, strategy, quota)
         return ItemJob(
             batch_id=claim.batch_id,
             item_id=payload.item_id,
@@ -663,7 +830,9 @@ class Runtime:
         idle = hungry and self._slots.free > 0
         wanted = self._slots.free if idle else max(1, self._slots.limit // 4)
         priority = 0 if idle else URGENT
-        offered = await self.ledger.recovery.requeue(queue, wanted, lost_only=not idle)
+        offered = await self.ledger.recovery.requeue(
+            queue, wanted, lost_only=not idle, skips=self.faults.blocks
+        )
         if idle and wanted:  # nothing but offers brings work, after a pause for instance
             self._hungry = sum(len(indexes) for _, indexes in offered) >= wanted
         for batch_id, indexes in offered:

@@ -24,11 +24,8 @@ class Slots:
     def free(self) -> int:
         return max(0, self.limit - self.used)
 
-    def hold(self, priority: int = 0) -> _Hold:
-        """`async with`: wait for a slot (urgent ones first), hold it inside the block."""
-        return _Hold(self, priority)
-
     async def take(self, priority: int = 0) -> None:
+        """Wait for a slot, urgent ones first; `give` it back."""
         if self.used < self.limit and not self._waiting:
             self.used += 1
             return
@@ -42,25 +39,10 @@ class Slots:
             raise
 
     def give(self) -> None:
+        """Give a slot to the next one that waits."""
         self.used -= 1
         while self._waiting and self.used < self.limit:
             _, _, turn = heapq.heappop(self._waiting)
             if not turn.done():
                 self.used += 1
                 turn.set_result(None)
-
-
-class _Hold:
-    """A class, not a generator: thousands are held at once, and each generator takes 0.5 kB."""
-
-    __slots__ = ("_priority", "_slots")
-
-    def __init__(self, slots: Slots, priority: int) -> None:
-        self._slots = slots
-        self._priority = priority
-
-    async def __aenter__(self) -> None:
-        await self._slots.take(self._priority)
-
-    async def __aexit__(self, *_: object) -> None:
-        self._slots.give()

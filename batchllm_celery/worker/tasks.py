@@ -38,13 +38,13 @@ from batchllm_celery.queue import (
     redis_of,
 )
 from batchllm_celery.settings import Settings
-from batchllm_celery.worker import watchdog
-from batchllm_celery.worker.bad_messages import MOST_ITEMS, dropped, guarded
-from batchllm_celery.worker.broker import fetch_together, use_in
+from batchllm_celery.worker.pool import watchdog
+from batchllm_celery.worker.pool.bad_messages import MOST_ITEMS, dropped, guarded
+from batchllm_celery.worker.pool.task_events import gather_task_events
+from batchllm_celery.worker.pool.transport import fetch_together, use_in
 from batchllm_celery.worker.retry_events import RetryEvents
 from batchllm_celery.worker.runtime import Runtime
 from batchllm_celery.worker.startup import touch_forever, wait_for_redis
-from batchllm_celery.worker.task_events import gather_task_events
 
 logger = logging.getLogger("batchllm_celery")
 

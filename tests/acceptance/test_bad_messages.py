@@ -16,7 +16,7 @@ from kombu import Queue
 from batchllm_celery import Batch, Producer
 from batchllm_celery.connection import broker_url
 from batchllm_celery.models import Quota, QuotaLimits
-from batchllm_celery.worker.broker import Amqp
+from batchllm_celery.worker.pool.transport import Amqp
 from tests.acceptance.fleet import Fleet
 from tests.acceptance.odd_messages import odd_messages, right_message
 from tests.integration import worker_app  # noqa: F401 - registers its strategy here too
@@ -172,7 +172,9 @@ _OTHER_KOMBUS = {
         "def other(self, timeout=None, more=0): return start(self, timeout)\n"
         "r.Channel._brpop_start = other"
     ),
-    "our own classes": "import sys; sys.modules['batchllm_celery.worker.redis_transport'] = None",
+    "our own classes": (
+        "import sys; sys.modules['batchllm_celery.worker.pool.redis_transport'] = None"
+    ),
 }
 
 

@@ -106,6 +106,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory, valkey: ValkeyServer) -> Ite
             GOOGLE_GEMINI_BASE_URL=provider.url,
             BATCHLLM_PRICES_FILE=str(folder / "prices.json"),
             STRATEGIES_NOTES=str(notes),
+            BATCHLLM_UNRUNNABLE_AFTER="0",  # a `prepare` that fails ends its item
         )
         fleet.start(
             *("worker", "--processes", "2", "--slots", "4", "--app", APP),

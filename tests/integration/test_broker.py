@@ -13,8 +13,8 @@ import redis
 from kombu import Consumer, Message, Producer, Queue
 
 from batchllm_celery.connection import broker_url
-from batchllm_celery.worker import redis_transport
-from batchllm_celery.worker.broker import MOST_TOGETHER, Amqp, fetch_together
+from batchllm_celery.worker.pool import redis_transport
+from batchllm_celery.worker.pool.transport import MOST_TOGETHER, Amqp, fetch_together
 
 WAITING = 40
 

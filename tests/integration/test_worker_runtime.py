@@ -109,16 +109,18 @@ async def test_urgent_items_take_the_next_free_slot() -> None:
     slots, order = Slots(1), []
 
     async def use(name: str, priority: int) -> None:
-        async with slots.hold(priority):
-            order.append(name)
-            await asyncio.sleep(0)
-
-    async with slots.hold():
-        waiting = [
-            asyncio.create_task(use(name, priority))
-            for name, priority in (("usual", 0), ("later", 0), ("urgent", 9))
-        ]
+        await slots.take(priority)
+        order.append(name)
         await asyncio.sleep(0)
+        slots.give()
+
+    await slots.take()
+    waiting = [
+        asyncio.create_task(use(name, priority))
+        for name, priority in (("usual", 0), ("later", 0), ("urgent", 9))
+    ]
+    await asyncio.sleep(0)
+    slots.give()
     await asyncio.gather(*waiting)
     assert order == ["urgent", "usual", "later"]
 

@@ -14,7 +14,7 @@ import uvloop
 from celery.exceptions import SoftTimeLimitExceeded
 from celery.utils.threads import LocalStack
 
-from batchllm_celery.worker.bridge import BridgedCall, run_in_greenlet
+from batchllm_celery.worker.pool.greenlet_bridge import BridgedCall, run_in_greenlet
 
 LOOPS = pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
 

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from batchllm_celery.events import Event, LoopBlocked
-from batchllm_celery.worker import watchdog
+from batchllm_celery.worker.pool import watchdog
 from tests.support import wait_until_async
 
 

@@ -212,6 +212,9 @@ def _with_simulation(
 ) -> tuple[Settings, SimulatedProviderProcess | None]:
     """The workers' settings; for `--model simulated` with the URL of a provider started here."""
     settings = checked.settings
+    if checked.workers and "unrunnable_after" not in settings.model_fields_set:
+        # These workers are all alike: what one of them can't run, none can.
+        settings = settings.model_copy(update={"unrunnable_after": 0.0})
     needs_one = checked.spec.strategy.name == "simulated" and settings.simulated_url is None
     if not needs_one or not checked.workers or checked.request.dry_run:
         return settings, None

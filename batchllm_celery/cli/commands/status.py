@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -17,7 +18,7 @@ from batchllm_celery.cli.display.console import print_json, to_stdout
 from batchllm_celery.cli.display.progress import RateMeter
 from batchllm_celery.cli.display.quota_view import doing, quota_table
 from batchllm_celery.cli.display.tables import FittingTable
-from batchllm_celery.cli.display.wording import count, duration, money, rate, short
+from batchllm_celery.cli.display.wording import count, duration, money, plural, rate, short
 from batchllm_celery.cli.request import CommandRequest, settings_of
 from batchllm_celery.cli.signals import Interrupts
 
@@ -149,10 +150,24 @@ def render(seen: Status) -> RenderableType:
         for worker in seen.workers
         if worker.unreadable
     ]
+    parts += [Text(line, style="yellow") for line in unrunnable(seen.workers)]
     if seen.broken:
         named = ", ".join(f"{entry.kind} {entry.name} ({entry.reason})" for entry in seen.broken)
         parts.append(Text(f"Broken in Redis: {named}; see: batchllm doctor", style="red"))
     return Group(*parts)
+
+
+def unrunnable(workers: list[WorkerInfo]) -> list[str]:
+    """A line for each strategy that some of the workers can't run, and why."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for worker in workers:
+        for name, (reason, since) in json.loads(worker.unrunnable or "{}").items():
+            found.setdefault((name, reason), []).append(since)
+    return [
+        f"unrunnable here: {name}: {reason} ({len(times)} of {plural(len(workers), 'worker')}, "
+        f"since {time.strftime('%H:%M', time.localtime(min(times)))})"
+        for (name, reason), times in sorted(found.items())
+    ]
 
 
 def _batches(seen: Status) -> FittingTable:

@@ -86,6 +86,7 @@ def _submit(
 
     producer = stack.enter_context(Producer(settings))
     producer.check()
+    producer.check_runnable(spec)
     batch = producer.open(spec, quota=quota, quota_update=request.quota_update)
     click.echo(batch.id)
     sys.stdout.flush()

@@ -31,6 +31,8 @@ from batchllm_celery.settings import Settings
                      "FILE.ready is touched while Redis answers too.")  # fmt: skip
 @options.option("--drain-seconds", type=options.Number(min=0),
                 help="Seconds for calls in flight after SIGTERM.  [default: 30]")  # fmt: skip
+@options.option("--unrunnable-after", type=options.Number(min=0), metavar="SECONDS",
+                help="Seconds until what no live worker can run fails.  [default: 600]")  # fmt: skip
 @options.option("--loglevel", default="INFO", show_default=True)
 @options.base_url
 @options.connection
@@ -38,6 +40,7 @@ def worker(
     processes: int,
     heartbeat_file: str | None,
     drain_seconds: float | None,
+    unrunnable_after: float | None,
     loglevel: str,
     **shared: Any,
 ) -> int:
@@ -48,6 +51,7 @@ def worker(
     """
     own = {
         "drain_seconds": drain_seconds,
+        "unrunnable_after": unrunnable_after,
         "heartbeat_file": None if heartbeat_file is None else Path(heartbeat_file),
     }
     settings = settings_of(CommandRequest(**shared)).model_copy(

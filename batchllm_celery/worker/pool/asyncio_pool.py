@@ -4,7 +4,7 @@
     batchllm_celery.worker.pool:AsyncioPool   or worker_pool = the same in the app's settings
 
 Celery's unmodified tracer runs on the process's event loop, each task in a greenlet of its own
-(see `worker.bridge`). `async def` tasks just work; a synchronous task body awaits through
+(see `greenlet_bridge`). `async def` tasks just work; a synchronous task body awaits through
 `event_loop.run`, and one that blocks, blocks them all (the watchdog names it).
 
 Two threads share the work. Celery's own thread admits tasks and hears of their ends, so that
@@ -39,9 +39,9 @@ from celery.utils import threads as celery_threads
 from celery.worker import state as worker_state
 
 from batchllm_celery import event_loop
-from batchllm_celery.worker.bridge import BridgedCall, run_in_greenlet
-from batchllm_celery.worker.broker import gather_acknowledgements, send_acknowledgements
-from batchllm_celery.worker.watchdog import Watchdog
+from batchllm_celery.worker.pool.greenlet_bridge import BridgedCall, run_in_greenlet
+from batchllm_celery.worker.pool.transport import gather_acknowledgements, send_acknowledgements
+from batchllm_celery.worker.pool.watchdog import Watchdog
 
 logger = logging.getLogger("batchllm_celery")
 

@@ -17,8 +17,8 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 
 from batchllm_celery.queue import RUN_ITEMS
-from batchllm_celery.worker.bad_messages import UNREADABLE, BadMessageError, dropped
-from batchllm_celery.worker.broker import MOST_TOGETHER, gathered
+from batchllm_celery.worker.pool.bad_messages import UNREADABLE, BadMessageError, dropped
+from batchllm_celery.worker.pool.transport import MOST_TOGETHER, gathered
 
 logger = logging.getLogger("batchllm_celery")
 
