@@ -32,7 +32,7 @@ from batchllm_celery.settings import Settings
 @options.option("--drain-seconds", type=options.Number(min=0),
                 help="Seconds for calls in flight after SIGTERM.  [default: 30]")  # fmt: skip
 @options.option("--unrunnable-after", type=options.Number(min=0), metavar="SECONDS",
-                help="Seconds until what no live worker can run fails.  [default: 600]")  # fmt: skip
+                help="Until what no live worker can run fails.  [default: 600]")  # fmt: skip
 @options.option("--loglevel", default="INFO", show_default=True)
 @options.base_url
 @options.connection
