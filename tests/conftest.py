@@ -33,9 +33,11 @@ hypothesis.settings.load_profile("suite")
 
 
 @pytest.fixture(autouse=True)
-def _every_bug_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The log names a bug once a minute for each place: no test finds it named by another."""
+def _as_a_new_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log names a bug once a minute for each place, and blanks each secret that was in use: no
+    test finds what another one left."""
     monkeypatch.setattr("batchllm_celery.strategies.failures._logged", {})
+    monkeypatch.setattr("batchllm_celery.redaction._kept", set())
 
 
 @pytest.fixture(scope="session")
