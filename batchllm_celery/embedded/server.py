@@ -7,6 +7,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import logging
 import os
 import re
 import shutil
@@ -19,9 +20,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from batchllm_celery.embedded import supervisor
-from batchllm_celery.errors import EmbeddedServerError
+from batchllm_celery.errors import BatchLLMError, EmbeddedServerError, describe
 from batchllm_celery.events import ConnectionLost, Event, Events
 from batchllm_celery.settings import Settings
+
+logger = logging.getLogger("batchllm_celery")
 
 #: Seconds that a start may take without any reply of the server.
 START_SECONDS = 60.0
@@ -182,9 +185,16 @@ def revive_when_lost(events: Events) -> None:
 
     def on_event(event: Event) -> None:
         if isinstance(event, ConnectionLost) and _held:
-            threading.Thread(target=ensure_embedded, name="batchllm-revive", daemon=True).start()
+            threading.Thread(target=_revive, name="batchllm-revive", daemon=True).start()
 
     events.listen(on_event)
+
+
+def _revive() -> None:
+    try:
+        ensure_embedded()
+    except (OSError, BatchLLMError) as error:  # its folder is gone, say
+        logger.warning("embedded.not_revived error=%s", describe(error))
 
 
 _held: dict[Path, EmbeddedServer] = {}

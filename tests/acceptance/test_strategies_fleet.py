@@ -274,7 +274,7 @@ def test_openai_s_client_has_the_same_outcomes_as_gemini_s(stage: Stage) -> None
     for wire in ("gemini", "openai"):
         stage.provider.reset()
         stage.provider.change(
-            error_rate=0.2, error_statuses=(400, 500, 503), block_rate=0.1, truncated_rate=0.1
+            error_rate=0.2, error_statuses=(400, 500, 502), block_rate=0.1, truncated_rate=0.1
         )
         results = stage.run(wire, prompts(60), params={"model": "m"})
         assert {call.wire for call in stage.provider.calls} == {wire}
