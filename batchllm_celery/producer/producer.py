@@ -37,6 +37,9 @@ from batchllm_celery.producer.session import Session
 from batchllm_celery.queue import App
 from batchllm_celery.settings import Settings
 
+#: How long, in seconds, a submission looks for workers that know its strategy.
+LOOK_SECONDS = 3.0
+
 
 class Producer:
     """Submits batches to a fleet. A context manager; every method may be called from any thread.
@@ -284,12 +287,22 @@ class Producer:
         return batch
 
     def check_runnable(self, spec: BatchSpec) -> None:
-        """Return if a live worker of the batch's lane knows its strategy, or there is none yet.
+        """Return if a live worker of the batch's queue knows its strategy. Return, too, if there is
+        no worker yet, or if Redis does not answer within `LOOK_SECONDS`.
 
         Raises:
             StrategyNotFoundError: none of them does; with the names that are near.
         """
-        workers = [one for one in self.workers() if spec.queue in one.queues.split(",")]
+
+        async def look(session: Session) -> list[WorkerInfo]:
+            async with asyncio.timeout(min(LOOK_SECONDS, spec.deadline or LOOK_SECONDS)):
+                return await list_workers(session.services.connection, session.services.keys)
+
+        try:
+            found = self._session.run(look)
+        except TimeoutError:
+            return
+        workers = [one for one in found if spec.queue in one.queues.split(",")]
         names = {name for worker in workers for name in worker.strategies.split(",") if name}
         name = spec.strategy.name
         if not names or name in names or any(not worker.strategies for worker in workers):
@@ -297,7 +310,7 @@ class Producer:
         near = difflib.get_close_matches(name, sorted(names))
         hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
         raise StrategyNotFoundError(
-            f"no live worker of lane {spec.queue!r} knows the strategy {name!r}{hint} "
+            f"no live worker of queue {spec.queue!r} knows the strategy {name!r}{hint} "
             f"They know {', '.join(sorted(names))}."
         )
 

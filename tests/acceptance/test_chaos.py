@@ -116,7 +116,7 @@ def test_a_full_disk_stops_the_run_and_costs_no_call(stage: Stage) -> None:
 def test_a_worker_told_to_end_while_it_has_lost_the_broker_ends(stage: Stage) -> None:
     """SIGTERM in the moment when its connections were cut: its calls in flight end and are
     recorded, the worker ends with 0, another one does the rest."""
-    rows = 60
+    rows = 240  # workers of the tests before run some, too
     stage.rows("bye", rows)
     ending = stage.start_worker()
     run = stage.start_run("bye")

@@ -197,7 +197,8 @@ def mischief(how: str) -> LLMCallStrategy[Any]:
 
 @pytest.fixture
 async def runtime(redis_url: str, namespace: str) -> AsyncIterator[Runtime]:
-    settings = Settings(redis_url=redis_url, namespace=namespace)
+    # Nothing goes back for another worker: there is none.
+    settings = Settings(redis_url=redis_url, namespace=namespace, unrunnable_after=0)
     opened = Runtime(settings, redis_url, lambda *_: None, slots=4)
     await opened.open()
     # The real one waits for minutes while nobody succeeds.
