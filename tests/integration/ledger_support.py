@@ -43,7 +43,7 @@ def ledger(connection: Connection, namespace: str, **settings: Any) -> Ledger:
     """The ledger of one more process."""
     return Ledger(
         connection,
-        Keys(namespace),
+        Keys(namespace, connection.database),
         process_id=new_process_id(),
         settings=Settings(**{"offer_seconds": 0.01, **settings}),
     )

@@ -95,7 +95,6 @@ async def test_a_pause_is_told_in_its_own_database_only(redis_url: str, namespac
     async with in_database(redis_url, namespace, 4) as (connection, _):
         keys = Keys(namespace, 4)
         async with ledger(connection, namespace) as worker:
-            worker.keys = keys
             await feed_all(worker, 1)
             await take(worker, 0)
             heartbeat = Heartbeat(
