@@ -953,6 +953,20 @@ async def test_a_bug_leaves_its_stack_in_the_log_once_and_no_word_of_the_row(
     assert not any("secret" in message for message in errors)
 
 
+@pytest.mark.parametrize("error", [TimeoutError(), ConnectionResetError()])
+async def test_what_a_provider_does_is_no_bug(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Time-outs and refused connections leave no stack in the log."""
+
+    async def fail() -> Any:
+        raise error
+
+    result = await Bench().result(Scripted(fail, fail, fail))
+    assert not result.success
+    assert "raised at" not in caplog.text
+
+
 async def test_a_coroutine_that_is_closed_is_not_answered() -> None:
     """GeneratorExit from outside ends the run, as Python wants it; one from inside is a bug."""
 
