@@ -579,7 +579,9 @@ class Runtime:
             if self._is_handed_back(claim):
                 return None
             raise
-        except Exception:
+        except GeneratorExit:  # the loop is closed: nothing can be awaited
+            raise
+        except BaseException:
             # A fault of ours or of Redis, not the item's: held any longer it would hang for ever.
             await asyncio.shield(self.ledger.claims.release([claim]))
             raise
