@@ -17,7 +17,7 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from batchllm_celery.connection import Reminder
-from batchllm_celery.errors import FailureKind, InputError
+from batchllm_celery.errors import FailureKind, InputError, UsageError, describe
 from batchllm_celery.files.item_ids import SeenIds
 from batchllm_celery.ledger import Ledger, Outcome, Payload
 from batchllm_celery.ledger.workers import list_workers
@@ -30,6 +30,7 @@ from batchllm_celery.models import (
 from batchllm_celery.producer.rows import Row, as_payload, refuse_single
 from batchllm_celery.producer.session import Session
 from batchllm_celery.queue import items_per_task
+from batchllm_celery.redaction import printable
 
 logger = logging.getLogger("batchllm_celery")
 
@@ -148,7 +149,12 @@ class Batch:
         )
 
     def _stored(self, row: Row, index: int, seen: SeenIds) -> Payload | WorkItemResult[Any, Any]:
-        payload = as_payload(row, index, self.spec.strategy)
+        try:
+            payload = as_payload(row, index, self.spec.strategy)
+        except UsageError:
+            raise
+        except Exception as error:  # a mapping of the program's own, say
+            raise InputError(f"item {index} can't be read: {describe(error)}") from error
         if isinstance(payload, BadRow):
             return _bad(payload, index)
         own = payload.item_id == str(index)
@@ -410,7 +416,7 @@ def _bad(row: BadRow, index: int) -> WorkItemResult[Any, Any]:
         item_id=row.item_id,
         index=index,
         success=False,
-        error=f"InputError: {row.message}",
+        error=f"InputError: {printable(row.message)}",
         error_kind=FailureKind.INVALID_INPUT,
     )
 
