@@ -100,7 +100,7 @@ class PoolLab:
             worker.stop()
         for result in self._results:
             # One that is collected later would look for the stopped server for 20 seconds.
-            result.backend = None
+            result.backend = None  # type: ignore[assignment]
         self.app.close()
         self._client.close()
 
