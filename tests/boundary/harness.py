@@ -22,7 +22,7 @@ from batchllm_celery.models import (
     WorkItemResult,
 )
 from batchllm_celery.settings import Settings
-from batchllm_celery.worker.runtime import Runtime
+from batchllm_celery.worker.process import Runtime
 from tests.unit.test_item_runner import FakeLimiter
 
 CONFIG = ProcessorConfig(
@@ -89,7 +89,7 @@ class Bench:
         event_loop.run(self.runtime.open())
         if not self._real_limiter:
             # The real one waits while nobody succeeds: for minutes, where everything is refused.
-            self.runtime.runner.limiter = cast(Limiter, FakeLimiter())
+            self.runtime.items.runner.limiter = cast(Limiter, FakeLimiter())
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -120,10 +120,10 @@ class Bench:
         raise Violation(f"not over after {ROUNDS} rounds: {await self._progress(batch)}")
 
     async def _progress(self, batch: Batch) -> Any:
-        return await self.runtime.ledger.batches.progress(batch.spec.batch_id)
+        return await self.runtime.services.ledger.batches.progress(batch.spec.batch_id)
 
     def _nothing_is_held(self, batch: Batch) -> None:
-        held = [claim.index for claim in self.runtime.ledger.claims.holding]
+        held = [claim.index for claim in self.runtime.services.ledger.claims.holding]
         if held:
             raise Violation(f"still held here: {held[:10]}")
         progress = batch.progress()
