@@ -276,7 +276,11 @@ class _Run:
                 job.strategy.max_output_tokens,
             )
             permit = await runner.limiter.acquire(
-                job.quota, estimate, priority=job.priority, retry=self.is_retry
+                job.quota,
+                estimate,
+                priority=job.priority,
+                retry=self.is_retry,
+                tried=job.refusals + job.overloads + job.attempts,
             )
         except QuotaUnavailableError as error:
             return await self._day_is_over(classify(error), error.until)
