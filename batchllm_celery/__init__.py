@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         FixedDelayStrategy,
         RateLimitStrategy,
     )
+    from batchllm_celery.connection import BrokenEntry
     from batchllm_celery.errors import (
         BatchLLMError,
         FailureKind,
@@ -33,8 +34,14 @@ if TYPE_CHECKING:
         ProviderError,
         UsageError,
     )
+    from batchllm_celery.events import Event, Events, Listener
+    from batchllm_celery.limiter import QuotaState
     from batchllm_celery.models import (
+        BadRow,
+        BatchProgress,
         BatchResult,
+        BatchSpec,
+        BatchState,
         Completion,
         Failure,
         LLMWorkItem,
@@ -44,10 +51,24 @@ if TYPE_CHECKING:
         RateLimitConfig,
         RetryConfig,
         RetryState,
+        StrategySpec,
+        Timing,
         TokenUsage,
         WorkItemResult,
     )
-    from batchllm_celery.producer import Batch, Producer
+    from batchllm_celery.producer import (
+        AsyncBatch,
+        AsyncProducer,
+        Batch,
+        BlockingCallWarning,
+        Delivered,
+        Producer,
+        Results,
+        Row,
+        RowWith,
+        SubmitOptions,
+        WorkerInfo,
+    )
     from batchllm_celery.providers import (
         GeminiCachedStrategy,
         GeminiStrategy,
@@ -59,6 +80,8 @@ if TYPE_CHECKING:
         CallableStrategy,
         EscalatingStrategy,
         LLMCallStrategy,
+        RegisteredStrategy,
+        TypedStrategy,
         strategy,
     )
     from batchllm_celery.worker import install
@@ -66,11 +89,16 @@ if TYPE_CHECKING:
 __all__ = [
     # work and its outcome
     "LLMWorkItem",
+    "BadRow",
     "WorkItemResult",
     "BatchResult",
+    "Timing",
     "TokenUsage",
     # strategies
     "strategy",
+    "RegisteredStrategy",
+    "TypedStrategy",
+    "StrategySpec",
     "LLMCallStrategy",
     "Completion",
     "RetryState",
@@ -82,7 +110,23 @@ __all__ = [
     "EscalatingStrategy",
     # a fleet
     "Producer",
+    "AsyncProducer",
+    "SubmitOptions",
+    "Row",
+    "RowWith",
     "Batch",
+    "AsyncBatch",
+    "Results",
+    "Delivered",
+    "BatchSpec",
+    "BatchProgress",
+    "BatchState",
+    "QuotaState",
+    "WorkerInfo",
+    "BrokenEntry",
+    "Events",
+    "Event",
+    "Listener",
     "install",
     "Settings",
     # one process
@@ -104,12 +148,16 @@ __all__ = [
     "Failure",
     "FailureKind",
     "FrameworkTimeoutError",
+    "BlockingCallWarning",
     "__version__",
 ]
 
 #: Where each public name lives. Imported on first use, so that `import batchllm_celery` is quick
 #: and a provider's SDK is loaded only by those who call it.
 _HOMES = {
+    "connection": ("BrokenEntry",),
+    "events": ("Event", "Events", "Listener"),
+    "limiter": ("QuotaState",),
     "compat.metrics": ("MetricsObserver",),
     "compat.processor": ("ParallelBatchProcessor",),
     "compat.rate_limits": (
@@ -125,7 +173,11 @@ _HOMES = {
         "UsageError",
     ),
     "models": (
+        "BadRow",
+        "BatchProgress",
         "BatchResult",
+        "BatchSpec",
+        "BatchState",
         "Completion",
         "Failure",
         "LLMWorkItem",
@@ -135,10 +187,24 @@ _HOMES = {
         "RateLimitConfig",
         "RetryConfig",
         "RetryState",
+        "StrategySpec",
+        "Timing",
         "TokenUsage",
         "WorkItemResult",
     ),
-    "producer": ("Batch", "Producer"),
+    "producer": (
+        "AsyncBatch",
+        "AsyncProducer",
+        "Batch",
+        "BlockingCallWarning",
+        "Delivered",
+        "Producer",
+        "Results",
+        "Row",
+        "RowWith",
+        "SubmitOptions",
+        "WorkerInfo",
+    ),
     "providers": (
         "GeminiCachedStrategy",
         "GeminiStrategy",
@@ -146,7 +212,14 @@ _HOMES = {
         "PydanticAIStrategy",
     ),
     "settings": ("Settings",),
-    "strategies": ("CallableStrategy", "EscalatingStrategy", "LLMCallStrategy", "strategy"),
+    "strategies": (
+        "CallableStrategy",
+        "EscalatingStrategy",
+        "LLMCallStrategy",
+        "RegisteredStrategy",
+        "TypedStrategy",
+        "strategy",
+    ),
     "worker": ("install",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
