@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from batchllm_celery import event_loop
 from batchllm_celery.settings import Settings
-from batchllm_celery.worker.runtime import Runtime
+from batchllm_celery.worker.process import Runtime
 
 
 @contextlib.contextmanager
