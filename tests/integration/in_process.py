@@ -17,7 +17,7 @@ def in_process_worker(settings: Settings) -> Iterator[Runtime]:
 
     def publish(batch_id: str, indexes: Sequence[int], queue: str, priority: int) -> None:
         asyncio.run_coroutine_threadsafe(
-            runtime.run_items(batch_id, list(indexes), offered=True), event_loop.loop()
+            runtime.run_items(batch_id, list(indexes), requeued=True), event_loop.loop()
         )
 
     runtime = Runtime(settings, str(settings.redis_url), publish)
