@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         FailureKind,
         FrameworkTimeoutError,
         ProviderError,
+        QuotaUnavailableError,
         UsageError,
     )
     from batchllm_celery.events import Event, Events, Listener
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
         OpenAICompatibleStrategy,
         PydanticAIStrategy,
     )
+    from batchllm_celery.quotas import QuotaPermit, quota
     from batchllm_celery.settings import Settings
     from batchllm_celery.strategies import (
         CallableStrategy,
@@ -141,6 +143,9 @@ __all__ = [
     "FixedDelayStrategy",
     "Quota",
     "QuotaLimits",
+    # code that makes its own calls
+    "quota",
+    "QuotaPermit",
     # errors
     "BatchLLMError",
     "UsageError",
@@ -148,6 +153,7 @@ __all__ = [
     "Failure",
     "FailureKind",
     "FrameworkTimeoutError",
+    "QuotaUnavailableError",
     "BlockingCallWarning",
     "__version__",
 ]
@@ -170,6 +176,7 @@ _HOMES = {
         "FailureKind",
         "FrameworkTimeoutError",
         "ProviderError",
+        "QuotaUnavailableError",
         "UsageError",
     ),
     "models": (
@@ -211,6 +218,7 @@ _HOMES = {
         "OpenAICompatibleStrategy",
         "PydanticAIStrategy",
     ),
+    "quotas": ("QuotaPermit", "quota"),
     "settings": ("Settings",),
     "strategies": (
         "CallableStrategy",

@@ -451,7 +451,7 @@ class Results(Generic[TOutput, TContext]):
         self._reminder = Reminder()
 
     def __iter__(self) -> Iterator[WorkItemResult[TOutput, TContext]]:
-        warn_on_loop(Batch.results)
+        warn_on_loop("results")
         return iterate(self._batch._results(self._follow, self._reminder))
 
     def __aiter__(self) -> AsyncIterator[WorkItemResult[TOutput, TContext]]:

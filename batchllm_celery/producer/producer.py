@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import difflib
 import secrets
 import threading
@@ -443,7 +444,7 @@ class Producer(ProducerSteps[Batch[Any, Any]]):
             RedisDeniedError: Redis denies a right, or the password.
             TimeoutError: Redis or the broker was away until the `deadline`.
         """
-        warn_on_loop(self.submit)
+        warn_on_loop("submit")
         return block(self._submit(items, strategy, options))
 
     @overload
@@ -480,7 +481,7 @@ class Producer(ProducerSteps[Batch[Any, Any]]):
             spec: the whole batch, in place of `options`.
             options: as for `submit`.
         """
-        warn_on_loop(self.stream)
+        warn_on_loop("stream")
         return iterate(self._stream(items, strategy, spec, options))
 
     @overload
@@ -494,7 +495,7 @@ class Producer(ProducerSteps[Batch[Any, Any]]):
             UsageError: for what can't be an id.
             BatchNotFoundError: for an unknown id.
         """
-        warn_on_loop(self.attach)
+        warn_on_loop("attach")
         return block(self._attach(batch_id, strategy))
 
     check = blocking(ProducerSteps._check)
@@ -619,7 +620,9 @@ class AsyncProducer(ProducerSteps[AsyncBatch[Any, Any]]):
 @cache
 def default_producer() -> Producer:
     """The process's own, with settings from the environment: what `summarise.submit` uses."""
-    return Producer()
+    producer = Producer()
+    atexit.register(producer.close)  # before the loop ends: what is still to be said goes out
+    return producer
 
 
 async def _refuse_other_kind(session: Session, spec: BatchSpec) -> None:

@@ -272,7 +272,7 @@ def blocking(
 
     @functools.wraps(method)
     def call(self: C, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        warn_on_loop(call)
+        warn_on_loop(call.__name__)
         return block(method(self, *args, **kwargs))
 
     _name_as(call, method)
@@ -298,7 +298,7 @@ def _name_as(call: Any, method: Any) -> None:
     call.__signature__ = inspect.signature(method)
 
 
-def warn_on_loop(method: Callable[..., Any]) -> None:
+def warn_on_loop(name: str, instead: str = "") -> None:
     """Warn of a blocking call on a running event loop, with the line that makes it.
 
     Not where nothing else would stand still: on our own loop (a Celery task in a greenlet of the
@@ -310,10 +310,9 @@ def warn_on_loop(method: Callable[..., Any]) -> None:
         return
     if running is event_loop.current() or "ipykernel" in sys.modules:
         return
-    name = method.__name__
+    instead = instead or f"AsyncProducer, or await asyncio.to_thread(...{name}, ...)"
     warnings.warn(
-        f"{name}() blocks the running event loop: use AsyncProducer, or "
-        f"await asyncio.to_thread(...{name}, ...)",
+        f"{name}() blocks the running event loop: use {instead}",
         BlockingCallWarning,
         stacklevel=_outside(),
     )
