@@ -25,7 +25,7 @@ from functools import partial
 from typing import Any, Generic, TypeVar
 
 from batchllm_celery.connection import Reminder
-from batchllm_celery.errors import FailureKind, InputError
+from batchllm_celery.errors import FailureKind, InputError, UsageError, describe
 from batchllm_celery.files.item_ids import SeenIds
 from batchllm_celery.ledger import Ledger, Outcome, Payload
 from batchllm_celery.ledger.workers import list_workers
@@ -53,6 +53,7 @@ from batchllm_celery.producer.steps import (
     warn_on_loop,
 )
 from batchllm_celery.queue import items_per_task
+from batchllm_celery.redaction import printable
 
 logger = logging.getLogger("batchllm_celery")
 
@@ -184,7 +185,12 @@ class BatchSteps(Generic[TOutput, TContext]):
         )
 
     def _stored(self, row: Row, index: int, seen: SeenIds) -> Payload | WorkItemResult[Any, Any]:
-        payload = as_payload(row, index, self.spec.strategy)
+        try:
+            payload = as_payload(row, index, self.spec.strategy)
+        except UsageError:
+            raise
+        except Exception as error:  # a mapping of the program's own, say
+            raise InputError(f"item {index} can't be read: {describe(error)}") from error
         if isinstance(payload, BadRow):
             return _bad(payload, index)
         own = payload.item_id == str(index)
@@ -498,6 +504,6 @@ def _bad(row: BadRow, index: int) -> WorkItemResult[Any, Any]:
         item_id=row.item_id,
         index=index,
         success=False,
-        error=f"InputError: {row.message}",
+        error=f"InputError: {printable(row.message)}",
         error_kind=FailureKind.INVALID_INPUT,
     )

@@ -71,6 +71,21 @@ def as_payload(row: Row, index: int, default: StrategySpec) -> Payload | BadRow:
     """
     if isinstance(row, BadRow):
         return row
+    payload = _payload(row, index, default)
+    if not _is_text(payload.prompt):
+        raise InputError(f"item {index}: half a surrogate pair in its prompt is not text")
+    return payload
+
+
+def _is_text(prompt: str) -> bool:
+    """Whether it can be sent: half a surrogate pair, as half an emoji is, has no encoding."""
+    try:
+        return prompt.isascii() or bool(prompt.encode())
+    except UnicodeEncodeError:
+        return False
+
+
+def _payload(row: Any, index: int, default: StrategySpec) -> Payload:
     if isinstance(row, str):
         return Payload(item_id=str(index), prompt=row, context=None, strategy=None)
     if isinstance(row, LLMWorkItem):
