@@ -192,7 +192,10 @@ def as_completion(answer: Any) -> Completion[Any]:
         raise TypeError(
             f"execute() must return (output, usage) or a Completion, not {type(answer).__name__}"
         )
-    reading = usage_in(usage)
+    try:
+        reading = usage_in(usage)
+    except BaseException as error:  # the strategy's own code, in a property or a mapping of it
+        raise _unreadable("usage", usage, error) from error
     if reading is None:
         raise TypeError(f"no tokens can be read from a usage of type {type(usage).__name__}")
     notes = _metadata(metadata, reading.usage)
@@ -214,8 +217,12 @@ def _metadata(given: Any, usage: TokenUsage) -> Mapping[str, Any]:
     if not isinstance(given, Mapping):
         wrong = TypeError(f"metadata must be a mapping, not {type(given).__name__}")
         raise stamp_usage(wrong, usage)
-    return (
-        given
-        if all(type(name) is str for name in given)
-        else {str(name): value for name, value in given.items()}
-    )
+    try:  # a plain dict: what reads it later must not meet a mapping's own code
+        return {name if type(name) is str else str(name): value for name, value in given.items()}
+    except BaseException as error:
+        raise stamp_usage(_unreadable("metadata", given, error), usage) from error
+
+
+def _unreadable(what: str, given: object, error: BaseException) -> TypeError:
+    kind, raised = type(given).__name__, type(error).__name__
+    return TypeError(f"{what} of type {kind} can't be read ({raised})")
