@@ -203,10 +203,7 @@ def _completion(answer: Any) -> Completion[Any]:
         raise TypeError(
             f"execute() must return (output, usage) or a Completion, not {type(answer).__name__}"
         )
-    try:
-        reading = usage_in(usage)
-    except BaseException as error:  # the strategy's own code, in a property or a mapping of it
-        raise _unreadable("usage", usage, error) from error
+    reading = usage_in(usage)
     if reading is None:
         raise TypeError(f"no tokens can be read from a usage of type {type(usage).__name__}")
     with charged(reading.usage):
@@ -228,12 +225,5 @@ def _metadata(given: Any) -> Mapping[str, Any]:
         return {}
     if not isinstance(given, Mapping):
         raise TypeError(f"metadata must be a mapping, not {type(given).__name__}")
-    try:  # a plain dict: what reads it later must not meet a mapping's own code
-        return {name if type(name) is str else str(name): value for name, value in given.items()}
-    except BaseException as error:
-        raise _unreadable("metadata", given, error) from error
-
-
-def _unreadable(what: str, given: object, error: BaseException) -> TypeError:
-    kind, raised = type(given).__name__, type(error).__name__
-    return TypeError(f"{what} of type {kind} can't be read ({raised})")
+    # A plain dict: what reads it later must not meet a mapping's own code.
+    return {name if type(name) is str else str(name): value for name, value in given.items()}
