@@ -129,11 +129,11 @@ ANSWERS: dict[str, tuple[Callable[[], Any], bool, int]] = {
     "an odd model": (lambda: Completion("ok", USAGE, {"model": {}}), True, 5),  # type: ignore[arg-type]
     "keys of metadata that are no words": (lambda: Completion("ok", USAGE, {1: 2}), True, 5),  # type: ignore[arg-type,dict-item]
     "a mapping that exits as metadata": (
-        lambda: Completion("ok", USAGE, Exits({"model": "x"})),
+        lambda: Completion("ok", USAGE, Exits({"model": "x"})),  # type: ignore[arg-type]
         True,
         5,
     ),
-    "a mapping that fails as metadata": (lambda: Completion("ok", USAGE, Fails(x=1)), False, 5),
+    "a mapping that fails as metadata": (lambda: Completion("ok", USAGE, Fails(x=1)), False, 5),  # type: ignore[arg-type]
     "a mapping that exits as usage": (lambda: ("ok", Exits({"input_tokens": 3})), False, 0),
     "a mapping that fails as usage": (lambda: ("ok", Fails(x=1)), False, 0),
     "deep metadata": (lambda: Completion("ok", USAGE, {"x": _nested(900)}), True, 5),  # type: ignore[arg-type]
