@@ -172,6 +172,13 @@ class Limiter:
         if outcome is CallOutcome.REFUSED:
             self._events.emit(RateLimitHit(permit.quota, retry_after))
 
+    def beside_successes(self, quota: str) -> bool:
+        """Whether calls of the fleet have succeeded lately, by the newest reply after an overload:
+        then overloads are a matter of how many calls there are."""
+        client = self._clients.get(quota)
+        reply = None if client is None else client.queue.last_reply
+        return reply is not None and reply.beside_successes
+
     async def state(self, quota: str) -> QuotaState:
         """The quota as it is now, for `status`."""
         keys = self._keys.quota(quota)

@@ -44,6 +44,7 @@ class Permit:
         id: counts the permits of this process and quota.
         estimate: the tokens that were reserved.
         probe: the breaker is open, and this is its one call.
+        limit_version: of the learnt limit of calls in flight; -1: there was none.
         settled: `Limiter.settle` has counted it.
     """
 
@@ -53,6 +54,7 @@ class Permit:
     id: int
     estimate: Estimate
     probe: bool = False
+    limit_version: int = -1
     settled: bool = False
 
 
