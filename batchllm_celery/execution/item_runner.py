@@ -366,6 +366,7 @@ class _Run:
             CallOutcome.SUCCEEDED,
             usage=known,
             latency=time.monotonic() - self.called_at,
+            limits=getattr(completion, "limits", None),
         )
         runner.successes[job.quota] = runner.successes.get(job.quota, 0) + 1
         runner.forbidden.pop(job.batch_id, None)
@@ -388,6 +389,7 @@ class _Run:
             _OUTCOMES.get(failure.kind, CallOutcome.FAILED),
             usage=failure.usage if failure.usage and plausible(failure.usage) else None,
             retry_after=failure.retry_after,
+            limits=getattr(error, "limits", None),
         )
         # (`last` is another failure where 403s on everything are taken for the caller's.)
         if failure is self.last and await job.gate.hands_back(failure, error, called=True):

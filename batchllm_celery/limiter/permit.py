@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from batchllm_celery.models import TokenUsage
+from batchllm_celery.models.rate_limits import RateLimits
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,31 +60,6 @@ class Permit:
 
 
 @dataclass(frozen=True, slots=True)
-class ReportedLimit:
-    """What a provider's headers said of one dimension; all zero: nothing.
-
-    Args:
-        limit: units that the dimension's window allows.
-        remaining: units left in it.
-        reset: seconds until all of them are there again.
-    """
-
-    limit: float = 0.0
-    remaining: float = 0.0
-    reset: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class ReportedLimits:
-    """What a provider's headers said of its limits."""
-
-    requests: ReportedLimit = ReportedLimit()
-    tokens: ReportedLimit = ReportedLimit()
-    input_tokens: ReportedLimit = ReportedLimit()
-    output_tokens: ReportedLimit = ReportedLimit()
-
-
-@dataclass(frozen=True, slots=True)
 class SettledCall:
     """How one permitted call ended: everything that the limiter may learn from it.
 
@@ -93,7 +69,7 @@ class SettledCall:
         usage: the tokens it used; None: not known.
         retry_after: seconds that the provider asks to wait; None: it did not say.
         latency: seconds from the call's start to its end; 0: not measured.
-        limits: what the provider's headers said.
+        limits: what the provider's headers said; None: nothing.
     """
 
     permit: Permit
@@ -101,4 +77,4 @@ class SettledCall:
     usage: TokenUsage | None = None
     retry_after: float | None = None
     latency: float = 0.0
-    limits: ReportedLimits = ReportedLimits()
+    limits: RateLimits | None = None

@@ -187,6 +187,8 @@ class Congestion:
     tokens: float = 0.0
     flight: float = 0.0
     squares: float = 0.0
+    peak: int = 0
+    """The most in flight in it."""
     latency_s: float = 0.0
     """Mean latency of the latest successes."""
     success_us: int = 0

@@ -52,7 +52,7 @@ if stored[3] or request_overloads > 0 or setup_adaptive_concurrency == 1 then
     congestion_limit, congestion_mode = max(limit, 1), mode
     congestion_version = congestion_version + 1
     congestion_calls, congestion_seconds, congestion_tokens = 0, 0, 0
-    congestion_flight, congestion_squares = 0, 0
+    congestion_flight, congestion_squares, congestion_peak = 0, 0, 0
   end
 
   local function rest(limit)
@@ -93,7 +93,7 @@ if stored[3] or request_overloads > 0 or setup_adaptive_concurrency == 1 then
   -- A window is full: was the trial worth it, or is it time for another one?
   local function judge()
     local mean = congestion_flight / congestion_calls
-    if mean < 0.8 * math.floor(congestion_limit) then return clear() end   -- nobody needs more
+    if congestion_peak < 0.8 * math.floor(congestion_limit) then return clear() end   -- not used
     if setup_adaptive_concurrency ~= 1 then   -- only refusals tell
       congestion_left_up = congestion_left_up - 1
       if congestion_mode == 1 then congestion_rest_up = REST end
@@ -154,7 +154,7 @@ if stored[3] or request_overloads > 0 or setup_adaptive_concurrency == 1 then
     end
     local flight = n + (calls + 1) / 2      -- in the mean, as they ended one by one
     if congestion_mode == 2 then
-      if congestion_since_cut > HOLD and flight >= 0.8 * math.floor(congestion_limit) then
+      if congestion_since_cut > HOLD and n + calls >= 0.8 * math.floor(congestion_limit) then
         for _ = 1, calls do
           local left = congestion_ceiling - congestion_limit
           congestion_limit = congestion_limit + max(min(left / (2 * congestion_limit), 1), 0)
@@ -168,6 +168,7 @@ if stored[3] or request_overloads > 0 or setup_adaptive_concurrency == 1 then
       congestion_seconds, congestion_tokens = congestion_seconds + seconds, congestion_tokens + tokens
       congestion_squares = congestion_squares + squares
       congestion_flight = congestion_flight + flight * calls
+      congestion_peak = max(congestion_peak, n + calls)
       local quick = congestion_mode == 1 and (congestion_step >= 2 or congestion_extra > 0)
       local window = setup_adaptive_concurrency == 1 and min(8 + 8 * congestion_limit, 40) or 10
       window = quick and max(congestion_limit, 8) or max(2 * congestion_limit, window)
