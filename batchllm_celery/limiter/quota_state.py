@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +45,8 @@ class QuotaSetup:
     """Whether the last spacing stays for good."""
     full_speed: bool = False
     """No rate limits it, until the provider refuses a call."""
+    adaptive_concurrency: bool = False
+    """Whether the calls in flight are limited by the throughput that they bring."""
 
     @classmethod
     def of(cls, quota: Quota) -> QuotaSetup:
@@ -63,6 +66,7 @@ class QuotaSetup:
             ramp_length=len(policy.ramp),
             ramp_repeats=policy.ramp_repeats,
             full_speed=quota.limits.full_speed,
+            adaptive_concurrency=quota.adaptive_concurrency,
         )
 
 
@@ -138,6 +142,63 @@ class LiveState:
     """Redis' own: another one means that it was restarted."""
 
 
+@dataclass(slots=True)
+class Congestion:
+    """What is learnt of a provider's room: `steps/congestion.lua` explains it.
+
+    The defaults are those of `adaptive_concurrency`. Counts are calls, moments and durations in
+    `_us` microseconds, in `_s` seconds.
+    """
+
+    limit: float = 4.0
+    """Calls in flight; infinity: no limit yet."""
+    version: int = 0
+    """Grows with each change of the limit; 0: new."""
+    cut_version: int = -1
+    """The first version after the last cut; -1, as of calls without a limit: there was none."""
+    ceiling: float = math.inf
+    """The limit that was refused; infinity: none was, or long ago."""
+    floor: float = 1.0
+    """What a burst of overloads leaves at least."""
+    since_cut: int = 8
+    """Successes since the last cut."""
+    credit: float = 2.0
+    """Overloads that are excused before the next cut."""
+    mode: int = 1
+    """1: raised on trial, -1: lowered on trial, 0: at rest, 2: coming back after a cut."""
+    step: float = 2.0
+    """Factor of the next trial."""
+    extra: float = 0.0
+    """How far beyond its rest the limit was raised, near the ceiling."""
+    rest_up: int = 2
+    """Windows of rest before a trial upwards, and how many of them are left."""
+    left_up: int = 2
+    rest_down: int = 2
+    left_down: int = 2
+    base_limit: float = 0.0
+    """The window that the trial is compared with: limit, mean in flight, throughput (0: none yet),
+    and the variance of its logarithm."""
+    base_flight: float = 0.0
+    base_rate: float = 0.0
+    base_variance: float = 0.0
+    calls: int = 0
+    """The present window: successes, and sums over them."""
+    seconds: float = 0.0
+    tokens: float = 0.0
+    flight: float = 0.0
+    squares: float = 0.0
+    peak: int = 0
+    """The most in flight in it."""
+    latency_s: float = 0.0
+    """Mean latency of the latest successes."""
+    success_us: int = 0
+    """The last success and the last overload."""
+    overload_us: int = 0
+    pause_us: int = 0
+    """How long nothing starts after overloads right after a cut."""
+    paused_until_us: int = 0
+
+
 def configure_arguments(quota: Quota, *, update: bool = False) -> list[str | bytes | int]:
     """ARGV of configure.lua."""
     lists = (quota.policy.cooldowns, quota.policy.ramp)
@@ -165,6 +226,8 @@ class QuotaState(Model):
         day_used: requests of the day; 0 where the day is not limited.
         day_resets_at: when the day's requests are counted from 0 again.
         exhausted_until: until when the day's quota is used up, as the provider said.
+        adaptive_concurrency: whether the calls in flight are limited by their throughput.
+        room: calls in flight that the provider seems to have room for; None: nothing is known.
     """
 
     name: str
@@ -185,10 +248,18 @@ class QuotaState(Model):
     day_used: int = 0
     day_resets_at: float | None = None
     exhausted_until: float | None = None
+    adaptive_concurrency: bool = False
+    room: int | None = None
 
 
 def read_state(
-    name: str, now_us: int, waiting: int, config: bytes, live: bytes, stored_setup: bytes
+    name: str,
+    now_us: int,
+    waiting: int,
+    config: bytes,
+    live: bytes,
+    stored_setup: bytes,
+    congestion: bytes = b"",
 ) -> QuotaState:
     """The state from what state.lua returns.
 
@@ -200,6 +271,7 @@ def read_state(
     quota = Quota.model_validate_json(config) if config else Quota(name=name)
     setup = QuotaSetup.of(quota)
     state = unpack(LiveState, live) if live else LiveState()
+    room = _congestion(congestion).limit if congestion else math.inf
     dimensions = {
         "requests": (setup.requests_per_second, state.tat_requests_us),
         "tokens": (setup.tokens_per_second, state.tat_tokens_us),
@@ -237,5 +309,13 @@ def read_state(
         "exhausted_until": (
             state.exhausted_until_us / 1e6 if state.exhausted_until_us > now_us else None
         ),
+        "adaptive_concurrency": quota.adaptive_concurrency,
+        "room": None if room == math.inf else int(room),
     }
     return QuotaState(**values)
+
+
+def _congestion(packed: bytes) -> Congestion:
+    if len(packed) != size(Congestion):
+        raise ValueError("what is known of the provider's room is no record")
+    return unpack(Congestion, packed)

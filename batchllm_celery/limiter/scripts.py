@@ -10,6 +10,7 @@ from batchllm_celery.limiter.quota_state import (
     BREAKER_FAILURES,
     FULL_SPEED,
     START_RATE,
+    Congestion,
     LiveState,
     QuotaSetup,
 )
@@ -24,7 +25,12 @@ _CONSTANTS = (
     f"local START_RATE, FULL_SPEED = {START_RATE}, {FULL_SPEED}\n"
 )
 #: The records whose fields are locals of acquire.lua.
-_LOCALS: dict[str, type] = {"request": AcquireRequest, "setup": QuotaSetup, "live": LiveState}
+_LOCALS: dict[str, type] = {
+    "request": AcquireRequest,
+    "setup": QuotaSetup,
+    "live": LiveState,
+    "congestion": Congestion,
+}
 _READ_OR_PACK = re.compile(r"^ *--#(read|pack) (\w+)(?: (.+))?\n", re.MULTILINE)
 
 
