@@ -91,6 +91,26 @@ class EndedCalls:
 
 
 @dataclass(slots=True)
+class LimitReport:
+    """What the newest headers said of the provider's limits; 0 (-1 of what is left): nothing."""
+
+    binds: bool = False
+    """Whether they are about the model that this quota is named after."""
+    age_us: float = 0.0
+    """How long ago the call began that was answered with them."""
+    requests_per_second: float = 0.0
+    tokens_per_second: float = 0.0
+    input_per_second: float = 0.0
+    output_per_second: float = 0.0
+    requests_per_day: float = 0.0
+    remaining_requests: float = -1.0
+    """What was left of the minute's limit when they were written."""
+    remaining_tokens: float = -1.0
+    remaining_input: float = -1.0
+    remaining_output: float = -1.0
+
+
+@dataclass(slots=True)
 class AcquireReply:
     """The limiter's reply to one request."""
 
@@ -142,6 +162,7 @@ def acquire_arguments(
     request: AcquireRequest,
     estimates: Sequence[Estimate] = (),
     ended: Sequence[EndedCalls] = (),
+    report: LimitReport | None = None,
 ) -> list[bytes | str | int | float]:
     """ARGV of acquire.lua; `estimates` of the waiters, where tokens are limited."""
     tokens: list[int] = []
@@ -156,4 +177,5 @@ def acquire_arguments(
         pack(request),
         struct.pack(f"<{len(tokens)}I", *tokens),
         b"".join(map(pack, ended)),
+        b"" if report is None else pack(report),
     ]

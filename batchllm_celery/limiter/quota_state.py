@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import Field
 
@@ -199,6 +199,21 @@ class Congestion:
     paused_until_us: int = 0
 
 
+@dataclass(slots=True)
+class ReportedLimits:
+    """The limits in the provider's headers, per second (requests a day per day); 0: not told."""
+
+    at_us: int = 0
+    """When the last ones came."""
+    binds: bool = False
+    """Whether they are about the model that this quota is named after."""
+    requests_per_second: float = 0.0
+    tokens_per_second: float = 0.0
+    input_per_second: float = 0.0
+    output_per_second: float = 0.0
+    requests_per_day: float = 0.0
+
+
 def configure_arguments(quota: Quota, *, update: bool = False) -> list[str | bytes | int]:
     """ARGV of configure.lua."""
     lists = (quota.policy.cooldowns, quota.policy.ramp)
@@ -228,6 +243,10 @@ class QuotaState(Model):
         exhausted_until: until when the day's quota is used up, as the provider said.
         adaptive_concurrency: whether the calls in flight are limited by their throughput.
         room: calls in flight that the provider seems to have room for; None: nothing is known.
+        reported: the limits in the provider's headers, per minute, by dimension.
+        reported_per_day: its limit of requests a day; None: none was told.
+        reported_binds: whether they bind this quota, or are only shown: they are about a model that
+            it is not named after.
     """
 
     name: str
@@ -250,6 +269,9 @@ class QuotaState(Model):
     exhausted_until: float | None = None
     adaptive_concurrency: bool = False
     room: int | None = None
+    reported: dict[str, float] = Field(default_factory=dict)
+    reported_per_day: float | None = None
+    reported_binds: bool = False
 
 
 def read_state(
@@ -260,6 +282,7 @@ def read_state(
     live: bytes,
     stored_setup: bytes,
     congestion: bytes = b"",
+    headers: bytes = b"",
 ) -> QuotaState:
     """The state from what state.lua returns.
 
@@ -271,16 +294,27 @@ def read_state(
     quota = Quota.model_validate_json(config) if config else Quota(name=name)
     setup = QuotaSetup.of(quota)
     state = unpack(LiveState, live) if live else LiveState()
-    room = _congestion(congestion).limit if congestion else math.inf
+    room = _record(Congestion, congestion).limit
+    reported = _record(ReportedLimits, headers)
+    told = {
+        "requests": (setup.requests_per_second, reported.requests_per_second),
+        "tokens": (setup.tokens_per_second, reported.tokens_per_second),
+        "input_tokens": (setup.input_tokens_per_second, reported.input_per_second),
+        "output_tokens": (setup.output_tokens_per_second, reported.output_per_second),
+    }
+    tats_us = (
+        state.tat_requests_us,
+        state.tat_tokens_us,
+        state.tat_input_us,
+        state.tat_output_us,
+    )
     dimensions = {
-        "requests": (setup.requests_per_second, state.tat_requests_us),
-        "tokens": (setup.tokens_per_second, state.tat_tokens_us),
-        "input_tokens": (setup.input_tokens_per_second, state.tat_input_us),
-        "output_tokens": (setup.output_tokens_per_second, state.tat_output_us),
+        name: (_lower(rate, by_header) if reported.binds else rate, tat_us)
+        for (name, (rate, by_header)), tat_us in zip(told.items(), tats_us, strict=True)
     }
     known = any(rate for rate, _ in dimensions.values())
     pace = state.pace if live else float(known)
-    per_second = setup.requests_per_second * pace if known else pace
+    per_second = dimensions["requests"][0] * pace if known else pace
     if per_second >= FULL_SPEED:
         per_second = 0.0
     in_ramp = not setup.adaptive and 0 <= state.ramp_position < setup.ramp_length
@@ -310,12 +344,23 @@ def read_state(
             state.exhausted_until_us / 1e6 if state.exhausted_until_us > now_us else None
         ),
         "adaptive_concurrency": quota.adaptive_concurrency,
-        "room": None if room == math.inf else int(room),
+        "room": int(room) if congestion and room < math.inf else None,
+        "reported": {name: 60 * by_header for name, (_, by_header) in told.items() if by_header},
+        "reported_per_day": reported.requests_per_day or None,
+        "reported_binds": reported.binds,
     }
     return QuotaState(**values)
 
 
-def _congestion(packed: bytes) -> Congestion:
-    if len(packed) != size(Congestion):
-        raise ValueError("what is known of the provider's room is no record")
-    return unpack(Congestion, packed)
+_R = TypeVar("_R")
+
+
+def _record(record: type[_R], packed: bytes) -> _R:
+    if packed and len(packed) != size(record):
+        raise ValueError(f"the quota's {record.__name__} is no record")
+    return unpack(record, packed) if packed else record()
+
+
+def _lower(configured: float, reported: float) -> float:
+    """The lower one of two rates; 0 is none."""
+    return min(configured, reported) if configured and reported else configured or reported

@@ -5,7 +5,12 @@ from __future__ import annotations
 import re
 
 from batchllm_celery.connection import Script
-from batchllm_celery.limiter.protocol import PROTOCOL, AcquireReply, AcquireRequest
+from batchllm_celery.limiter.protocol import (
+    PROTOCOL,
+    AcquireReply,
+    AcquireRequest,
+    LimitReport,
+)
 from batchllm_celery.limiter.quota_state import (
     BREAKER_FAILURES,
     FULL_SPEED,
@@ -13,6 +18,7 @@ from batchllm_celery.limiter.quota_state import (
     Congestion,
     LiveState,
     QuotaSetup,
+    ReportedLimits,
 )
 from batchllm_celery.limiter.records import lua_locals, lua_packed, lua_reader, lua_writer
 
@@ -30,6 +36,8 @@ _LOCALS: dict[str, type] = {
     "setup": QuotaSetup,
     "live": LiveState,
     "congestion": Congestion,
+    "headers": ReportedLimits,
+    "report": LimitReport,
 }
 _READ_OR_PACK = re.compile(r"^ *--#(read|pack) (\w+)(?: (.+))?\n", re.MULTILINE)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from batchllm_celery.limiter.permit import CallOutcome, Estimate, SettledCall
-from batchllm_celery.limiter.protocol import EndedCalls
+from batchllm_celery.limiter.protocol import EndedCalls, LimitReport
 from batchllm_celery.models import TokenUsage
 
 #: The longest wait, in seconds, that is passed on. Who asks for more is asked again after it.
@@ -16,6 +16,7 @@ LONGEST_WAIT = 32 * 86_400
 OVERHEAD_TOKENS, INPUT_WEIGHT = 20.0, 0.005
 #: Versions of the learnt limit that calls are told apart by; older ones count as one.
 _MOST_VERSIONS = 8
+_MINUTE, _DAY = 60.0, 86_400.0
 
 
 @dataclass(slots=True)
@@ -51,12 +52,18 @@ class Settlements:
     probe_ended: bool = False
     ended: dict[int, EndedCalls] = field(default_factory=dict)
     """Successes and overloads by the version of the learnt limit that they began under."""
+    told: SettledCall | None = None
+    """The call that began last of those whose answers told the provider's limits."""
 
     def add(self, call: SettledCall, now: float) -> None:
         """Count one call; the tokens that it used replace the reserved ones."""
         permit, usage = call.permit, call.usage
         if self.since is None:
             self.since = now
+        if call.limits is not None and (
+            self.told is None or permit.start >= self.told.permit.start
+        ):
+            self.told = call
         self.probe_ended |= permit.probe
         match call.outcome:
             case CallOutcome.SUCCEEDED:
@@ -164,6 +171,36 @@ class Settlements:
             "forfeited_input": self.overreserved_input - sum(one.input_tokens for one in late),
             "forfeited_output": self.overreserved_output - sum(one.output_tokens for one in late),
         }
+
+
+def limit_report(call: SettledCall, now: float) -> LimitReport:
+    """What a call's headers said, per second.
+
+    A limit whose window the numbers do not show is one of a minute: that is what providers count
+    in, but for some that say so by a reset of hours.
+    """
+    told = call.limits
+    assert told is not None
+    report = LimitReport(
+        binds=told.quota == call.permit.quota, age_us=max(now - call.permit.start, 0.0) * 1e6
+    )
+    for name, window in (
+        ("requests", told.requests),
+        ("tokens", told.tokens),
+        ("input", told.input_tokens),
+        ("output", told.output_tokens),
+    ):
+        if window is None or not window.limit:
+            continue
+        # (A minute's window may reset in a little more than one: Anthropic's dates are rounded up.)
+        if window.window_seconds() == _DAY and (window.reset_seconds or 0) > 2 * _MINUTE:
+            if name == "requests":
+                report.requests_per_day = window.limit
+            continue
+        setattr(report, f"{name}_per_second", window.limit / _MINUTE)
+        if window.remaining is not None:
+            setattr(report, f"remaining_{name}", window.remaining)
+    return report
 
 
 def weight_of(call: SettledCall) -> float:

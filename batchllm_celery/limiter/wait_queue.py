@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 
 from batchllm_celery.limiter.permit import CallOutcome, Estimate, Permit, SettledCall
-from batchllm_celery.limiter.protocol import AcquireReply, AcquireRequest, EndedCalls
-from batchllm_celery.limiter.settlements import Settlements, Unused
+from batchllm_celery.limiter.protocol import AcquireReply, AcquireRequest, EndedCalls, LimitReport
+from batchllm_celery.limiter.settlements import Settlements, Unused, limit_report
 
 #: How late, in seconds, a start may be used: a stalled process must not start all at once.
 LATEST_START = 0.25
@@ -93,6 +93,7 @@ class SentRequest:
 
     request: AcquireRequest
     ended: list[EndedCalls]
+    report: LimitReport | None
     waiters: list[Waiter]
     estimates: list[Estimate]
     prefetched: Estimate
@@ -386,9 +387,11 @@ class WaitQueue:
         )
         limited = self.last_reply is not None and self.last_reply.limit_version >= 0
         ended = self.settlements.ended_calls(limited=limited)
+        told = self.settlements.told
+        report = None if told is None else limit_report(told, now)
         self.settlements = Settlements(epoch=self.epoch)
         self.ask_now = False
-        return SentRequest(request, ended, waiters, estimates, prefetched)
+        return SentRequest(request, ended, report, waiters, estimates, prefetched)
 
     def _prefetch(self) -> int:
         """Starts for callers to come spare them a round trip, while no limit holds anybody up."""

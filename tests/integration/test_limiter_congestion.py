@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -36,11 +37,14 @@ def server(valkey: ValkeyServer) -> Iterator[VirtualRedis]:
 
 @pytest.mark.parametrize("quota", [UNLIMITED, ADAPTIVE], ids=["refusals", "adaptive"])
 def test_room_that_changes_is_found_and_used(server: VirtualRedis, quota: Quota) -> None:
-    """Beyond 32, 64, then 4 in flight it refuses: 90 % of it used from 60 s on, few refused."""
-    provider = SimulationConfig(refuse_beyond=32, latency=0.5)
-    changes = [(80.0, {"refuse_beyond": 64}), (160.0, {"refuse_beyond": 4})]
-    seen = run(server, provider, quota, 260, changes=changes, slots=30)
-    for room, since, until in ((32, 35, 80), (64, 140, 160), (4, 220, 260)):
+    """Beyond 10, 24, then 4 in flight it refuses: 90 % of it used from 60 s on, few refused."""
+    provider = SimulationConfig(refuse_beyond=10, latency=0.5)
+    changes: list[tuple[float, dict[str, Any]]] = [
+        (50.0, {"refuse_beyond": 24}),
+        (125.0, {"refuse_beyond": 4}),
+    ]
+    seen = run(server, provider, quota, 215, changes=changes, processes=3, slots=12)
+    for room, since, until in ((10, 35, 50), (24, 110, 125), (4, 185, 215)):
         assert seen.rate(since, until) >= 0.9 * room / 0.5
         assert seen.refused_share(since, until) <= 0.05
     assert seen.worst_row <= 10  # of the 20 that cost no attempt
@@ -81,18 +85,20 @@ def mixed_prompts(draw: random.Random) -> int:
 
 @pytest.mark.parametrize("mixed", [False, True], ids=["alike", "mixed"])
 def test_a_server_that_slows_down_is_used_at_its_best(server: VirtualRedis, mixed: bool) -> None:
-    """16 calls decode together, the others would queue: found by throughput, without a refusal."""
+    """8 calls decode together, the others would queue: found by throughput, without a refusal."""
     load = Load(prompt=mixed_prompts) if mixed else Load()
     provider = SimulationConfig(
-        decode_slots=16,
+        decode_slots=8,
         output_tokens=100,
         output_tail=0.8,
         input_seconds=0.1 if mixed else 0.0,
         decode_slowdown=0.05,
     )
-    limits = QuotaLimits.unlimited().model_copy(update={"max_concurrency": 16})
-    best = run(server, provider, Quota(name="q", limits=limits), 500, loads=[load], slots=20)
-    seen = run(server, provider, ADAPTIVE, 500, loads=[load], slots=20)
+    limits = QuotaLimits.unlimited().model_copy(update={"max_concurrency": 8})
+    best = run(
+        server, provider, Quota(name="q", limits=limits), 400, loads=[load], processes=2, slots=20
+    )
+    seen = run(server, provider, ADAPTIVE, 400, loads=[load], processes=2, slots=20)
     assert seen.rate(150, 500, tokens=True) >= 0.95 * best.rate(150, 500, tokens=True)
     assert seen.latency(150, 500) <= 1.3 * best.latency(150, 500)
 

@@ -11,8 +11,11 @@ import functools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import format_datetime
 from typing import Any
 
+from batchllm_celery.dialects.headers import rate_limits_of
 from batchllm_celery.keys import Keys
 from batchllm_celery.limiter import CallOutcome, Estimator, Limiter
 from batchllm_celery.limiter.quota_state import configure_arguments
@@ -179,14 +182,18 @@ class _Fleet:
         began = loop.time()
         call, _ = await self.provider.answer("openai", GenerateRequest("m", prompt))
         took = loop.time() - began
+        date = format_datetime(datetime.fromtimestamp(call.time, UTC), usegmt=True)
+        limits = rate_limits_of({**call.headers, "date": date})
+        if limits is not None:
+            limits = limits.model_copy(update={"quota": self.quota.name})
         if call.status == 200:
             usage = TokenUsage(input_tokens=call.input_tokens, output_tokens=call.output_tokens)
             estimator.observe(load.tenant, prompt, usage)
-            limiter.settle(permit, CallOutcome.SUCCEEDED, usage=usage, latency=took)
+            limiter.settle(permit, CallOutcome.SUCCEEDED, usage=usage, latency=took, limits=limits)
             self.seen.served.append((loop.time(), usage.total_tokens, took, load.tenant))
             return True
         await asyncio.sleep(0.005)
         outcome = CallOutcome.REFUSED if call.status == 429 else CallOutcome.OVERLOADED
-        limiter.settle(permit, outcome, retry_after=call.retry_after, latency=took)
+        limiter.settle(permit, outcome, retry_after=call.retry_after, limits=limits)
         self.seen.refused.append(loop.time())
         return False

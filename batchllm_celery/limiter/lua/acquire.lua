@@ -4,6 +4,7 @@
 -- microseconds (`_us`) since 1970. Durations end in `_us` or `_s`. Rates are per second.
 -- The steps, in their order:
 --
+--   0 headers    what does the provider say of its limits?
 --   1 clock      what time is it, and has Redis forgotten something?
 --   2 settle     count the calls that have ended since the process' last request
 --   3 cooldown   the provider refused: void all reservations, stop everybody, cut the rate
@@ -34,7 +35,7 @@
 --   stand in WAITING, in the order of their turns. Each gets its share of the lookahead and of the
 --   slots, and goes to the end once it was served.
 --
--- KEYS     1 QUOTA      hash: `setup`, `live`, `congestion` (records), `config`, `cooldowns`, `ramp`,
+-- KEYS     1 QUOTA      hash: `setup`, `live`, `congestion`, `headers` (records), `config`, `cooldowns`, `ramp`,
 --                        `history`
 --          2 PROCESSES  hash: process -> PROCESS (below), then its last reply
 --          3 WAITING    zset: process with waiters -> since when (microseconds)
@@ -45,10 +46,11 @@
 --          5 ended calls by the version of the learnt limit that they began under, oldest first:
 --            version, successes, overloads, and of the successes the sums of seconds, tokens and
 --            seconds^2 / tokens, as doubles; empty while there is no such limit and no overload
+--          6 report (a record: what the newest headers said of the provider's limits), or empty
 -- returns  reply (a record), then each start in microseconds after `reply.now_us`, as uint32
 --
 -- The fields of records stand once, with units: `request`, `report` and `reply` in
--- limiter/protocol.py, `setup` and `live` in limiter/quota_state.py. A line `--#read RECORD ...`
+-- limiter/protocol.py, those of QUOTA in limiter/quota_state.py. A line `--#read RECORD ...`
 -- makes each field a local, RECORD_FIELD; `--#pack RECORD` makes RECORD_packed of them. (With tables
 -- the script took five microseconds more.) limiter/scripts.py puts these lines in place, and before
 -- this text `pack_reply` and the constants that Python knows too.
@@ -79,7 +81,7 @@ if known_process then
   permits_before = permits
 end
 
-local stored = redis.call('HMGET', QUOTA, 'setup', 'live', 'congestion')
+local stored = redis.call('HMGET', QUOTA, 'setup', 'live', 'congestion', 'headers')
 --#read setup stored[1]
 --#read live stored[2]
 if not stored[2] and (setup_full_speed == 1 or request_full_speed == 1) then
@@ -92,6 +94,7 @@ local rates = {
   setup_input_tokens_per_second, setup_output_tokens_per_second,
 }
 local tat_us = {live_tat_requests_us, live_tat_tokens_us, live_tat_input_us, live_tat_output_us}
+--#include steps/headers.lua
 local rates_known = rates[1] + rates[2] + rates[3] + rates[4] > 0
 local tokens_limited = rates[2] + rates[3] + rates[4] > 0
 local lookahead_us = min(setup_horizon_us, LOOKAHEAD_US)
@@ -146,6 +149,7 @@ if new_congestion then
 else
   redis.call('HSET', QUOTA, 'live', live_packed)
 end
+if new_headers then redis.call('HSET', QUOTA, 'headers', new_headers) end
 if leases_checked or is_new == 1 or joins_waiting then
   local kept_s = KEYS_KEPT_S + max(ceil((live_exhausted_until_us - now_us) / 1000000), 0)
   redis.call('EXPIRE', QUOTA, kept_s)

@@ -186,9 +186,6 @@ if stored[3] or request_overloads > 0 or setup_adaptive_concurrency == 1 then
       end
       return true
     end
-    if now_us - congestion_success_us > recent_us then
-      live_failures_in_a_row = live_failures_in_a_row + 1
-    end
     congestion_credit = congestion_credit - 1
     if congestion_credit >= 0 then return false end
     if congestion_limit == huge then congestion_limit = n + request_overloads end
@@ -236,8 +233,11 @@ if stored[3] or request_overloads > 0 or setup_adaptive_concurrency == 1 then
   end
   beside_successes = now_us - congestion_success_us <= recent_us and 1 or 0
 
-  -- Overloads without a success open the breaker: one probe at a time, first after 1 s, then 2, 4
+  -- Overloads without a recent success open the breaker: one probe at a time, first after 1 s, then 2, 4
   -- ... 30 s.
+  if beside_successes == 0 then
+    live_failures_in_a_row = live_failures_in_a_row + request_overloads
+  end
   if request_overloads > 0 and live_failures_in_a_row >= BREAKER_FAILURES then
     local wait_us = min(1000000 * 2 ^ (live_failures_in_a_row - BREAKER_FAILURES), 30000000)
     live_probe_from_us = max(live_probe_from_us, now_us + wait_us)
