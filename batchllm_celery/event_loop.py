@@ -148,6 +148,12 @@ def loop() -> asyncio.AbstractEventLoop:
     return _started().loop
 
 
+def current() -> asyncio.AbstractEventLoop | None:
+    """This process's loop if its thread is running; starts nothing."""
+    thread = _thread
+    return None if thread is None else thread.loop
+
+
 def use_bridge(bridge: Bridge | None) -> None:
     """Let `bridge` run what `run` is given on the loop's own thread; None: nobody can."""
     global _bridge
