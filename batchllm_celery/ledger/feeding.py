@@ -142,9 +142,10 @@ class Feeding:
         return BatchState(text(state))
 
     def _create_arguments(self, spec: BatchSpec, identity: bytes) -> list[Argument]:
-        settings, rehearsal = self._settings, spec.config.dry_run
+        settings = self._settings
         stopping = {kind for kind, policy in FAILURE_POLICIES.items() if policy.stops_batch}
-        kinds = sorted({*spec.fail_fast, *stopping})
+        # The items of a standing batch have nothing to do with each other.
+        kinds = [] if spec.standing else sorted({*spec.fail_fast, *stopping})
         return [
             spec.model_dump_json(),
             identity,
@@ -153,14 +154,20 @@ class Feeding:
             "" if spec.max_cost is None else repr(spec.max_cost),
             "".join(f"{kind.value}," for kind in kinds),
             int(spec.keep_results),
-            min(settings.result_ttl_seconds, REHEARSAL_TTL)
-            if rehearsal
-            else settings.result_ttl_seconds,
+            self._ttl(spec),
             settings.max_deliveries,
             settings.max_payload_bytes // 4,
             spec.queue,
             spec.config.most_calls + settings.max_deliveries,
+            settings.result_ttl_seconds if spec.standing else "",
         ]
+
+    def _ttl(self, spec: BatchSpec) -> int:
+        """Seconds for which it is kept when it is over."""
+        kept = self._settings.result_ttl_seconds
+        if spec.config.dry_run:
+            return min(kept, REHEARSAL_TTL)
+        return min(kept, self._settings.item_ttl_seconds) if spec.standing else kept
 
     async def _feeding_of(self, batch_id: str) -> _Feeding:
         feeding = self._feeding.get(batch_id)

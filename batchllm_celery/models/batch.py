@@ -63,6 +63,7 @@ class BatchSpec(Model):
         prices: US dollars per million tokens, in and out, of `PROVIDER:NAME`, before all other
             prices; under "" of every model that is not named.
         model: `PROVIDER:NAME`, the key of its price, if it is known.
+        standing: items are added one by one, and it is never fed to an end (`ledger/standing.py`).
     """
 
     version: int = Field(default=SCHEMA_VERSION, ge=SCHEMA_VERSION, le=SCHEMA_VERSION)
@@ -80,6 +81,7 @@ class BatchSpec(Model):
     keep_results: bool = True
     prices: dict[str, tuple[Price, Price]] = Field(default_factory=dict)
     model: str | None = None
+    standing: bool = False
 
     @field_validator("batch_id")
     @classmethod

@@ -78,9 +78,18 @@ class Session:
         queue: str,
         priority: int,
         give_up: Callable[[], bool] = lambda: False,
+        strategy: str | None = None,
     ) -> bool:
         """Send one message; blocks, so never on the loop thread. False where it gave up."""
-        return publish(self.app, batch_id, indexes, queue=queue, priority=priority, give_up=give_up)
+        return publish(
+            self.app,
+            batch_id,
+            indexes,
+            queue=queue,
+            priority=priority,
+            give_up=give_up,
+            strategy=strategy,
+        )
 
     def _forget_after_fork(self) -> None:
         """A child opens its own: what the parent has belongs to the parent's loop. It is kept, not

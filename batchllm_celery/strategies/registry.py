@@ -114,6 +114,8 @@ class StrategyCatalog:
 
     def __init__(self, builtins: str | None = None) -> None:
         self._builtins = builtins
+        self.listeners: list[Callable[[Registration], None]] = []
+        """Told of each name that is registered from then on."""
         self._registrations: dict[str, Registration] = {}
 
     @property
@@ -143,6 +145,8 @@ class StrategyCatalog:
                 f"{known.factory.__module__}.{known.factory.__qualname__}; choose another name"
             )
         self._known[registration.name] = registration
+        for listen in self.listeners:
+            listen(registration)
 
     def lookup(self, name: str) -> Registration:
         """The registration of `name`.
