@@ -82,7 +82,7 @@ class _EmbeddedBroker:
 
     @property
     def result_backend(self) -> str:
-        return backend_url(self._app.fleet_broker)
+        return self._app.fleet_broker
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,11 +106,6 @@ def host() -> Installed | None:
 def lane_of_host(app: Celery, queue: str) -> str:
     """The lane of a host's single items: workers of other apps have another result backend."""
     return f"{queue}.{as_label(app.main or 'app').translate(_NOT_IN_QUEUES)}"[:120]
-
-
-def backend_url(broker: str) -> str:
-    """The URL of Celery's Redis result backend on a broker's server."""
-    return broker.replace("redis+socket://", "socket://", 1)
 
 
 def is_fleet(app: Celery) -> bool:
@@ -138,7 +133,7 @@ def make_app(settings: Settings, url: str | None) -> Celery:
         app.conf.update(
             broker_url=app.fleet_broker,
             broker_use_ssl=tls,
-            result_backend=backend_url(app.fleet_broker),
+            result_backend=app.fleet_broker,
             redis_backend_use_ssl=tls,
         )
     app.conf.update(

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from celery import Celery, Task, states
 from celery.app.trace import trace_ok_t
+from celery.exceptions import Ignore
 from celery.utils.time import maybe_iso8601
 from kombu.utils import json
 from kombu.utils.uuid import uuid
@@ -85,12 +86,17 @@ class Host(Protocol):
         """The queue of the fleet for a queue of the app."""
 
 
+class Expired(Exception):
+    """The item's time was over before it was run."""
+
+
 class StrategyTask(_Task):
     """The task of one registered strategy; its arguments are the prompt and the parameters."""
 
     abstract = True
     acks_late = True
     reject_on_worker_lost = True
+    resultrepr_maxsize = 0  # the log shows no answer; Flower shows what `__trace__` says
     typing = False  # the factory's signature is checked, with what to do
     throws = (ItemFailedError,)
 
@@ -262,9 +268,14 @@ class StrategyTask(_Task):
                 f"registered ({self.registration.name}.delay, .s, apply_async): this one carries "
                 f"its arguments in clear"
             )
-        output, shown = event_loop.run(
-            self.host.run_single(str(request.id), request.hostname, place.batch_id, place.index)
-        )
+        try:
+            output, shown = event_loop.run(
+                self.host.run_single(str(request.id), request.hostname, place.batch_id, place.index)
+            )
+        except Expired:
+            self.backend.mark_as_revoked(request.id, "expired", request=request, store_result=True)
+            self.host.told(place.batch_id, place.index)
+            raise Ignore from None
         self._shown[str(request.id)] = shown
         return output
 

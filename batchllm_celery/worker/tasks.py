@@ -20,7 +20,7 @@ from typing import Any
 
 import redis
 from celery import Celery, bootsteps, signals
-from celery.exceptions import Ignore, TaskRevokedError, WorkerShutdown
+from celery.exceptions import Ignore, WorkerShutdown
 from celery.worker import state as worker_state
 from kombu.utils.imports import symbol_by_name
 
@@ -64,6 +64,7 @@ from batchllm_celery.worker.process import Runtime
 from batchllm_celery.worker.retry_events import RetryEvents
 from batchllm_celery.worker.startup import touch_forever, wait_for_redis
 from batchllm_celery.worker.strategy_task import (
+    Expired,
     StrategyTask,
     lane_of,
     make_task,
@@ -216,16 +217,12 @@ def _seal(body: Any = None, **_: Any) -> None:
 
 
 @signals.task_revoked.connect(weak=False)
-def _cancel_revoked(request: Any = None, **_: Any) -> None:
+def _cancel_revoked(sender: Any = None, request: Any = None, **_: Any) -> None:
     """Revoke, in Flower or by `AsyncResult.revoke`, ends the item too."""
-    task = getattr(request, "task", None)
-    if isinstance(task, str):
-        task = request.app.tasks.get(task)
-    if not isinstance(task, StrategyTask):
-        return
-    place = reference(tuple(request.args or ()), request.kwargs or {})
-    if place is not None:
-        task.host.cancel(place)
+    if isinstance(sender, StrategyTask):
+        place = reference(tuple(request.args or ()), request.kwargs or {})
+        if place is not None:
+            sender.host.cancel(place)
 
 
 def _nothing() -> None:
@@ -321,7 +318,7 @@ class _Process:
         result = WorkItemResult.from_json(json.loads(found.outcome.line))
         if not result.success:
             if result.error_kind is FailureKind.DEADLINE and (result.error or "")[:7] == "Expired":
-                raise TaskRevokedError("expired")
+                raise Expired
             raise ItemFailedError(str(result.error_kind), result.error or "", result.item_id)
         return result.output, f"{tally}{retries}"
 

@@ -4,8 +4,8 @@
 -- returns  1 (it has ended now), 0 (it had its outcome, or is unknown), or -1 (a process holds it)
 --#include batch.lua
 if not load_meta() then return false end
-local index, kind = tonumber(ARGV[1]), ARGV[2]
-if index >= meta.fed or call('GETBIT', DONE, index) == 1 then return 0 end
+local index, kind = ARGV[1], ARGV[2]
+if tonumber(index) >= meta.fed or call('GETBIT', DONE, index) == 1 then return 0 end
 if call('HEXISTS', HELD, index) == 1 then return -1 end
 write_outcome(index, kind, false, call('HGET', ATTEMPTS, index), call('HGET', CALLS, index))
 call('HDEL', ATTEMPTS, index)
