@@ -31,7 +31,7 @@ from tests.acceptance.fleet import ROOT
 from tests.acceptance.servers import free_port, valkey_on_tcp
 from tests.support import wait_until
 
-DOCUMENTS = ["README.md", "docs/enqueue.md", "docs/deploy.md", "docs/flower.md"]
+DOCUMENTS = ["README.md", "docs/enqueue.md", "docs/deploy.md", "docs/flower.md", "docs/celery.md"]
 FOREVER = re.compile(r"(batchllm (worker|flower|simulate)|celery .*\b(worker|beat|flower))\b")
 #: A block may not take longer, on a busy machine.
 BLOCK_SECONDS = 60

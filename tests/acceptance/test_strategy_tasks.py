@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -61,36 +60,58 @@ def host(valkey: ValkeyServer, folder: Path) -> Iterator[ModuleType]:
         yield tasks_app
 
 
-Start = Callable[..., "subprocess.Popen[bytes]"]
+class Workers:
+    """Workers of the host's app; each is killed at the end."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.processes: list[subprocess.Popen[bytes]] = []
+
+    def start(self, pool: str = "ours") -> subprocess.Popen[bytes]:
+        command = ["-m", "celery", "-A", "tests.acceptance.tasks_app", "worker", "-Q", "host"]
+        name = f"{pool}{len(self.processes)}"
+        quiet = ("--without-mingle", "--without-gossip", "-l", "INFO", "-n", f"{name}@%h")
+        with (self.folder / f"{name}.log").open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, *command, *quiet, *POOLS[pool]],
+                cwd=self.folder,
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self.processes.append(process)
+        wait_until(lambda: " ready." in (self.folder / f"{name}.log").read_text(), 60)
+        return process
+
+    def kill(self) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
 
 
 @pytest.fixture
-def start(host: ModuleType, folder: Path) -> Iterator[Start]:
-    workers: list[subprocess.Popen[bytes]] = []
+def workers(host: ModuleType, folder: Path) -> Iterator[Workers]:
+    started = Workers(folder)
+    yield started
+    started.kill()
 
-    def worker(pool: str = "ours") -> subprocess.Popen[bytes]:
-        command = ["-m", "celery", "-A", "tests.acceptance.tasks_app", "worker", "-Q", "host"]
-        name = f"{pool}{len(workers)}"
-        quiet = ("--without-mingle", "--without-gossip", "-l", "INFO", "-n", f"{name}@%h")
-        with (folder / f"{name}.log").open("ab") as log:
-            workers.append(
-                subprocess.Popen(
-                    [sys.executable, *command, *quiet, *POOLS[pool]],
-                    cwd=folder,
-                    env={**os.environ, "PYTHONPATH": str(ROOT)},
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    start_new_session=True,
-                )
-            )
-        return workers[-1]
 
-    yield worker
-    for process in workers:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+@pytest.fixture(scope="module")
+def shared(
+    host: ModuleType, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[], None]]:
+    """Starts one worker of our pool, which serves all tests from then on."""
+    started = Workers(tmp_path_factory.mktemp("shared"))
+
+    def start() -> None:
+        if not started.processes:
+            started.start()
+
+    yield start
+    started.kill()
 
 
 @pytest.fixture
@@ -121,10 +142,14 @@ def calls(folder: Path, word: str) -> int:
 
 
 @pytest.mark.timeout(90)
-@pytest.mark.parametrize("pool", POOLS)
-def test_celerys_canvases_hold_on_every_pool(host: ModuleType, start: Start, pool: str) -> None:
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_celerys_canvases_hold_on_every_pool(host: ModuleType, workers: Workers, pool: str) -> None:
     """delay, parameters, failures, link, link_error, chain, group, chord, results."""
-    start(pool)
+    workers.start(pool)
+    _canvases(host, pool)
+
+
+def _canvases(host: ModuleType, pool: str) -> None:
     summarise, translate = host.summarise, host.translate
     assert summarise.delay("a").get(timeout=60) == "<a>"
     assert summarise.delay("a", suffix="!").get(timeout=20) == "<a>!"
@@ -152,7 +177,11 @@ def test_celerys_canvases_hold_on_every_pool(host: ModuleType, start: Start, poo
 
 @pytest.mark.timeout(90)
 def test_no_prompt_and_no_answer_is_where_others_look(
-    host: ModuleType, start: Start, events: list[dict[str, Any]], valkey: ValkeyServer, folder: Path
+    host: ModuleType,
+    shared: Callable[[], None],
+    events: list[dict[str, Any]],
+    valkey: ValkeyServer,
+    folder: Path,
 ) -> None:
     """Not in the broker, not in Flower's events, not in the logs: also not where a signature waits
     in another task's message, as a callback, or in a chord's body."""
@@ -178,7 +207,7 @@ def test_no_prompt_and_no_answer_is_where_others_look(
                 texts += client.hvals(key)
         assert texts
         assert not [text for text in texts if _holds(text, word)]
-    start()
+    shared()
     assert sent[0].get(timeout=60) == f"<{word} 1>"
     assert sent[2].get(timeout=30) == f"<{word} 3>"
     assert sent[3].get(timeout=30) == f"<{word} 4>"
@@ -194,7 +223,8 @@ def test_no_prompt_and_no_answer_is_where_others_look(
     assert all("[" in e["args"] for e in of_ours)
     shown = {e["result"] for e in events if e["type"] == "task-succeeded" and "ok" in e["result"]}
     assert shown == {"1 ok, 0 failed, 0 tokens"}
-    assert word not in "".join(log.read_text() for log in folder.glob("*.log"))
+    logs = folder.parent.rglob("ours*.log")
+    assert word not in "".join(log.read_text() for log in logs)
 
 
 def _holds(text: bytes, word: str) -> bool:
@@ -211,12 +241,20 @@ def _holds(text: bytes, word: str) -> bool:
 
 
 @pytest.mark.timeout(90)
-def test_a_killed_worker_costs_no_answer(host: ModuleType, start: Start, folder: Path) -> None:
+def test_celerys_canvases_hold_on_our_pool(host: ModuleType, shared: Callable[[], None]) -> None:
+    """The same; this worker serves the tests that follow."""
+    shared()
+    _canvases(host, "ours")
+
+
+@pytest.mark.timeout(90)
+def test_a_killed_worker_costs_no_answer(
+    host: ModuleType, workers: Workers, shared: Callable[[], None], folder: Path
+) -> None:
     """kill -9 of one of two workers in mid-call: each task gets its one answer in seconds, although
     the broker would deliver its message again in an hour; links are called once."""
-    first, _ = start(), start()
-    assert host.summarise.delay("warm").get(timeout=60) == "<warm>"
-    wait_until(lambda: " ready." in (folder / "ours1.log").read_text())
+    shared()
+    first = workers.start()
     sent = [
         host.summarise.apply_async((f"slow killed {n}",), link=host.note.s()) for n in range(12)
     ]
@@ -230,10 +268,11 @@ def test_a_killed_worker_costs_no_answer(host: ModuleType, start: Start, folder:
 
 
 @pytest.mark.timeout(90)
-def test_revoke_cancels_the_item(host: ModuleType, start: Start, folder: Path) -> None:
+def test_revoke_cancels_the_item(
+    host: ModuleType, shared: Callable[[], None], folder: Path
+) -> None:
     """One that waits is never called; one that runs ends by `terminate`; neither runs elsewhere."""
-    start()
-    assert host.summarise.delay("warm").get(timeout=60) == "<warm>"
+    shared()
     sent = host.summarise.apply_async(("never called",), countdown=2)
     running = host.summarise.delay("slow revoked")
     wait_until(lambda: calls(folder, "slow revoked") == 1)
@@ -260,11 +299,12 @@ def _kinds(host: ModuleType, tasks: list[Any]) -> list[str]:
 
 
 @pytest.mark.timeout(90)
-def test_an_expired_task_is_not_called(host: ModuleType, start: Start, folder: Path) -> None:
+def test_an_expired_task_is_not_called(
+    host: ModuleType, shared: Callable[[], None], folder: Path
+) -> None:
     """As Celery has it: revoked; the ledger has its one outcome."""
-    sent = host.summarise.apply_async(("too late",), expires=0.2)
-    time.sleep(0.3)
-    start()
+    shared()
+    sent = host.summarise.apply_async(("too late",), expires=0.5, countdown=1.0)
     with pytest.raises(TaskRevokedError):
         sent.get(timeout=60)
     assert wait_until(lambda: _kinds(host, [sent])) == ["deadline"]
@@ -302,7 +342,7 @@ def test_eager_tasks_run_here(host: ModuleType) -> None:
 
 @pytest.mark.timeout(60)
 def test_a_message_with_its_prompt_in_clear_is_refused_by_name(
-    host: ModuleType, start: Start
+    host: ModuleType, shared: Callable[[], None]
 ) -> None:
     """Its task fails, and says how to send it."""
     from celery import Celery
@@ -314,6 +354,6 @@ def test_a_message_with_its_prompt_in_clear_is_refused_by_name(
         result_backend_transport_options=host.app.conf.result_backend_transport_options,
     )
     sent = other.send_task("batchllm.summarise", args=("clear",), queue="host")
-    start()
+    shared()
     with pytest.raises(UsageError, match="must come from a process that has the strategy"):
         sent.get(timeout=40)
