@@ -144,12 +144,15 @@ class StrategyTask(_Task):
         priority = _priority(options.pop("priority", None))
         options |= self._family(options)
         now = time.time()
+        queue = self._queue(options)
+        if queue is not None:
+            options["queue"] = queue
         delay = max(0.0, _moment(options.get("countdown"), options.get("eta"), now) - now)
         expires = options.pop("expires", None)
         template = BatchSpec(
             batch_id="standing",
             strategy=StrategySpec(name=self.registration.name, params=params),
-            queue=self.host.lane(options.get("queue") or app.conf.task_default_queue),
+            queue=self.host.lane(queue),
             priority=priority,
         )
         payload = Payload(
@@ -230,6 +233,13 @@ class StrategyTask(_Task):
             "root_id": options.get("root_id") or request.root_id or request.id,
             "parent_id": options.get("parent_id") or request.id,
         }
+
+    def _queue(self, options: dict[str, Any]) -> str | None:
+        """The name of the queue that the app's routes choose; None: its default one."""
+        router: Any = self.app.amqp.router
+        routed = router.route(dict(options), self.name, (), {}, self).get("queue")
+        name: str | None = getattr(routed, "name", routed)
+        return None if name == self.app.conf.task_default_queue else name
 
     def _unsealed(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]

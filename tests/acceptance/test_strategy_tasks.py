@@ -68,7 +68,7 @@ class Workers:
         self.processes: list[subprocess.Popen[bytes]] = []
 
     def start(self, pool: str = "ours") -> subprocess.Popen[bytes]:
-        command = ["-m", "celery", "-A", "tests.acceptance.tasks_app", "worker", "-Q", "host"]
+        command = ["-m", "celery", "-A", "tests.acceptance.tasks_app", "worker", "-Q", "host,llm"]
         name = f"{pool}{len(self.processes)}"
         quiet = ("--without-mingle", "--without-gossip", "-l", "INFO", "-n", f"{name}@%h")
         with (self.folder / f"{name}.log").open("ab") as log:
@@ -154,6 +154,7 @@ def _canvases(host: ModuleType, pool: str) -> None:
     assert summarise.delay("a").get(timeout=60) == "<a>"
     assert summarise.delay("a", suffix="!").get(timeout=20) == "<a>!"
     assert summarise.bind("?").delay("a").get(timeout=20) == "<a>?"
+    assert summarise.apply_async(("routed",), queue="llm").get(timeout=20) == "<routed>"
     with pytest.raises(ItemFailedError) as failed:
         translate.delay(f"fail {pool}").get(timeout=20)
     assert (failed.value.kind, failed.value.message) == (
