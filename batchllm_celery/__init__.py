@@ -38,14 +38,17 @@ if TYPE_CHECKING:
         Completion,
         Failure,
         LLMWorkItem,
+        NativeRequest,
         ProcessorConfig,
         Quota,
         QuotaLimits,
         RateLimitConfig,
+        Request,
         RetryConfig,
         RetryState,
         TokenUsage,
         WorkItemResult,
+        current_item,
     )
     from batchllm_celery.producer import Batch, Producer
     from batchllm_celery.providers import (
@@ -66,12 +69,15 @@ if TYPE_CHECKING:
 __all__ = [
     # work and its outcome
     "LLMWorkItem",
+    "Request",
+    "NativeRequest",
     "WorkItemResult",
     "BatchResult",
     "TokenUsage",
     # strategies
     "strategy",
     "LLMCallStrategy",
+    "current_item",
     "Completion",
     "RetryState",
     "GeminiStrategy",
@@ -129,14 +135,17 @@ _HOMES = {
         "Completion",
         "Failure",
         "LLMWorkItem",
+        "NativeRequest",
         "ProcessorConfig",
         "Quota",
         "QuotaLimits",
         "RateLimitConfig",
+        "Request",
         "RetryConfig",
         "RetryState",
         "TokenUsage",
         "WorkItemResult",
+        "current_item",
     ),
     "producer": ("Batch", "Producer"),
     "providers": (

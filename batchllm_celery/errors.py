@@ -22,6 +22,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterator, Mapping
 from enum import StrEnum
+from typing import Any
 
 from batchllm_celery.redaction import printable, without_secrets
 
@@ -188,6 +189,9 @@ class ProviderError(BatchLLMError):
         retry_after: seconds the provider asked us to wait, where it did.
         usage: tokens this call consumed all the same (`TokenUsage` names).
         error_type: the name to show as `Type` in `Type: message`; default the cause's.
+        metadata: what else is worth keeping with the item's result (`partial_output`).
+        limits: what the reply's headers say about the provider's limits (a `RateLimits`).
+        reply: the reply as it came (a `RawReply`).
     """
 
     def __init__(
@@ -199,6 +203,9 @@ class ProviderError(BatchLLMError):
         retry_after: float | None = None,
         usage: Mapping[str, int] | None = None,
         error_type: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        limits: Any = None,
+        reply: Any = None,
     ) -> None:
         super().__init__(message)
         self.kind = kind
@@ -206,6 +213,9 @@ class ProviderError(BatchLLMError):
         self.retry_after = retry_after
         self.usage = usage
         self.error_type = error_type
+        self.metadata = metadata or {}
+        self.limits = limits
+        self.reply = reply
 
 
 class TokenTrackingError(BatchLLMError):

@@ -50,6 +50,9 @@ class BatchKeys:
     out: str
     stopped: str
     calls: str
+    blob: str
+    uses: str
+    refs: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +86,8 @@ class Keys:
             "failed",
             "out",
         )
-        return BatchKeys(*(f"{tag}:{name}" for name in (*names, "stopped", "calls")))
+        more = ("stopped", "calls", "blob", "uses", "refs")
+        return BatchKeys(*(f"{tag}:{name}" for name in (*names, *more)))
 
     def quota(self, name: str) -> QuotaKeys:
         tag = f"{self.namespace}:{{quota:{name}}}"

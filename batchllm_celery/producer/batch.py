@@ -27,6 +27,7 @@ from batchllm_celery.models import (
     BatchSpec,
     WorkItemResult,
 )
+from batchllm_celery.producer.requests import Requests
 from batchllm_celery.producer.rows import Row, as_payload, refuse_single
 from batchllm_celery.producer.session import Session
 from batchllm_celery.queue import items_per_task
@@ -128,9 +129,9 @@ class Batch:
         max_outstanding: int | None,
     ) -> int | None:
         refuse_single(rows)
-        fed, seen = 0, SeenIds()
+        fed, seen, requests = 0, SeenIds(), Requests()
         for chunk in _chunked(rows, stop):
-            stored = [self._stored(row, fed + n, seen) for n, row in enumerate(chunk)]
+            stored = [self._stored(row, fed + n, seen, requests) for n, row in enumerate(chunk)]
             wake = self._until(stop, self._feed(fed, stored, max_outstanding))
             if wake is None or not self._enqueue(wake, stop):
                 return None
@@ -147,13 +148,16 @@ class Batch:
             self.id, first, rows, max_outstanding=max_outstanding
         )
 
-    def _stored(self, row: Row, index: int, seen: SeenIds) -> Payload | WorkItemResult[Any, Any]:
+    def _stored(
+        self, row: Row, index: int, seen: SeenIds, requests: Requests
+    ) -> Payload | WorkItemResult[Any, Any]:
         payload = as_payload(row, index, self.spec.strategy)
         if isinstance(payload, BadRow):
             return _bad(payload, index)
         own = payload.item_id == str(index)
         if not (seen.add_index(index) if own else seen.add(payload.item_id)):
             raise InputError(f"item {index}: an earlier row has its item_id {payload.item_id!r}")
+        requests.prepare(payload, index, self.spec.strategy)
         return payload
 
     def _until(self, stop: threading.Event, work: Coroutine[Any, Any, T]) -> T | None:

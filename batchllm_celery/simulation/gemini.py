@@ -92,6 +92,7 @@ def parse_generate(provider: Provider, model: str, body: Mapping[str, Any]) -> G
         tool=tool,
         max_output_tokens=_get(settings, "maxOutputTokens"),
         cached_tokens=_cached_tokens(provider, model, body),
+        body=body,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,10 +41,15 @@ class Call:
     """Whether the client went away before its answer."""
     user: str | None = None
     """OpenAI's `user`, where one was given."""
+    body: Mapping[str, Any] | None = None
+    """The whole body, under `keep_bodies`."""
 
     def to_json(self) -> dict[str, Any]:
         """The call as a JSON object, with the digest that its answer holds."""
-        return {**asdict(self), "digest": digest_of(self.prompt)}
+        line = {**asdict(self), "digest": digest_of(self.prompt)}
+        if self.body is None:
+            del line["body"]
+        return line
 
 
 class Journal:

@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 from batchllm_celery.connection import Connection
+from batchllm_celery.dialects.blobs import BlobMissingError
 from batchllm_celery.errors import (
     BatchNotFoundError,
     BatchUnreadableError,
@@ -45,6 +46,7 @@ from batchllm_celery.models import (
     BatchSpec,
     BatchState,
     Failure,
+    Prompt,
     Quota,
     RetryState,
     StrategySpec,
@@ -54,6 +56,7 @@ from batchllm_celery.models import (
 from batchllm_celery.settings import Settings
 from batchllm_celery.strategies import LLMCallStrategy, ProcessResources, Registry
 from batchllm_celery.strategies.failures import log_bug, status_of
+from batchllm_celery.worker.prompts import Prompts
 from batchllm_celery.worker.slots import Slots
 from batchllm_celery.worker.startup import ready_file, touch_forever
 from batchllm_celery.worker.unrunnable import (
@@ -336,6 +339,7 @@ class Runtime:
         self._resources = resources
         self.registry = Registry(resources)
         parts.push_async_callback(self.registry.close)
+        self.prompts = Prompts(self.ledger.claims)
         prices = Prices(settings.prices_file)
         self.runner = ItemRunner(self.limiter, Estimator(), self.events, prices)
         self._start_heartbeat(parts, keys)
@@ -596,7 +600,11 @@ class Runtime:
             return Unrunnable(fault.reason, parameters=fault.parameters)
         try:
             strategy = await self.registry.get(chosen)
-            job = self._job(spec, claim, chosen, strategy)
+            prompt = await self.prompts.of(claim)
+            job = self._job(spec, claim, chosen, strategy, prompt)
+        except BlobMissingError:
+            gone = "InvalidInput: a part of its request is no longer in Redis: submit it again"
+            return self._without_call(claim, FailureKind.INVALID_INPUT, gone)
         except UsageError as error:
             return self._not_built(chosen, claim, error)
         except BaseException as error:  # a property of it fails: it would each time
@@ -704,6 +712,7 @@ class Runtime:
         claim: Claim,
         chosen: StrategySpec,
         strategy: LLMCallStrategy[Any],
+        prompt: Prompt,
     ) -> ItemJob:
         payload = claim.payload
         quota = spec.quota or strategy.quota or spec.strategy.name
@@ -717,7 +726,7 @@ class Runtime:
             batch_id=claim.batch_id,
             item_id=payload.item_id,
             index=claim.index,
-            prompt=payload.prompt,
+            prompt=prompt,
             context=payload.context,
             strategy=strategy,
             prepare=gate.prepare,

@@ -11,6 +11,11 @@
 local META, ITEM, FP, READY, HELD, PROCS = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
 local ATTEMPTS, DONE, FAILED, OUT, STOPPED = KEYS[7], KEYS[8], KEYS[9], KEYS[10], KEYS[11]
 local CALLS = KEYS[12]
+-- Large values of payloads, once by content: SHA-256 -> bytes; item -> the SHAs of its payload, 32
+-- bytes each; SHA -> items that need it. An item is counted where its payload is stored, and
+-- uncounted where that goes, so that retries and repeated calls can't count twice.
+local BLOB, USES, REFS = KEYS[13], KEYS[14], KEYS[15]
+local WITHOUT_BLOBS = 12
 local call = redis.call
 
 local clock = call('TIME')
@@ -25,7 +30,7 @@ local NUMBERS = {
   'total', 'parked_until', 'deadline', 'deadline_at', 'token_budget', 'max_cost',
   'spent', 'cost', 'priced', 'input', 'output', 'cached', 'maybe_billed',
   'item_bytes', 'kept_bytes', 'out_count', 'out_bytes', 'read_count', 'read_bytes',
-  'reopen_at', 'submitted_at', 'kept_limit', 'max_calls',
+  'reopen_at', 'submitted_at', 'kept_limit', 'max_calls', 'blob_bytes',
 }
 local WORDS = {'state', 'fail_fast', 'reopen'}
 -- Fields that `create` writes. A batch without one of them is broken.
@@ -70,7 +75,7 @@ end
 -- written one half, and a call whose outcome can't be recorded is paid for in vain. It costs 10
 -- microseconds, so a worker asks for it once a second.
 local TYPES = {'hash', 'hash', 'string', 'zset', 'hash', 'hash', 'hash', 'string', 'string', 'stream',
-               'string', 'hash'}
+               'string', 'hash', 'hash', 'hash', 'hash'}
 local function check_keys()
   for i = 1, #KEYS do
     local found = call('TYPE', KEYS[i]).ok
@@ -102,7 +107,7 @@ local function save_meta()
   if #changes > 0 then call('HSET', META, unpack(changes)) end
   -- Looking at a batch that is over must not keep it for ever.
   if #changes > 0 or not meta.total or meta.ok + meta.failed < meta.total then
-    for i = 1, #KEYS do call('EXPIRE', KEYS[i], meta.ttl) end
+    for i = 1, meta.blob_bytes and #KEYS or WITHOUT_BLOBS do call('EXPIRE', KEYS[i], meta.ttl) end
   elseif call('TTL', PROCS) == -1 then -- a late call of a worker has created it again
     call('EXPIRE', PROCS, meta.ttl)
   end
@@ -148,14 +153,42 @@ local function append(fields)
   call('XADD', OUT, '*', 'b', text(meta.out_count) .. ':' .. text(meta.out_bytes), unpack(fields))
 end
 
+local SHA = 32 -- bytes of one in `uses`
+
+local function remove_blob(sha)
+  meta.blob_bytes = meta.blob_bytes - call('HSTRLEN', BLOB, sha)
+  call('HDEL', BLOB, sha)
+  call('HDEL', REFS, sha)
+end
+
+-- The blobs that an item's payload needs from now on: those of a new one are counted before those of
+-- the old one are uncounted, or what both need would go.
+local function set_uses(index, uses)
+  if not meta.blob_bytes then return end -- no payload of this batch has ever had one
+  local old = call('HGET', USES, index) or ''
+  if uses == old then return end
+  if uses == '' then call('HDEL', USES, index) else call('HSET', USES, index, uses) end
+  for at = 1, #uses, SHA do call('HINCRBY', REFS, string.sub(uses, at, at + SHA - 1), 1) end
+  for at = 1, #old, SHA do
+    local sha = string.sub(old, at, at + SHA - 1)
+    if call('HINCRBY', REFS, sha, -1) <= 0 then remove_blob(sha) end
+  end
+end
+
+-- Whether the payload of a failure may stay, of this many bytes, for a retry.
+local function may_keep(size)
+  return meta.kept_bytes + size <= meta.kept_limit and (meta.blob_bytes or 0) <= meta.kept_limit
+end
+
 -- The item's payload goes, or stays under a cap for a later retry of the failure.
 local function drop_payload(index, size, keep)
   if size == 0 then return end
   meta.item_bytes = meta.item_bytes - size
-  if keep and meta.kept_bytes + size <= meta.kept_limit then
+  if keep and may_keep(size) then
     meta.kept_bytes = meta.kept_bytes + size
   else
     call('HDEL', ITEM, index)
+    set_uses(index, '')
   end
 end
 
