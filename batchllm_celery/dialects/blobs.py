@@ -220,5 +220,5 @@ def _put(body: Any, path: tuple[str | int, ...], value: Any) -> Any:
         return value
     first, rest = path[0], path[1:]
     copy = dict(body) if isinstance(body, dict) else list(body)
-    copy[first] = _put(body[first], rest, value)  # type: ignore[index]
+    copy[first] = _put(body[first], rest, value) if rest else value  # type: ignore[index]
     return copy

@@ -79,6 +79,31 @@ class Asked:
     schema: OutputSchema | None = None
     dropped: tuple[str, ...] = ()
 
+    async def encoded(self) -> bytes:
+        """The body's JSON, of a large one made in a thread."""
+        if is_large(self.body):
+            return await asyncio.to_thread(_encoded, self.body)
+        return _encoded(self.body)
+
+
+def _encoded(body: Mapping[str, Any]) -> bytes:
+    # ASCII: half a surrogate pair, which some texts have, is no UTF-8.
+    return json.dumps(body).encode("ascii")
+
+
+def is_large(body: Any) -> bool:
+    """Whether a body's texts are so long that it takes a while to write them."""
+    left, waiting = LARGE_BYTES, [body]
+    while waiting and left > 0:
+        value = waiting.pop()
+        if isinstance(value, str):
+            left -= len(value)
+        elif isinstance(value, Mapping):
+            waiting += value.values()
+        elif isinstance(value, list | tuple):
+            waiting += value
+    return left <= 0
+
 
 class DialectStrategy(ProviderStrategy[TOutput]):
     """A strategy that sends bodies of a dialect and reads the replies by it.

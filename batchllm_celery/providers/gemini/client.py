@@ -6,7 +6,9 @@ import asyncio
 import importlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from enum import Enum
 from functools import partial
 from typing import Any
@@ -51,6 +53,7 @@ async def _open(slots: int, base_url: str | None, api_key: str | None) -> Opened
         trust_env=True,
         response_class=bounded_response(),
         raise_for_status=_raise_for_status,
+        middlewares=(_put_body,),
     )
     options = types.HttpOptions(
         base_url=base_url,
@@ -76,6 +79,28 @@ async def _open(slots: int, base_url: str | None, api_key: str | None) -> Opened
         await session.close()
 
     return Opened(client, close)
+
+
+_body: ContextVar[bytes | None] = ContextVar("batchllm_gemini_body", default=None)
+
+
+@contextmanager
+def sending(body: bytes) -> Iterator[None]:
+    """Calls inside of the block send this body: the SDK signs in and picks the address, but would
+    respell fields, and copy megabytes."""
+    token = _body.set(body)
+    try:
+        yield
+    finally:
+        _body.reset(token)
+
+
+async def _put_body(request: Any, handler: Callable[[Any], Awaitable[Any]]) -> Any:
+    """An aiohttp middleware of the session that the SDK uses."""
+    body = _body.get()
+    if body is not None:
+        await request.update_body(body)
+    return await handler(request)
 
 
 async def _raise_for_status(response: Any) -> None:

@@ -140,7 +140,8 @@ class GeminiStrategy(DialectStrategy[TOutput]):
             keep_secret(gemini_client.account_of(self.client)[-1])
         await asyncio.to_thread(importlib.import_module, "google.genai.types")
         self._request_config = self._build_config(self._options)
-        self._bare_config = self._build_config({})
+        bare = self._build_config({})
+        self._bare_config = _raw(bare) if self._sends_bodies else bare
 
     async def _open_client(self, resources: ProcessResources) -> Any:
         return await gemini_client.open_client(resources)
@@ -201,17 +202,22 @@ class GeminiStrategy(DialectStrategy[TOutput]):
             text: its text, where it is one.
             config: the SDK's, with our options for a text.
         """
+        generate = self.client.aio.models.generate_content
         contents: Any = text
-        if self._sends_bodies:
-            contents, config = _IGNORED, _with_body(self._bare_config, asked.body)
-        elif text is None:
+        if text is None and not self._sends_bodies:
             body = {name: value for name, value in asked.body.items() if name != "contents"}
             contents, config = asked.body["contents"], _with_body(self._bare_config, body)
         raw = self.response_parser is None and not self.include_metadata
         try:
-            response = await self.client.aio.models.generate_content(
-                model=self.model, contents=contents, config=_raw(config) if raw else config
-            )
+            if self._sends_bodies:
+                with gemini_client.sending(await asked.encoded()):
+                    response = await generate(
+                        model=self.model, contents=_IGNORED, config=self._bare_config
+                    )
+            else:
+                response = await generate(
+                    model=self.model, contents=contents, config=_raw(config) if raw else config
+                )
         except Exception as error:
             translated = gemini_client.translate(error)
             if translated is None and isinstance(error, _UNREADABLE):
@@ -242,7 +248,7 @@ class GeminiStrategy(DialectStrategy[TOutput]):
         return base.model_copy(update={name: getattr(ours, name) for name in given})
 
 
-#: Contents for the SDK, which wants some; the body beside them has its own.
+#: Contents for the SDK, which wants some: the body that is sent has its own.
 _IGNORED = "-"
 
 
