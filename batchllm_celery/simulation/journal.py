@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +43,16 @@ class Call:
     """OpenAI's `user`, where one was given."""
     body: Mapping[str, Any] | None = None
     """The whole body, under `keep_bodies`."""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """What its answer says of the limits, as they stood when it arrived."""
 
     def to_json(self) -> dict[str, Any]:
         """The call as a JSON object, with the digest that its answer holds."""
-        line = {**asdict(self), "digest": digest_of(self.prompt)}
+        fields = asdict(self)
+        del fields["headers"]
         if self.body is None:
-            del line["body"]
-        return line
+            del fields["body"]
+        return {**fields, "digest": digest_of(self.prompt)}
 
 
 class Journal:
