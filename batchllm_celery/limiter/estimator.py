@@ -73,4 +73,6 @@ def plain_tokens(prompt: str | int) -> int:
     a guess already."""
     if isinstance(prompt, int):
         return max(prompt, 1)
-    return max((len(prompt) if prompt.isascii() else len(prompt.encode())) // 3, 1)
+    if not prompt.isascii():
+        return max(len(prompt.encode("utf-8", "surrogatepass")) // 3, 1)
+    return max(len(prompt) // 3, 1)

@@ -51,7 +51,7 @@ class Fleet:
 
     async def submit(self, rows: list[Any], name: str = "simulated", **options: Any) -> Any:
         spec = StrategySpec(name=name, params={"model": "m"} if name in BUILT_IN else {})
-        return await asyncio.to_thread(self.producer.submit, rows, strategy=spec, **options)
+        return await asyncio.to_thread(lambda: self.producer.submit(rows, strategy=spec, **options))
 
     async def run(self, batch: Any, rows: int) -> list[WorkItemResult[Any, Any]]:
         runtime = Runtime(self.settings, self.url, lambda *_: None, slots=20)
