@@ -244,7 +244,8 @@ async def test_what_a_provider_has_no_word_for_is_refused_before_anything_is_enq
         words = r"messages\[4\]"
     with pytest.raises(InputError, match=rf"item 1 \(1\): {words}: "):
         await fleet.submit(["fine", chat(**change)], name, batch_id="refused")
-    assert not fleet.stored(fleet.producer.attach("refused"), "item")
+    batch = await asyncio.to_thread(fleet.producer.attach, "refused")
+    assert not fleet.stored(batch, "item")
 
 
 async def test_what_may_be_dropped_is_dropped_and_said(fleet: Fleet) -> None:
