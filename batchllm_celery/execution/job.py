@@ -14,6 +14,7 @@ from batchllm_celery.models import (
     BatchState,
     Failure,
     ProcessorConfig,
+    Prompt,
     RetryState,
     TokenUsage,
 )
@@ -113,7 +114,7 @@ class ItemJob:
     batch_id: str
     item_id: str
     index: int
-    prompt: str
+    prompt: Prompt
     context: Any
     strategy: LLMCallStrategy[Any]
     prepare: Callable[[], Awaitable[None]]

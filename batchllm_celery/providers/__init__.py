@@ -53,6 +53,7 @@ def __getattr__(name: str) -> Any:
 # -- strategies by name
 
 _OPTIONS = ("system", "schema", "temperature", "max_output_tokens")
+_REQUEST_OPTIONS = (*_OPTIONS, "allow_dropping")
 _CACHE_OPTIONS = (
     "cached_content",
     "cache_ttl_seconds",
@@ -90,10 +91,10 @@ def _factory(path: str, *options: str, model: str | None = None) -> Factory:
 
 def builtin_registrations() -> tuple[Registration, ...]:
     """The built-in names."""
-    thinking = (*_OPTIONS, "thinking_budget")
+    thinking = (*_REQUEST_OPTIONS, "thinking_budget")
     gemini = _factory("gemini:GeminiStrategy", *thinking)
-    cached = _factory("gemini:GeminiCachedStrategy", *_CACHE_OPTIONS, *thinking)
-    openai = _factory("openai:OpenAICompatibleStrategy", *_OPTIONS, "extra")
+    cached = _factory("gemini:GeminiCachedStrategy", *_CACHE_OPTIONS, *_OPTIONS, "thinking_budget")
+    openai = _factory("openai:OpenAICompatibleStrategy", *_REQUEST_OPTIONS, "extra", "api")
     agent = _factory("pydantic_ai:PydanticAIModelStrategy", *_OPTIONS)
     simulated = _factory("simulated:SimulatedStrategy", *thinking, model="simulated-flash")
     return (

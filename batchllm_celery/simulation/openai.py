@@ -55,6 +55,7 @@ def parse_chat(provider: Provider, body: Mapping[str, Any]) -> GenerateRequest:
         tool=tool,
         max_output_tokens=body.get("max_completion_tokens") or body.get("max_tokens"),
         user=str(body["user"]) if body.get("user") is not None else None,
+        body=body,
     )
 
 

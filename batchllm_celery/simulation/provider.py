@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -171,9 +171,13 @@ class Provider:
         self._admitted[hash(request.prompt)] += 1
         return await self._serve(self._admit(wire, request, reply, attempt), reply), reply
 
-    def reject(self, wire: str, model: str, status: int) -> None:
+    def reject(
+        self, wire: str, model: str, status: int, body: Mapping[str, Any] | None = None
+    ) -> None:
         """Count a request for an answer that is wrong in itself."""
-        self._arrive(Call(0, 0, wire, model, "", 0, status, ReplyOutcome.REJECTED))
+        call = Call(0, 0, wire, model, "", 0, status, ReplyOutcome.REJECTED)
+        call.body = body if self.config.keep_bodies else None
+        self._arrive(call)
 
     def _refusal(self, request: GenerateRequest) -> QuotaRefusal | None:
         if self.config.billing_exhausted:
@@ -200,6 +204,7 @@ class Provider:
                 limit=refusal.limit_name,
                 retry_after=refusal.retry_after,
                 user=request.user,
+                body=request.body if self.config.keep_bodies else None,
             )
         )
 
@@ -217,6 +222,7 @@ class Provider:
             output_tokens=reply.output_tokens + reply.thoughts_tokens,
             cached_tokens=reply.cached_tokens,
             user=request.user,
+            body=request.body if self.config.keep_bodies else None,
         )
         return self._arrive(call)
 

@@ -48,6 +48,8 @@ class GenerateRequest:
     cached_tokens: int = 0
     user: str | None = None
     """Whom the caller says it asks for (OpenAI's `user`): tests name their process so."""
+    body: Mapping[str, Any] | None = None
+    """The whole body, as it came."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,12 +22,12 @@ from batchllm_celery.cli.request import (
     settings_of,
     strategy_of,
 )
+from batchllm_celery.dialects.estimates import tokens_of_prompt
+from batchllm_celery.dialects.media import BYTES_PER_TOKEN
 from batchllm_celery.files.rows import InputRow
 from batchllm_celery.models import BadRow, LLMWorkItem, QuotaLimits, TokenUsage
 from batchllm_celery.settings import Settings
 
-#: Bytes of UTF-8 of a token; right for English, Chinese and JSON within a factor of 1.5.
-BYTES_PER_TOKEN = 3
 #: Tokens of an answer, if no option limits them.
 DEFAULT_OUTPUT_TOKENS = 300
 DEFAULT_SECONDS_PER_CALL = 2.0
@@ -122,7 +122,7 @@ def measure(rows: Iterable[InputRow], system: int, per_answer: int, cached: int)
 
 def input_tokens(item: LLMWorkItem[Any, Any, Any]) -> int:
     """Estimated tokens of one prompt."""
-    return math.ceil(len(item.prompt.encode()) / BYTES_PER_TOKEN)
+    return tokens_of_prompt(item.prompt, "openai")
 
 
 def duration_of(
