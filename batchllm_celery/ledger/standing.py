@@ -302,6 +302,8 @@ class Standing:
                 except Exception as error:
                     logger.debug("standing.channel_lost error=%s", describe(error))
                     await asyncio.sleep(LOOK_SECONDS / 2)
+                    with contextlib.suppress(Exception):
+                        await self._serve(batch_id, list(waiting))
         finally:
             del self._followers[batch_id]
             if not waiting:

@@ -7,6 +7,7 @@ Registry   (name, parameters) -> instance, prepared once, closed once
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib
 import inspect
 import time
@@ -161,6 +162,16 @@ class StrategyCatalog:
                 f"no strategy {name!r} is registered here; known are {', '.join(sorted(self))}. "
                 f"Import the module that registers it with --app MODULE (or BATCHLLM_APP)."
             ) from None
+
+    @contextlib.contextmanager
+    def replaced(self, registration: Registration) -> Iterator[None]:
+        """Another registration under a known name, inside the block: for tests."""
+        known = self.lookup(registration.name)
+        self._known[registration.name] = registration
+        try:
+            yield
+        finally:
+            self._known[registration.name] = known
 
     def __iter__(self) -> Iterator[str]:
         return iter(tuple(self._known))

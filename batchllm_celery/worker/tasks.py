@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import redis
-from celery import Celery, bootsteps, signals
+from celery import Celery, Signature, bootsteps, signals
 from celery.exceptions import Ignore, WorkerShutdown
 from celery.worker import state as worker_state
 from kombu.utils.imports import symbol_by_name
@@ -358,6 +358,13 @@ class _Process:
     def _send_again(self, batch_id: str, index: int, task: bytes) -> None:
         send_again(self._app, ItemPlace(batch_id, index), task)
 
+    def _tell_end(self, batch_id: str, round_: int, signature: dict[str, Any]) -> None:
+        """The same id each time: whoever was called twice (a worker died in between) can tell."""
+        task = {"args": (), "kwargs": {}, "options": {}, **signature}
+        Signature.from_dict(task, app=self._app).apply_async(
+            () if task.get("immutable") else (batch_id,), task_id=f"finished-{batch_id}-{round_}"
+        )
+
     def connect(self) -> None:
         """Listen to the worker's signals, which reach this process only if it is a worker."""
         start = self._on_pool_started
@@ -403,6 +410,7 @@ class _Process:
         )
         runtime.dropped_messages = lambda: dropped.count
         runtime.send_again = self._send_again
+        runtime.tell_end = self._tell_end
         if self._pool is not None:
             runtime.admission.on_room = self._pool.look_again
         watchdog.events.listen(runtime.services.events.emit)
