@@ -5,5 +5,6 @@
 --#include batch.lua
 if not load_meta() then return false end
 meta.hook_round = math.max(meta.hook_round or -1, tonumber(ARGV[1]))
+meta.hook_at = nil
 save_meta()
 return 1
