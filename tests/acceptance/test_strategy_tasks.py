@@ -19,7 +19,7 @@ import redis
 from celery import chain, chord, group
 from celery.exceptions import TaskRevokedError
 
-from batchllm_celery import Producer
+from batchllm_celery import Producer, queue
 from batchllm_celery.errors import ItemFailedError, UsageError
 from batchllm_celery.ledger.standing import ItemPlace
 from tests.acceptance.fleet import ROOT
@@ -58,6 +58,9 @@ def host(valkey: ValkeyServer, folder: Path) -> Iterator[ModuleType]:
             patch.setenv(name, value)
         from tests.acceptance import tasks_app
 
+        # Other tests of this process may have installed apps of their own.
+        ours = [one for one in queue.hosts if one.app is tasks_app.app]
+        patch.setattr(queue, "hosts", ours)
         yield tasks_app
 
 
