@@ -85,10 +85,12 @@ if TYPE_CHECKING:
     from batchllm_celery.settings import Settings
     from batchllm_celery.strategies import (
         CallableStrategy,
+        CurrentItem,
         EscalatingStrategy,
         LLMCallStrategy,
         RegisteredStrategy,
         TypedStrategy,
+        current_item,
         strategy,
     )
     from batchllm_celery.worker import install
@@ -103,6 +105,8 @@ __all__ = [
     "TokenUsage",
     # strategies
     "strategy",
+    "current_item",
+    "CurrentItem",
     "RegisteredStrategy",
     "TypedStrategy",
     "StrategySpec",
@@ -237,10 +241,12 @@ _HOMES = {
     "settings": ("Settings",),
     "strategies": (
         "CallableStrategy",
+        "CurrentItem",
         "EscalatingStrategy",
         "LLMCallStrategy",
         "RegisteredStrategy",
         "TypedStrategy",
+        "current_item",
         "strategy",
     ),
     "worker": ("install",),

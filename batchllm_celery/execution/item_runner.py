@@ -45,6 +45,7 @@ from batchllm_celery.models import (
     WorkItemResult,
 )
 from batchllm_celery.strategies.base import as_completion
+from batchllm_celery.strategies.current import CurrentItem, begin_item
 from batchllm_celery.strategies.failures import (
     classify,
     classify_for,
@@ -329,6 +330,7 @@ class _Run:
         scope = asyncio.timeout(self.limit)
         task = asyncio.current_task()
         job.gate.calls(True)
+        begin_item(CurrentItem(job.batch_id, job.item_id, job.index, job.attempts + 1, job.context))
         try:
             async with scope:
                 call = job.strategy.execute(job.prompt, job.attempts + 1, self.limit, job.state)

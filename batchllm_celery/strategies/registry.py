@@ -231,6 +231,8 @@ def strategy(name: str, *, quota: str | None = None) -> _Register:
             what is no factory, or if the class has an `execute` that is not async.
     """
     check_label(name, "strategy name")
+    if name == "run_items":
+        raise UsageError("a strategy can't be called run_items: a task of ours has that name")
     if quota is not None:
         check_label(quota, "quota name")
 

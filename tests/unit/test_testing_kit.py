@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from batchllm_celery import (
     ProviderError,
     RetryState,
     UsageError,
+    current_item,
     strategy,
 )
 from batchllm_celery.errors import StrategyNotFoundError
@@ -104,6 +106,27 @@ def test_a_refusal_and_a_failure() -> None:
     with answers(summary, lambda prompt: 1 / 0) as prompts:
         found = run_item(summary.bind(words=5), "x")
     assert (found.success, found.error_kind, len(prompts)) == (False, FailureKind.LOGIC_ERROR, 1)
+
+
+async def test_a_strategy_knows_which_item_it_answers() -> None:
+    """Also in what it calls, and in each of many items at once; nowhere else."""
+
+    async def tell(prompt: str) -> str:
+        await asyncio.sleep(0)
+        item = current_item()
+        return f"{item.item_id} {item.attempt} {item.context} {prompt}"
+
+    one = CallableStrategy(tell)
+    many = [asyncio.create_task(arun_item(one, f"p{n}", context=n)) for n in range(20)]
+    found = [result.output for result in await asyncio.gather(*many)]
+    assert found == [f"item 1 {n} p{n}" for n in range(20)]
+    with pytest.raises(UsageError, match="execute"):
+        current_item()
+
+
+def test_a_name_that_is_ours_is_refused() -> None:
+    with pytest.raises(UsageError, match="run_items"):
+        strategy("run_items")
 
 
 def test_what_is_not_there_is_said() -> None:
