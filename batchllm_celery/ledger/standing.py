@@ -157,7 +157,10 @@ class Standing:
         """
         spec = standing_spec(template, time.time())
         try:
+            _ = payload.prompt.isascii() or payload.prompt.encode()
             data = payload.encode()
+        except UnicodeEncodeError as error:
+            raise InputError("half a surrogate pair in the prompt is not text") from error
         except (TypeError, ValueError, RecursionError) as error:
             raise InputError(
                 f"the item's context can't be written as JSON ({type(error).__name__})"
