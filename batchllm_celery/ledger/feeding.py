@@ -164,6 +164,7 @@ class Feeding:
             spec.queue,
             spec.config.most_calls + settings.max_deliveries,
             settings.result_ttl_seconds if spec.standing else "",
+            "" if spec.on_finished is None else 1,
         ]
 
     def _ttl(self, spec: BatchSpec) -> int:

@@ -51,6 +51,7 @@ PROGRESS = _load("progress.lua")
 APPEND = _load("append.lua", at_maxmemory=False)
 LOOKUP = _load("lookup.lua")
 CANCEL_ITEM = _load("cancel_item.lua")
+TOLD = _load("told.lua")
 
 
 class ScriptRunner:

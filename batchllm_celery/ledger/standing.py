@@ -167,7 +167,11 @@ class Standing:
         """
         spec = standing_spec(template, time.time())
         try:
+            if isinstance(payload.prompt, str):
+                _ = payload.prompt.isascii() or payload.prompt.encode()
             data, named = payload.pack()
+        except UnicodeEncodeError as error:
+            raise InputError("half a surrogate pair in the prompt is not text") from error
         except (TypeError, ValueError, RecursionError) as error:
             raise InputError(
                 f"the item's context can't be written as JSON ({type(error).__name__})"
@@ -322,6 +326,8 @@ class Standing:
                 except Exception as error:
                     logger.debug("standing.channel_lost error=%s", describe(error))
                     await asyncio.sleep(LOOK_SECONDS / 2)
+                    with contextlib.suppress(Exception):
+                        await self._serve(batch_id, list(waiting))
         finally:
             del self._followers[batch_id]
             if not waiting:

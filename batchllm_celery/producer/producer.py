@@ -101,6 +101,9 @@ class SubmitOptions(TypedDict, total=False):
         max_cost: US dollars after which no call starts.
         token_budget: tokens after which no call starts.
         fail_fast: failure kinds that abort the batch.
+        on_finished: a Celery task (`"shop.report"`, or a signature) that a worker of the queue
+            calls with the batch's id once all items have their outcome: once for each round, by
+            the ledger. Its id is `finished-BATCH-ROUND`.
         max_outstanding: items unfinished or unread at most; default `settings.max_outstanding`.
     """
 
@@ -116,6 +119,7 @@ class SubmitOptions(TypedDict, total=False):
     max_cost: float | None
     token_budget: int | None
     fail_fast: Iterable[FailureKind | str]
+    on_finished: str | dict[str, Any] | None
     max_outstanding: int | None
 
 
@@ -138,6 +142,7 @@ class _Submission:
         max_cost: float | None = None,
         token_budget: int | None = None,
         fail_fast: Iterable[FailureKind | str] = (),
+        on_finished: Any = None,
         max_outstanding: int | None = None,
     ) -> None:
         self.quota = quota if isinstance(quota, Quota) else None
@@ -156,6 +161,7 @@ class _Submission:
             token_budget=token_budget,
             fail_fast=tuple(FailureKind(kind) for kind in fail_fast),
             keep_results=keep_results,
+            on_finished=on_finished,
         )
 
 

@@ -109,9 +109,14 @@ class Session:
     async def _open(self) -> None:
         self._forget_after_fork()
         if self._services is None:
-            url: str = await asyncio.to_thread(lambda: self.url)
-            if self._services is None:  # nobody was faster
-                self._services = Services(self.settings, url, events=self._events)
+            await asyncio.to_thread(lambda: self.url)  # it may start a server
+            self.open_services()
+
+    def open_services(self) -> Services:
+        """The services before anything is connected; on our own loop only."""
+        if self._services is None:
+            self._services = Services(self.settings, self.url, events=self._events)
+        return self._services
 
     def step_close(self) -> Step[None]:
         """`close`, from anywhere; starts no loop where nothing was opened."""

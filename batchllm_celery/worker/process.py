@@ -121,6 +121,8 @@ class Runtime:
         self.dropped_messages: Callable[[], int] = lambda: 0
         self.send_again: Callable[[str, int, bytes], None] = lambda *_: None
         """Sends the message of a Celery task again whose item is done; blocks."""
+        self.tell_end: Callable[[str, int, dict[str, Any]], None] = lambda *_: None
+        """Calls the Celery task that is to be told that a batch is over; blocks."""
         self._publish = publish
         self._slots = Slots(slots)
         self._faults = Faults()
@@ -350,6 +352,12 @@ class Runtime:
         if idle and wanted:  # only this loop brings work, after a pause for instance
             self._starved = sum(len(indexes) for _, indexes in requeued) >= wanted
         owed, self.services.ledger.recovery.owed = self.services.ledger.recovery.owed, []
+        ended, self.services.ledger.recovery.ended = self.services.ledger.recovery.ended, []
+        for batch_id, round_ in ended:
+            spec = await self.services.ledger.batches.spec(batch_id)
+            if spec.on_finished is not None:
+                await asyncio.to_thread(self.tell_end, batch_id, round_, spec.on_finished)
+            await self.services.ledger.batches.told(batch_id, round_)
         for batch_id, index, task in owed:
             await asyncio.to_thread(self.send_again, batch_id, index, task)
         for batch_id, indexes in requeued:

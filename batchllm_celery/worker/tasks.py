@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import redis
-from celery import Celery, bootsteps, signals
+from celery import Celery, Signature, bootsteps, signals
 from celery.exceptions import Ignore, WorkerShutdown
 from celery.worker import state as worker_state
 from kombu.utils.imports import symbol_by_name
@@ -206,7 +206,7 @@ def _services_of(task: str) -> Services | None:
 
 
 @signals.before_task_publish.connect(weak=False)
-def _seal(body: Any = None, **_: Any) -> None:
+def _seal(sender: Any = None, body: Any = None, **_: Any) -> None:
     """No message carries a prompt in clear, that of another task's either: `chain(fetch.s(),
     summarise.si("text"))` embeds the second signature in the first message."""
     if isinstance(body, tuple) and len(body) == 3 and isinstance(body[2], dict):
@@ -214,6 +214,10 @@ def _seal(body: Any = None, **_: Any) -> None:
         for key, value in embedded.items():
             if value:
                 embedded[key] = seal(value, _services_of)
+        if sender == "celery.chord_unlock":  # of backends that don't count: the body is an argument
+            for value in body[0]:
+                if isinstance(value, dict):
+                    value.update(seal(value, _services_of))
 
 
 @signals.task_revoked.connect(weak=False)
@@ -358,6 +362,13 @@ class _Process:
     def _send_again(self, batch_id: str, index: int, task: bytes) -> None:
         send_again(self._app, ItemPlace(batch_id, index), task)
 
+    def _tell_end(self, batch_id: str, round_: int, signature: dict[str, Any]) -> None:
+        """The same id each time: whoever was called twice (a worker died in between) can tell."""
+        task = {"args": (), "kwargs": {}, "options": {}, **signature}
+        Signature.from_dict(task, app=self._app).apply_async(
+            () if task.get("immutable") else (batch_id,), task_id=f"finished-{batch_id}-{round_}"
+        )
+
     def connect(self) -> None:
         """Listen to the worker's signals, which reach this process only if it is a worker."""
         start = self._on_pool_started
@@ -403,6 +414,7 @@ class _Process:
         )
         runtime.dropped_messages = lambda: dropped.count
         runtime.send_again = self._send_again
+        runtime.tell_end = self._tell_end
         if self._pool is not None:
             runtime.admission.on_room = self._pool.look_again
         watchdog.events.listen(runtime.services.events.emit)

@@ -19,6 +19,7 @@ import redis
 from celery import chain, chord, group
 from celery.exceptions import TaskRevokedError
 
+from batchllm_celery import Producer, queue
 from batchllm_celery.errors import ItemFailedError, UsageError
 from batchllm_celery.ledger.standing import ItemPlace
 from tests.acceptance.fleet import ROOT
@@ -57,6 +58,9 @@ def host(valkey: ValkeyServer, folder: Path) -> Iterator[ModuleType]:
             patch.setenv(name, value)
         from tests.acceptance import tasks_app
 
+        # Other tests of this process may have installed apps of their own.
+        ours = [one for one in queue.hosts if one.app is tasks_app.app]
+        patch.setattr(queue, "hosts", ours)
         yield tasks_app
 
 
@@ -289,8 +293,6 @@ def test_revoke_cancels_the_item(
 
 def _kinds(host: ModuleType, tasks: list[Any]) -> list[str]:
     """Kinds of these tasks' failures in the ledger, when all have them."""
-    from batchllm_celery import Producer
-
     found = {}
     with Producer(app=host.app) as producer:
         for batch in producer.batches():
@@ -339,6 +341,30 @@ def test_eager_tasks_run_here(host: ModuleType) -> None:
         assert summarise.delay("fail").state == "FAILURE"
     finally:
         host.app.conf.task_always_eager = False
+
+
+@pytest.mark.timeout(90)
+def test_the_end_of_a_batch_is_told_once_a_round(
+    host: ModuleType, workers: Workers, shared: Callable[[], None], folder: Path
+) -> None:
+    """To a task of the host, by its name or a signature, with the batch's id; by one of all workers
+    that see it. A retry is a new round."""
+    shared()
+    workers.start()
+    with Producer(app=host.app) as producer:
+        batch = producer.submit(
+            ["a", "fail"], strategy=host.summarise, batch_id="told", on_finished="host.report"
+        )
+        signed = host.report.s(kind="signed")
+        producer.submit(["a"], strategy=host.summarise, batch_id="signed", on_finished=signed)
+        first = host.app.AsyncResult("finished-told-0")
+        assert first.get(timeout=40) == "over told"
+        assert host.app.AsyncResult("finished-signed-0").get(timeout=40) == "signed signed"
+        assert batch.retry_failed() == 1
+        assert host.app.AsyncResult("finished-told-1").get(timeout=40) == "over told"
+        with pytest.raises(ValueError, match="name of a Celery task"):
+            producer.submit(["a"], strategy=host.summarise, on_finished={})
+    assert (calls(folder, "over told"), calls(folder, "signed signed")) == (2, 1)
 
 
 @pytest.mark.timeout(60)

@@ -97,13 +97,18 @@ def test_what_nobody_runs_can_be_cancelled(producer: Producer) -> None:
     assert (progress.failed, progress.total, str(progress.state)) == (2, 2, "finished")
 
 
-def test_a_standing_batch_that_was_cancelled_says_so(producer: Producer) -> None:
+def test_a_standing_batch_that_was_cancelled_says_so(
+    producer: Producer, settings: Settings
+) -> None:
     """With the command that lets it go on."""
     item = producer.enqueue("x", strategy=word)
     batch = producer.attach(ItemPlace.parse(item.id).batch_id)
     batch.cancel()
     with pytest.raises(BatchConflictError, match="is cancelled: `batchllm resume single-word-"):
         producer.enqueue("y", strategy=word)
+    with Producer(settings) as other, pytest.raises(BatchConflictError, match="is cancelled"):
+        other.enqueue("y", strategy=word)
+    assert batch.progress().failed == 1
     batch.resume()
     producer.enqueue("y", strategy=word)
 
@@ -167,6 +172,10 @@ def test_what_is_done_expires(
 def test_what_can_not_be_asked_is_refused(producer: Producer) -> None:
     with pytest.raises(TypeError, match="a prompt is text, not int"):
         producer.ask(7, strategy=word)  # type: ignore[call-overload]
+    with pytest.raises(UsageError, match="half a surrogate"):
+        producer.ask("\ud800", strategy=word)
+    with pytest.raises(UsageError, match="as JSON"):
+        producer.ask("x", strategy=word, context={1, 2})
     with pytest.raises(UsageError, match="BATCH:NUMBER"):
         producer.item("x")
     with pytest.raises(TypeError, match="prioritty"):

@@ -33,6 +33,7 @@ local NUMBERS = {
   'spent', 'cost', 'priced', 'input', 'output', 'cached', 'maybe_billed',
   'item_bytes', 'kept_bytes', 'out_count', 'out_bytes', 'read_count', 'read_bytes',
   'reopen_at', 'submitted_at', 'kept_limit', 'max_calls', 'blob_bytes', 'standing',
+  'hook', 'hook_at', 'hook_round',
 }
 local WORDS = {'state', 'fail_fast', 'reopen'}
 -- Fields that `create` writes. A batch without one of them is broken.

@@ -3,7 +3,8 @@
 -- ARGV     1 most items, 2 milliseconds until they may be requeued again, 3 1: only items that
 --          were released or lost
 -- returns  {state, indexes, items ready, items unfinished, process, counter, ..., Celery tasks that
---          wait although their items are done: index, task, ...}
+--          wait although their items are done: index, task, ...; the round that has ended, if whoever
+--          is to be told of it is to be told now, else -1}
 --#include batch.lua
 if not load_meta() then return false end
 check_keys()
@@ -27,8 +28,13 @@ if meta.standing then
     owed[#owed + 1] = call('HGET', TASKS, index) or ''
   end
 end
+local untold = meta.hook == 1 and meta.total and not meta.reopen
+  and meta.ok + meta.failed >= meta.total and (meta.hook_round or -1) < meta.round
+local tell = -1
+if untold and NOW - (meta.hook_at or 0) > OWED_AFTER then meta.hook_at, tell = NOW, meta.round end
 save_meta()
 -- A batch that is about to be reopened stays on the queue's list.
 local unfinished = (meta.total or meta.fed + 1) - meta.ok - meta.failed + (meta.reopen and 1 or 0)
 if meta.standing then unfinished = unfinished + call('ZCARD', OWED) end
-return {state, indexes, call('ZCARD', READY), unfinished, call('HGETALL', PROCS), owed}
+if untold then unfinished = unfinished + 1 end
+return {state, indexes, call('ZCARD', READY), unfinished, call('HGETALL', PROCS), owed, tell}
