@@ -17,7 +17,7 @@ ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
 .PHONY: $(STAMP)
 endif
 
-.PHONY: help setup demo test test-server check format bench chaos wheel dist check-wheel lock clean
+.PHONY: help setup demo test test-server check format bench congestion chaos wheel dist check-wheel lock clean
 
 help:
 	@echo "make demo    the main job on real text, with the simulated provider: demo/results.jsonl"
@@ -25,6 +25,7 @@ help:
 	@echo "make test-server SERVER=/path/to/redis-server  ledger, limiter and main job on it"
 	@echo "make check   format, lint, types, import rules"
 	@echo "make bench   prints the figures"
+	@echo "make congestion  the limiter before servers without a quota, in virtual time"
 	@echo "make chaos   kills, freezes and starves for minutes"
 	@echo "make format  puts the code in order"
 	@echo "make lock    pins requirements.lock anew (needs uv)"
@@ -71,6 +72,9 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks
+
+congestion: $(STAMP)
+	$(BIN)/python -m benchmarks.congestion
 
 chaos: $(STAMP)
 	$(BIN)/python -m pytest -q -s -m chaos
