@@ -17,7 +17,7 @@ ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
 .PHONY: $(STAMP)
 endif
 
-.PHONY: help setup demo test test-server check format bench congestion chaos wheel dist check-wheel lock clean
+.PHONY: help setup demo test test-server check format bench boundary congestion chaos wheel dist check-wheel lock clean
 
 help:
 	@echo "make demo    the main job on real text, with the simulated provider: demo/results.jsonl"
@@ -25,6 +25,7 @@ help:
 	@echo "make test-server SERVER=/path/to/redis-server  ledger, limiter and main job on it"
 	@echo "make check   format, lint, types, import rules"
 	@echo "make bench   prints the figures"
+	@echo "make boundary  thousands of generated cases; SEED=... others, CASES=AREA:NUMBER one again"
 	@echo "make congestion  the limiter before servers without a quota, in virtual time"
 	@echo "make chaos   kills, freezes and starves for minutes"
 	@echo "make format  puts the code in order"
@@ -48,12 +49,15 @@ demo: $(STAMP)
 		--prompt "Say in one sentence what this does: {text}" --model simulated --rpm 3000 \
 		--workers 2 --overwrite -o demo/results.jsonl
 
+# More processes than cores: most tests wait for processes of their own. The longest come first.
+SPREAD := -n 4 --dist loadgroup --no-loadscope-reorder
+
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -n 3 --dist loadfile
+	$(BIN)/python -m pytest -q $(SPREAD)
 
 # The ledger, the limiter and the main job on another server: make test-server SERVER=/path/to/it
 test-server: $(STAMP)
-	BATCHLLM_TEST_SERVER="$(SERVER)" $(BIN)/python -m pytest -q -n 3 --dist loadfile \
+	BATCHLLM_TEST_SERVER="$(SERVER)" $(BIN)/python -m pytest -q $(SPREAD) \
 		tests/integration/test_connection.py tests/integration/test_ledger.py \
 		tests/integration/test_ledger_model.py tests/integration/test_limiter_fleet.py \
 		tests/integration/test_limiter_model.py tests/integration/test_worker_runtime.py \
@@ -64,6 +68,7 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/basedpyright
 	$(BIN)/lint-imports
 
 format: $(STAMP)
@@ -72,6 +77,14 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks
+
+# Odd answers, calls and rows by the thousands. What fails prints the line that runs it again.
+SEED ?= $(shell date +%s)
+boundary: SEED := $(SEED)
+boundary: $(STAMP)
+	BOUNDARY_SEED=$(SEED) BOUNDARY_COUNT=$(COUNT) BOUNDARY_CASES=$(CASES) \
+		$(BIN)/python -m pytest -q -m boundary -n 2 tests/boundary
+	@echo "Seed $(SEED)"
 
 congestion: $(STAMP)
 	$(BIN)/python -m benchmarks.congestion

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import difflib
 import secrets
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Iterator
 from contextlib import AsyncExitStack
-from typing import Any, Self
+from functools import cache
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, overload
+
+from typing_extensions import TypedDict, Unpack
 
 from batchllm_celery.connection import BrokenEntry
 from batchllm_celery.errors import (
@@ -28,28 +32,118 @@ from batchllm_celery.models import (
     ProcessorConfig,
     Quota,
     StrategySpec,
+    TContext,
+    TOutput,
     WorkItemResult,
 )
 from batchllm_celery.models.names import check_batch_id
-from batchllm_celery.producer.batch import Batch, late_words
-from batchllm_celery.producer.rows import Row, default_strategy
+from batchllm_celery.producer.batch import AsyncBatch, Batch, BatchSteps, late_words
+from batchllm_celery.producer.rows import (
+    Row,
+    RowWith,
+    default_strategy,
+    output_type_of,
+    with_params,
+)
 from batchllm_celery.producer.session import Session
+from batchllm_celery.producer.steps import (
+    Beside,
+    aiterate,
+    awaitable,
+    block,
+    blocking,
+    iterate,
+    wait,
+    warn_on_loop,
+)
 from batchllm_celery.queue import App
 from batchllm_celery.settings import Settings
+
+if TYPE_CHECKING:
+    from batchllm_celery.strategies.registered import TypedStrategy
 
 #: How long, in seconds, a submission looks for workers that know its strategy.
 LOOK_SECONDS = 3.0
 
+B = TypeVar("B", bound=BatchSteps[Any, Any])
 
-class Producer:
-    """Submits batches to a fleet. A context manager; every method may be called from any thread.
 
-        with Producer() as producer:
-            batch = producer.submit(["First text", "Second text"], strategy="summarise")
-            for result in batch.results():
-                ...
+class SubmitOptions(TypedDict, total=False):
+    """What `submit` and `stream` take besides rows and strategy.
 
-    From a coroutine: `await asyncio.to_thread(producer.submit, ...)`, then `async for`.
+    Args:
+        params: parameters of the strategy's factory.
+        batch_id: the same id continues a batch: finished items are not run again.
+        quota: name or `Quota` to draw on; default: the strategy's own.
+        quota_update: change a quota whose limits differ, in place of refusing.
+        config: attempts and time limits.
+        queue: a queue of the fleet.
+        priority: 0 (usual) to 9 (urgent).
+        items_per_task: item indexes that one Celery message carries.
+        deadline: seconds after which no call starts.
+        max_cost: US dollars after which no call starts.
+        token_budget: tokens after which no call starts.
+        fail_fast: failure kinds that abort the batch.
+        max_outstanding: items unfinished or unread at most; default `settings.max_outstanding`.
+    """
+
+    params: dict[str, Any] | None
+    batch_id: str | None
+    quota: Quota | str | None
+    quota_update: bool
+    config: ProcessorConfig | None
+    queue: str
+    priority: int
+    items_per_task: int | None
+    deadline: float | None
+    max_cost: float | None
+    token_budget: int | None
+    fail_fast: Iterable[FailureKind | str]
+    max_outstanding: int | None
+
+
+class _Submission:
+    """The options of one `submit` or `stream`, checked."""
+
+    def __init__(
+        self,
+        strategy: StrategySpec,
+        keep_results: bool,
+        params: dict[str, Any] | None = None,
+        batch_id: str | None = None,
+        quota: Quota | str | None = None,
+        quota_update: bool = False,
+        config: ProcessorConfig | None = None,
+        queue: str = "default",
+        priority: int = 0,
+        items_per_task: int | None = None,
+        deadline: float | None = None,
+        max_cost: float | None = None,
+        token_budget: int | None = None,
+        fail_fast: Iterable[FailureKind | str] = (),
+        max_outstanding: int | None = None,
+    ) -> None:
+        self.quota = quota if isinstance(quota, Quota) else None
+        self.quota_update = quota_update
+        self.max_outstanding = max_outstanding
+        self.spec = BatchSpec(
+            batch_id=new_batch_id() if batch_id is None else check_batch_id(batch_id),
+            strategy=with_params(strategy, params),
+            quota=quota.name if isinstance(quota, Quota) else quota,
+            config=config or ProcessorConfig(),
+            queue=queue,
+            priority=priority,
+            items_per_task=items_per_task,
+            deadline=deadline,
+            max_cost=max_cost,
+            token_budget=token_budget,
+            fail_fast=tuple(FailureKind(kind) for kind in fail_fast),
+            keep_results=keep_results,
+        )
+
+
+class ProducerSteps(Generic[B]):
+    """What a producer does, as coroutines of steps: `Producer` blocks, `AsyncProducer` awaits.
 
     Args:
         settings: default: from the environment.
@@ -59,6 +153,8 @@ class Producer:
         app: an existing Celery app (see `install`) to send the messages with.
         events: hears of a Redis that is lost and found again.
     """
+
+    _batch_class: type[B]
 
     def __init__(
         self,
@@ -83,164 +179,75 @@ class Producer:
         """
         return self._session.url
 
-    def check(self) -> None:
+    async def _check(self) -> None:
         """Return if Redis answers, within about 3 s.
 
         Raises:
             RedisUnavailableError: in one clear line.
         """
-        self._session.run(lambda session: session.services.connection.ping())
+        await self._session.step(lambda session: session.services.connection.ping())
 
     # -- submitting -------------------------------------------------------------------------------
 
-    def submit(
-        self,
-        items: Iterable[Row],
-        *,
-        strategy: str | StrategySpec | None = None,
-        params: dict[str, Any] | None = None,
-        batch_id: str | None = None,
-        quota: Quota | str | None = None,
-        quota_update: bool = False,
-        config: ProcessorConfig | None = None,
-        queue: str = "default",
-        priority: int = 0,
-        items_per_task: int | None = None,
-        deadline: float | None = None,
-        max_cost: float | None = None,
-        token_budget: int | None = None,
-        fail_fast: Iterable[FailureKind | str] = (),
-        max_outstanding: int | None = None,
-    ) -> Batch:
-        """Store and enqueue all items, and return the batch; its results stay readable for
-        `settings.result_ttl_seconds`.
-
-        Blocks while more than `max_outstanding` items are unfinished; `stream` does not. Where it
-        raises, the batch is cancelled; the same id goes on with it.
-
-        Args:
-            items: strings, mappings with `prompt` (and `item_id`, `context`), or `LLMWorkItem`s;
-                any iterable, consumed lazily.
-            strategy: a registered name; default: the first item's own.
-            params: parameters of the strategy's factory.
-            batch_id: the same id continues a batch: finished items are not run again.
-            quota: name or `Quota` to draw on; default: the strategy's own.
-            quota_update: change a quota whose limits differ, in place of refusing.
-            config: attempts and time limits.
-            queue: a queue of the fleet.
-            priority: 0 (usual) to 9 (urgent).
-            items_per_task: item indexes that one Celery message carries.
-            deadline: seconds after which no call starts.
-            max_cost: US dollars after which no call starts.
-            token_budget: tokens after which no call starts.
-            fail_fast: failure kinds that abort the batch.
-            max_outstanding: default `settings.max_outstanding`.
-
-        Raises:
-            UsageError: an item can't be taken (its place and id are named), or a strategy is
-                missing.
-            StrategyNotFoundError: live workers serve the lane, and none of them knows the strategy.
-            BatchConflictError: the id belongs to another job that is still running.
-            QuotaConflictError: the quota exists with other limits.
-            RedisDeniedError: Redis denies a right, or the password.
-            TimeoutError: Redis or the broker was away until the `deadline`.
-        """
-        spec_of_strategy, rows = default_strategy(items, strategy)
-        if params:
-            spec_of_strategy = StrategySpec(name=spec_of_strategy.name, params=params)
-        spec = BatchSpec(
-            batch_id=new_batch_id() if batch_id is None else check_batch_id(batch_id),
-            strategy=spec_of_strategy,
-            quota=quota.name if isinstance(quota, Quota) else quota,
-            config=config or ProcessorConfig(),
-            queue=queue,
-            priority=priority,
-            items_per_task=items_per_task,
-            deadline=deadline,
-            max_cost=max_cost,
-            token_budget=token_budget,
-            fail_fast=tuple(FailureKind(kind) for kind in fail_fast),
+    async def _submit(
+        self, items: Any, strategy: Any = None, options: SubmitOptions | None = None
+    ) -> B:
+        chosen, rows = await default_strategy(items, strategy)
+        submission = _Submission(chosen, True, **(options or {}))
+        await self._check_runnable(submission.spec)
+        batch = await self._open(
+            submission.spec, quota=submission.quota, quota_update=submission.quota_update
         )
-        self.check_runnable(spec)
-        limits = quota if isinstance(quota, Quota) else None
-        batch = self.open(spec, quota=limits, quota_update=quota_update)
+        batch.type_outputs(output_type_of(strategy))
         try:
-            batch.feed(rows, max_outstanding=max_outstanding)
+            await batch._feed(rows, max_outstanding=submission.max_outstanding)
         except BaseException:
             # Nobody has the batch: what was fed of it must not be paid for.
-            batch.give_up()
+            await batch._give_up()
             raise
         return batch
 
-    def stream(
-        self, items: Iterable[Row], *, spec: BatchSpec | None = None, **options: Any
-    ) -> Iterator[WorkItemResult[Any, Any]]:
-        """Feed `items` and yield their results at the same time, in bounded memory: results leave
-        Redis when they have been yielded.
-
-        Args:
-            items: as for `submit`.
-            spec: the whole batch, in place of `options`.
-            options: as for `submit`.
-        """
-        batch, rows = self._open_stream(items, spec, options)
+    async def _stream(
+        self, items: Any, strategy: Any, spec: BatchSpec | None, options: SubmitOptions
+    ) -> AsyncGenerator[WorkItemResult[Any, Any], None]:
+        chosen, rows = await default_strategy(items, spec.strategy if spec else strategy)
+        most, quota, update = options.get("max_outstanding"), None, False
+        if spec is None:
+            submission = _Submission(chosen, False, **options)
+            spec, quota, update = submission.spec, submission.quota, submission.quota_update
+        await self._check_runnable(spec)
+        batch = await self._open(spec, quota=quota, quota_update=update)
+        batch.type_outputs(output_type_of(strategy))
         stop, failure = threading.Event(), []
 
-        def feed() -> None:
+        async def feed() -> None:
             try:
-                batch.feed(rows, stop=stop, max_outstanding=options.get("max_outstanding"))
+                await batch._feed(rows, stop=stop, max_outstanding=most)
             except BaseException as error:
                 failure.append(error)
-                batch.cancel()
+                await batch._cancel()
 
-        feeder = threading.Thread(target=feed, name="batchllm-feeder", daemon=True)
-        feeder.start()
+        feeder = await Beside(feed, "batchllm-feeder")
         try:
-            yield from self._until_over(batch, feeder)
+            while True:
+                fed_all = feeder.is_over()
+                over = fed_all and (progress := await batch._progress()).finished >= progress.fed
+                taken = await batch._take(timeout=0.0 if over else 0.5)
+                for delivered in taken:
+                    yield batch.result_of(delivered.line)
+                if taken:
+                    await batch._acknowledge(taken[-1].receipt)
+                elif over:
+                    break
         finally:
             stop.set()
-            feeder.join()
+            await feeder.joined()
         if failure:
             raise failure[0]
 
-    def _open_stream(
-        self, items: Iterable[Row], spec: BatchSpec | None, options: dict[str, Any]
-    ) -> tuple[Batch, Iterable[Row]]:
-        options = {name: value for name, value in options.items() if name != "max_outstanding"}
-        chosen, rows = default_strategy(
-            items, spec.strategy if spec else options.pop("strategy", None)
-        )
-        params, quota = options.pop("params", None), options.pop("quota", None)
-        update, batch_id = options.pop("quota_update", False), options.pop("batch_id", None)
-        if spec is None:
-            spec = BatchSpec(
-                batch_id=new_batch_id() if batch_id is None else check_batch_id(batch_id),
-                strategy=StrategySpec(name=chosen.name, params=params) if params else chosen,
-                quota=quota.name if isinstance(quota, Quota) else quota,
-                keep_results=False,
-                **options,
-            )
-        self.check_runnable(spec)
-        limits = quota if isinstance(quota, Quota) else None
-        return self.open(spec, quota=limits, quota_update=update), rows
-
-    def _until_over(
-        self, batch: Batch, feeder: threading.Thread
-    ) -> Iterator[WorkItemResult[Any, Any]]:
-        while True:
-            fed_all = not feeder.is_alive()
-            over = fed_all and (progress := batch.progress()).finished >= progress.fed
-            taken = batch.take(timeout=0.0 if over else 0.5)
-            for delivered in taken:
-                yield WorkItemResult.from_json(delivered.line)
-            if taken:
-                batch.acknowledge(taken[-1].receipt)
-            elif over:
-                return
-
-    def open(
+    async def _open(
         self, spec: BatchSpec, *, quota: Quota | None = None, quota_update: bool = False
-    ) -> Batch:
+    ) -> B:
         """Make a batch without rows yet, or continue the one of this id; then `feed` it.
 
         A batch that was stopped goes on in a new round: items that the stop ended run again,
@@ -280,13 +287,13 @@ class Producer:
                 raise TimeoutError(late_words(spec)) from error
 
         feeding = AsyncExitStack()
-        resumed = self._session.run(create_in_time)
-        batch = Batch(self._session, spec, resumed=resumed, feeding=feeding)
-        if resumed and batch.progress().state in ("paused", "parked"):
-            batch.resume()
+        resumed = await self._session.step(create_in_time)
+        batch = self._batch_class(self._session, spec, resumed=resumed, feeding=feeding)
+        if resumed and (await batch._progress()).state in ("paused", "parked"):
+            await batch._resume()
         return batch
 
-    def check_runnable(self, spec: BatchSpec) -> None:
+    async def _check_runnable(self, spec: BatchSpec) -> None:
         """Return if a live worker of the batch's queue knows its strategy. Return, too, if there is
         no worker yet, or if Redis does not answer within `LOOK_SECONDS`.
 
@@ -299,7 +306,7 @@ class Producer:
                 return await list_workers(session.services.connection, session.services.keys)
 
         try:
-            found = self._session.run(look)
+            found = await self._session.step(look)
         except TimeoutError:
             return
         workers = [one for one in found if spec.queue in one.queues.split(",")]
@@ -316,63 +323,306 @@ class Producer:
 
     # -- looking ----------------------------------------------------------------------------------
 
-    def attach(self, batch_id: str) -> Batch:
-        """A batch that somebody submitted.
+    async def _attach(self, batch_id: str, strategy: Any = None) -> B:
+        """A batch that somebody submitted; results are typed as `strategy` says.
 
         Raises:
             UsageError: for what can't be an id.
             BatchNotFoundError: for an unknown id.
         """
         check_batch_id(batch_id)
-        spec = self._session.run(lambda session: session.services.ledger.batches.spec(batch_id))
-        return Batch(self._session, spec, resumed=True)
+        spec = await self._session.step(
+            lambda session: session.services.ledger.batches.spec(batch_id)
+        )
+        batch = self._batch_class(self._session, spec, resumed=True)
+        batch.type_outputs(output_type_of(strategy))
+        return batch
 
-    def batches(self) -> list[BatchProgress]:
+    async def _batches(self) -> list[BatchProgress]:
         """All batches of this namespace, the youngest first."""
-        return self._session.run(lambda session: session.services.ledger.batches.newest())
+        return await self._session.step(lambda session: session.services.ledger.batches.newest())
 
-    def workers(self) -> list[WorkerInfo]:
+    async def _workers(self) -> list[WorkerInfo]:
         """The worker processes seen within the last minute."""
-        return self._session.run(
+        return await self._session.step(
             lambda session: list_workers(session.services.connection, session.services.keys)
         )
 
-    def quotas(self) -> list[QuotaState]:
+    async def _quotas(self) -> list[QuotaState]:
         """The quotas in use, with their limiter's state."""
-        return self._session.run(lambda session: session.services.limiter.states())
+        return await self._session.step(lambda session: session.services.limiter.states())
 
-    def broken(self) -> list[BrokenEntry]:
+    async def _broken(self) -> list[BrokenEntry]:
         """What `batches`, `quotas` and `workers` have met so far and could not read."""
 
         async def found(session: Session) -> list[BrokenEntry]:
             return session.services.connection.broken.all()
 
-        return self._session.run(found)
+        return await self._session.step(found)
 
-    def quota(self, name: str) -> QuotaState | None:
+    async def _quota(self, name: str) -> QuotaState | None:
         """One quota's limiter state; None if nobody has used it."""
-        found = [state for state in self.quotas() if state.name == name]
+        found = [state for state in await self._quotas() if state.name == name]
         return found[0] if found else None
 
-    def set_quota(self, quota: Quota, *, update: bool = True) -> Quota:
+    async def _set_quota(self, quota: Quota, *, update: bool = True) -> Quota:
         """Configure a quota; a change reaches the whole fleet within a second.
 
         Raises:
             QuotaConflictError: it differs and `update` is false.
         """
-        return self._session.run(
+        return await self._session.step(
             lambda session: session.services.limiter.configure(quota, update=update)
         )
 
+    async def _close(self) -> None:
+        """Give back locks and connections; batches go on without us. Idempotent."""
+        await self._session.step_close()
+
+
+class Producer(ProducerSteps[Batch[Any, Any]]):
+    """Submits batches to a fleet. A context manager; every method may be called from any thread.
+
+        with Producer() as producer:
+            batch = producer.submit(["First text", "Second text"], strategy="summarise")
+            for result in batch.results():
+                ...
+
+    Its methods block. On an event loop use `AsyncProducer`: a `BlockingCallWarning` says where one
+    blocked it. A process that was forked opens connections of its own.
+
+    Args:
+        settings: default: from the environment.
+        redis_url: in place of the settings'; with neither, the broker of `app`, else the embedded
+            Valkey.
+        namespace: in place of the settings'.
+        app: an existing Celery app (see `install`) to send the messages with.
+        events: hears of a Redis that is lost and found again.
+    """
+
+    _batch_class = Batch
+
+    @overload
+    def submit(
+        self,
+        items: Iterable[RowWith[TContext]],
+        *,
+        strategy: TypedStrategy[TOutput],
+        **options: Unpack[SubmitOptions],
+    ) -> Batch[TOutput, TContext]: ...
+    @overload
+    def submit(
+        self,
+        items: Iterable[Row],
+        *,
+        strategy: str | StrategySpec | None = None,
+        **options: Unpack[SubmitOptions],
+    ) -> Batch[Any, Any]: ...
+    def submit(
+        self, items: Iterable[Any], *, strategy: Any = None, **options: Unpack[SubmitOptions]
+    ) -> Batch[Any, Any]:
+        """Store and enqueue all items, and return the batch; its results stay readable for
+        `settings.result_ttl_seconds`.
+
+        Blocks while more than `max_outstanding` items are unfinished; `stream` does not. Where it
+        raises, the batch is cancelled; the same id goes on with it.
+
+        Args:
+            items: strings, mappings with `prompt` (and `item_id`, `context`), or `LLMWorkItem`s;
+                any iterable, consumed lazily.
+            strategy: what `@strategy` made (its results are typed), or a registered name; default:
+                the first item's own.
+            options: see `SubmitOptions`.
+
+        Raises:
+            UsageError: an item can't be taken (its place and id are named), or a strategy is
+                missing.
+            StrategyNotFoundError: live workers serve the queue, and none of them knows the
+                strategy.
+            BatchConflictError: the id belongs to another job that is still running.
+            QuotaConflictError: the quota exists with other limits.
+            RedisDeniedError: Redis denies a right, or the password.
+            TimeoutError: Redis or the broker was away until the `deadline`.
+        """
+        warn_on_loop("submit")
+        return block(self._submit(items, strategy, options))
+
+    @overload
+    def stream(
+        self,
+        items: Iterable[RowWith[TContext]],
+        *,
+        strategy: TypedStrategy[TOutput],
+        **options: Unpack[SubmitOptions],
+    ) -> Iterator[WorkItemResult[TOutput, TContext]]: ...
+    @overload
+    def stream(
+        self,
+        items: Iterable[Row],
+        *,
+        strategy: str | StrategySpec | None = None,
+        spec: BatchSpec | None = None,
+        **options: Unpack[SubmitOptions],
+    ) -> Iterator[WorkItemResult[Any, Any]]: ...
+    def stream(
+        self,
+        items: Iterable[Any],
+        *,
+        strategy: Any = None,
+        spec: BatchSpec | None = None,
+        **options: Unpack[SubmitOptions],
+    ) -> Iterator[WorkItemResult[Any, Any]]:
+        """Feed `items` and yield their results at the same time, in bounded memory: results leave
+        Redis when they have been yielded.
+
+        Args:
+            items: as for `submit`.
+            strategy: as for `submit`.
+            spec: the whole batch, in place of `options`.
+            options: as for `submit`.
+        """
+        warn_on_loop("stream")
+        return iterate(self._stream(items, strategy, spec, options))
+
+    @overload
+    def attach(self, batch_id: str, strategy: TypedStrategy[TOutput]) -> Batch[TOutput, Any]: ...
+    @overload
+    def attach(self, batch_id: str) -> Batch[Any, Any]: ...
+    def attach(self, batch_id: str, strategy: Any = None) -> Batch[Any, Any]:
+        """A batch that somebody submitted; results are typed as `strategy` says.
+
+        Raises:
+            UsageError: for what can't be an id.
+            BatchNotFoundError: for an unknown id.
+        """
+        warn_on_loop("attach")
+        return block(self._attach(batch_id, strategy))
+
+    check = blocking(ProducerSteps._check)
+    open = blocking(ProducerSteps[Batch[Any, Any]]._open)
+    check_runnable = blocking(ProducerSteps._check_runnable)
+    batches = blocking(ProducerSteps._batches)
+    workers = blocking(ProducerSteps._workers)
+    quotas = blocking(ProducerSteps._quotas)
+    broken = blocking(ProducerSteps._broken)
+    quota = blocking(ProducerSteps._quota)
+    set_quota = blocking(ProducerSteps._set_quota)
+
     def close(self) -> None:
         """Give back locks and connections; batches go on without us. Idempotent."""
-        self._session.close()
+        block(self._close())
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+class AsyncProducer(ProducerSteps[AsyncBatch[Any, Any]]):
+    """Submits batches to a fleet from an event loop. An async context manager.
+
+        async with AsyncProducer() as producer:
+            batch = await producer.submit(texts, strategy="summarise")
+            async for result in batch.results():
+                ...
+
+    One may be used from several loops. Rows come from any iterable, also an asynchronous one; a
+    plain one is read on your loop, so it must not block.
+
+    Args:
+        settings: default: from the environment.
+        redis_url: in place of the settings'; with neither, the broker of `app`, else the embedded
+            Valkey.
+        namespace: in place of the settings'.
+        app: an existing Celery app (see `install`) to send the messages with.
+        events: hears of a Redis that is lost and found again.
+    """
+
+    _batch_class = AsyncBatch
+
+    @overload
+    async def submit(
+        self,
+        items: Iterable[RowWith[TContext]] | AsyncIterable[RowWith[TContext]],
+        *,
+        strategy: TypedStrategy[TOutput],
+        **options: Unpack[SubmitOptions],
+    ) -> AsyncBatch[TOutput, TContext]: ...
+    @overload
+    async def submit(
+        self,
+        items: Iterable[Row] | AsyncIterable[Row],
+        *,
+        strategy: str | StrategySpec | None = None,
+        **options: Unpack[SubmitOptions],
+    ) -> AsyncBatch[Any, Any]: ...
+    async def submit(
+        self, items: Any, *, strategy: Any = None, **options: Unpack[SubmitOptions]
+    ) -> AsyncBatch[Any, Any]:
+        """As `Producer.submit`; `items` may be an async iterable too."""
+        return await wait(self._submit(items, strategy, options))
+
+    @overload
+    def stream(
+        self,
+        items: Iterable[RowWith[TContext]] | AsyncIterable[RowWith[TContext]],
+        *,
+        strategy: TypedStrategy[TOutput],
+        **options: Unpack[SubmitOptions],
+    ) -> AsyncIterator[WorkItemResult[TOutput, TContext]]: ...
+    @overload
+    def stream(
+        self,
+        items: Iterable[Row] | AsyncIterable[Row],
+        *,
+        strategy: str | StrategySpec | None = None,
+        spec: BatchSpec | None = None,
+        **options: Unpack[SubmitOptions],
+    ) -> AsyncIterator[WorkItemResult[Any, Any]]: ...
+    def stream(
+        self,
+        items: Any,
+        *,
+        strategy: Any = None,
+        spec: BatchSpec | None = None,
+        **options: Unpack[SubmitOptions],
+    ) -> AsyncIterator[WorkItemResult[Any, Any]]:
+        """As `Producer.stream`, by `async for`."""
+        return aiterate(self._stream(items, strategy, spec, options))
+
+    @overload
+    async def attach(
+        self, batch_id: str, strategy: TypedStrategy[TOutput]
+    ) -> AsyncBatch[TOutput, Any]: ...
+    @overload
+    async def attach(self, batch_id: str) -> AsyncBatch[Any, Any]: ...
+    async def attach(self, batch_id: str, strategy: Any = None) -> AsyncBatch[Any, Any]:
+        """As `Producer.attach`."""
+        return await wait(self._attach(batch_id, strategy))
+
+    check = awaitable(ProducerSteps._check)
+    batches = awaitable(ProducerSteps._batches)
+    workers = awaitable(ProducerSteps._workers)
+    quotas = awaitable(ProducerSteps._quotas)
+    broken = awaitable(ProducerSteps._broken)
+    quota = awaitable(ProducerSteps._quota)
+    set_quota = awaitable(ProducerSteps._set_quota)
+    close = awaitable(ProducerSteps._close)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()
+
+
+@cache
+def default_producer() -> Producer:
+    """The process's own, with settings from the environment: what `summarise.submit` uses."""
+    producer = Producer()
+    atexit.register(producer.close)  # before the loop ends: what is still to be said goes out
+    return producer
 
 
 async def _refuse_other_kind(session: Session, spec: BatchSpec) -> None:

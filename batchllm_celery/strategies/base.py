@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
+from batchllm_celery.errors import describe
 from batchllm_celery.events import Events
 from batchllm_celery.keys import Keys
 from batchllm_celery.models import (
@@ -21,13 +22,16 @@ from batchllm_celery.models import (
     TOutput,
 )
 from batchllm_celery.settings import Settings
-from batchllm_celery.strategies.failures import stamp_usage
+from batchllm_celery.strategies.failures import charged
 from batchllm_celery.strategies.usage import Reading, understand
 
 if TYPE_CHECKING:
     from batchllm_celery.connection import Connection
 
 logger = logging.getLogger("batchllm_celery")
+
+#: Seconds that one strategy or client has for its `close`: a process must end when it is told to.
+CLOSE_SECONDS = 10.0
 
 T = TypeVar("T")
 
@@ -91,10 +95,18 @@ class Opened(Generic[T]):
 
 
 async def close_quietly(name: str, close: Callable[[], Awaitable[None]]) -> None:
-    """Await `close()`; an exception is logged and goes no further."""
+    """Await `close()` for at most `CLOSE_SECONDS`; what it raises is logged, and goes no further.
+
+    Raises:
+        asyncio.CancelledError: when this task is cancelled.
+    """
+    task = asyncio.current_task()
     try:
-        await close()
-    except Exception as error:
+        async with asyncio.timeout(CLOSE_SECONDS):
+            await close()
+    except BaseException as error:  # a `sys.exit()` in it would end the loop, and leave the rest
+        if isinstance(error, GeneratorExit) or (task is not None and task.cancelling()):
+            raise
         logger.warning("close_failed name=%s error=%s", name, type(error).__name__)
 
 
@@ -148,13 +160,19 @@ class LLMCallStrategy(ABC, Generic[TOutput]):
     async def on_error(
         self, exception: Exception, attempt: int, state: RetryState | None = None
     ) -> None:
-        """Learn from a failed attempt (feed the error back through `state`, change the model)."""
+        """Learn from a failed attempt (feed the error back through `state`, change the model).
+
+        It has the seconds of an attempt, and is cancelled after that.
+        """
 
     async def cleanup(self) -> None:
-        """After every item, also when `prepare` failed. Must leave what the others use alone."""
+        """After every item, also when `prepare` failed. Must leave what the others use alone.
+
+        It has the seconds of an attempt, and is cancelled after that: the answer waits for it.
+        """
 
     async def close(self) -> None:
-        """Once, when the process ends; also after a failed `prepare`."""
+        """Once, when the process ends; also after a failed `prepare`. Has `CLOSE_SECONDS`."""
 
     async def dry_run(self, prompt: str) -> Answer[Any]:
         """Stands in for `execute` in a rehearsal: no provider is called."""
@@ -178,8 +196,18 @@ def as_completion(answer: Any) -> Completion[Any]:
 
     Raises:
         TypeError: for an answer that is neither a `Completion` nor an `(output, usage)` pair, a
-            usage without tokens, or metadata that is no mapping. The error carries the tokens.
+            usage without tokens, metadata that is no mapping, or for what fails when it is looked
+            at. The error carries the tokens.
     """
+    try:
+        return _completion(answer)
+    except TypeError:
+        raise
+    except Exception as error:  # else the call would be taken for failed, and paid again
+        raise TypeError(f"execute() returned what can't be read: {describe(error)}") from error
+
+
+def _completion(answer: Any) -> Completion[Any]:
     if isinstance(answer, Completion):
         output, usage, metadata = answer.output, answer.usage, answer.metadata
     elif isinstance(answer, tuple) and len(answer) == 2:
@@ -195,7 +223,8 @@ def as_completion(answer: Any) -> Completion[Any]:
     reading = usage_in(usage)
     if reading is None:
         raise TypeError(f"no tokens can be read from a usage of type {type(usage).__name__}")
-    notes = _metadata(metadata, reading.usage)
+    with charged(reading.usage):
+        notes = _metadata(metadata)
     if reading.guessed:
         notes = {**notes, "usage_guessed": True}
     return Completion(output, reading.usage, notes)
@@ -208,14 +237,10 @@ def usage_in(usage: Any) -> Reading | None:
     return understand(usage)
 
 
-def _metadata(given: Any, usage: TokenUsage) -> Mapping[str, Any]:
+def _metadata(given: Any) -> Mapping[str, Any]:
     if given is None:
         return {}
     if not isinstance(given, Mapping):
-        wrong = TypeError(f"metadata must be a mapping, not {type(given).__name__}")
-        raise stamp_usage(wrong, usage)
-    return (
-        given
-        if all(type(name) is str for name in given)
-        else {str(name): value for name, value in given.items()}
-    )
+        raise TypeError(f"metadata must be a mapping, not {type(given).__name__}")
+    # A plain dict: what reads it later must not meet a mapping's own code.
+    return {name if type(name) is str else str(name): value for name, value in given.items()}

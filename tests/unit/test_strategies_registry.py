@@ -7,7 +7,10 @@ import importlib
 import inspect
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -21,6 +24,7 @@ from batchllm_celery.strategies import (
     Registration,
     Registry,
     StrategyCatalog,
+    base,
     catalog,
     strategy,
 )
@@ -118,6 +122,46 @@ async def test_an_unknown_name_or_parameter_is_named(names: StrategyCatalog) -> 
         await registry.get(StrategySpec(name="counting", params={"x": 1}))
 
 
+def test_threads_that_use_the_catalog_first_all_see_the_built_in_names(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One thread is still adding them while another one looks up, lists, asks and registers."""
+    entered, release = threading.Event(), threading.Event()
+
+    def builtin_registrations() -> tuple[Registration, ...]:
+        if not entered.is_set():
+            entered.set()
+            assert release.wait(30)
+        return (Registration("built-in", Counting),)
+
+    builtins = ModuleType("slow_builtins")
+    builtins.builtin_registrations = builtin_registrations  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "slow_builtins", builtins)
+    names = StrategyCatalog(builtins="slow_builtins")
+    with ThreadPoolExecutor() as threads:
+        first = threads.submit(names.lookup, "built-in")
+        try:
+            assert entered.wait(30)
+            assert names.lookup("built-in").factory is Counting
+            assert set(names) == {"built-in"}
+            assert "built-in" in names
+            names.register(Registration("own", Counting))
+            with pytest.raises(UsageError, match="already registered"):
+                names.register(Registration("built-in", lambda: Counting()))
+        finally:
+            release.set()
+        assert first.result(30).factory is Counting
+    assert set(names) == {"built-in", "own"}
+
+
+def test_builtins_that_can_t_be_imported_say_so_each_time() -> None:
+    """A second look does not find an empty catalog."""
+    names = StrategyCatalog(builtins="no_such_builtins")
+    for _ in range(2):
+        with pytest.raises(ModuleNotFoundError, match="no_such_builtins"):
+            names.lookup("gemini")
+
+
 async def test_a_factory_must_give_a_strategy() -> None:
     """Anything else is refused in one line."""
     names = StrategyCatalog()
@@ -156,7 +200,8 @@ def test_the_decorator_registers_under_a_name() -> None:
         return Counting()
 
     found = catalog.lookup("test-decorated")
-    assert (found.factory, found.quota) == (decorated, "q")
+    assert (found.factory, found.quota) == (inspect.unwrap(decorated), "q")
+    assert isinstance(decorated(), Counting)
     assert {"gemini", "gemini-cached", "openai", "pydantic-ai", "simulated"} <= set(catalog)
 
 
@@ -346,6 +391,29 @@ async def test_close_goes_in_reverse_and_survives_a_failing_one(
     await registry.close()
     assert log == ["fake:c", "fake:b", "fake:a", "client"]
     assert "close_failed name=Failing error=RuntimeError" in caplog.messages
+
+
+@pytest.mark.parametrize("how", ["exit", "interrupt", "cancel", "hang"])
+async def test_no_close_keeps_the_others_from_theirs(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it raises, or if it never ends; a `sys.exit()` in it ended the loop."""
+    monkeypatch.setattr(base, "CLOSE_SECONDS", 0.05)
+    raised = {"exit": SystemExit(3), "interrupt": KeyboardInterrupt(), "cancel": None}
+
+    class Leaving(Counting):
+        async def close(self) -> None:
+            if how == "hang":
+                await asyncio.Event().wait()
+            raise raised[how] or asyncio.CancelledError()
+
+    registry = Registry(ProcessResources())
+    first, last = Counting("a"), Leaving("b")
+    await registry.prepare(first)
+    await registry.prepare(last)
+    async with asyncio.timeout(20):
+        await registry.close()
+    assert first.closed == 1
 
 
 async def test_shared_objects_are_opened_once_and_again_after_a_failure() -> None:
