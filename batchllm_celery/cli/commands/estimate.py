@@ -88,9 +88,10 @@ def estimate(
     Tokens are estimated as bytes / 3. While a batch runs, its first calls correct that.
     """
     request = CommandRequest(**shared)
-    strategy = strategy_of(request)
+    given = strategy_of(request)
     settings = settings_of(request)
-    rows = rows_of(request, source, strategy)
+    rows = rows_of(request, source, given)
+    strategy = rows.strategy
     system = len((request.system or "").encode()) // BYTES_PER_TOKEN
     per_answer = output_tokens or request.max_output_tokens or DEFAULT_OUTPUT_TOKENS
     size = measure(rows, system, per_answer, cached_tokens)
