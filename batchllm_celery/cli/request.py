@@ -143,7 +143,19 @@ def settings_of(request: CommandRequest) -> Settings:
 # -- what runs
 
 
-def strategy_of(request: CommandRequest) -> StrategySpec | None:
+def strategy_of(request: CommandRequest) -> StrategySpec:
+    """What the options ask for.
+
+    Raises:
+        UsageError: naming the option that is wrong or missing.
+    """
+    given = given_strategy(request)
+    if given is None:
+        raise UsageError("say what answers: --model PROVIDER:NAME, or --strategy NAME --app MODULE")
+    return given
+
+
+def given_strategy(request: CommandRequest) -> StrategySpec | None:
     """What `--model`, or `--strategy` with `--params`, asks for; None where rows must say it.
 
     Raises:

@@ -76,7 +76,7 @@ def read_row(fields: Mapping[str, Any]) -> Row | Refusals:
     reader = Reader()
     rest = dict(fields)
     if row_format == "openai":
-        dialect = _read_url(reader, rest, fields["body"])
+        dialect = _read_url(reader, rest)
         body, key = rest.pop("body"), _key(reader, rest, "custom_id")
         if rest.pop("method", "POST") != "POST":
             reader.refuse("row.method", "must be POST")
@@ -109,10 +109,8 @@ def _key(reader: Reader, rest: dict[str, Any], name: str) -> str | None:
     return None
 
 
-def _read_url(reader: Reader, rest: dict[str, Any], body: Mapping[str, Any]) -> DialectName:
+def _read_url(reader: Reader, rest: dict[str, Any]) -> DialectName:
     url = rest.pop("url", None)
-    if url is None and "messages" in body:
-        return "openai"  # many files leave it out
     if isinstance(url, str):
         path = url.partition("?")[0].rstrip("/")
         for end, dialect in _URL_DIALECTS.items():

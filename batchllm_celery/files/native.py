@@ -90,7 +90,7 @@ class NativeRows:
                 f"{names} would not apply; --override {','.join(self.refused)} writes it into each "
                 "such request"
             )
-        read = read_row(fields)
+        read = _read(fields)
         if not isinstance(read, Refusals):
             self._spec(line, read)
 
@@ -102,13 +102,13 @@ class NativeRows:
             InputError: as `look`.
         """
         self.look(line, fields)
-        read = read_row(fields)
+        read = _read(fields)
         if isinstance(read, Refusals):
             raise NativeRowError(str(read))
         spec, request = self._spec(line, read), read.request
         written = dict(self.options)
         if "model" in written:
-            written = {"model": spec.params.get("model"), **written}
+            written["model"] = spec.params.get("model")
             if request.dialect == "gemini":
                 written.pop("model")
         if written:
@@ -152,6 +152,13 @@ class NativeRows:
         if self.on_model is not None:
             self.on_model(spec)
         return spec
+
+
+def _read(fields: Fields) -> Row | Refusals:
+    body = fields.get("body")
+    if "url" not in fields and isinstance(body, Mapping) and "messages" in body:
+        fields = {**fields, "url": "/v1/chat/completions"}  # many files leave it out
+    return read_row(fields)
 
 
 def is_native(fields: Any) -> bool:

@@ -144,11 +144,13 @@ class Rows:
             return None
 
     def __iter__(self) -> Iterator[InputRow]:
-        for index, read in enumerate(self._reader):
-            row = self._row(index, read)
-            self.bad += isinstance(row, BadRow)
-            yield row
-        self.close()
+        try:
+            for index, read in enumerate(self._reader):
+                row = self._row(index, read)
+                self.bad += isinstance(row, BadRow)
+                yield row
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Close the file; reading to the end does so."""

@@ -27,7 +27,7 @@ _CACHED = {"cachedContent", "cached_content"}
 
 @pytest.fixture
 def provider() -> Iterator[SimulatedProvider]:
-    with SimulatedProvider.in_thread(keep_bodies=True) as running:
+    with SimulatedProvider.in_thread(keep_bodies=True, output_tokens=5) as running:
         yield running
 
 

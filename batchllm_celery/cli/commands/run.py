@@ -28,12 +28,12 @@ from batchllm_celery.cli.request import (
     check_strategy,
     default_quota_name,
     each_model,
+    given_strategy,
     open_rows,
     quota_of,
     resume_command,
     settings_of,
     spec_of,
-    strategy_of,
 )
 from batchllm_celery.cli.signals import Interrupts
 from batchllm_celery.errors import InputError, UsageError
@@ -137,7 +137,7 @@ def _check(
     stack: contextlib.ExitStack,
 ) -> CheckedRun:
     settings = settings_of(request)
-    given = strategy_of(request)
+    given = given_strategy(request)
     out = request.out or default_out(source, dry_run=request.dry_run)
     _refuse_same_file(source, out)
     rows = open_rows(request, source, given, stack)

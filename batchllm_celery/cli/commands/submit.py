@@ -20,12 +20,12 @@ from batchllm_celery.cli.request import (
     check_strategy,
     default_quota_name,
     each_model,
+    given_strategy,
     open_rows,
     quota_of,
     resume_command,
     settings_of,
     spec_of,
-    strategy_of,
 )
 from batchllm_celery.cli.signals import Interrupts
 from batchllm_celery.errors import UsageError
@@ -54,7 +54,7 @@ def submit(source: str, **shared: Any) -> int:
     log_to(to_stderr(), verbose=request.verbose)
     with contextlib.ExitStack() as stack, Interrupts().counted() as interrupts:
         settings = settings_of(request)
-        rows = open_rows(request, source, strategy_of(request), stack)
+        rows = open_rows(request, source, given_strategy(request), stack)
         strategy = rows.strategy
         instance = None
         if request.model or settings.app:
