@@ -74,6 +74,7 @@ if TYPE_CHECKING:
         WorkerInfo,
     )
     from batchllm_celery.providers import (
+        AnthropicStrategy,
         GeminiCachedStrategy,
         GeminiStrategy,
         OpenAICompatibleStrategy,
@@ -110,6 +111,7 @@ __all__ = [
     "current_item",
     "Completion",
     "RetryState",
+    "AnthropicStrategy",
     "GeminiStrategy",
     "GeminiCachedStrategy",
     "OpenAICompatibleStrategy",
@@ -222,6 +224,7 @@ _HOMES = {
         "WorkerInfo",
     ),
     "providers": (
+        "AnthropicStrategy",
         "GeminiCachedStrategy",
         "GeminiStrategy",
         "OpenAICompatibleStrategy",
