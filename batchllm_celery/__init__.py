@@ -80,6 +80,7 @@ if TYPE_CHECKING:
         WorkerInfo,
     )
     from batchllm_celery.providers import (
+        AnthropicStrategy,
         GeminiCachedStrategy,
         GeminiStrategy,
         OpenAICompatibleStrategy,
@@ -117,6 +118,7 @@ __all__ = [
     "LLMCallStrategy",
     "Completion",
     "RetryState",
+    "AnthropicStrategy",
     "GeminiStrategy",
     "GeminiCachedStrategy",
     "OpenAICompatibleStrategy",
@@ -240,6 +242,7 @@ _HOMES = {
         "WorkerInfo",
     ),
     "providers": (
+        "AnthropicStrategy",
         "GeminiCachedStrategy",
         "GeminiStrategy",
         "OpenAICompatibleStrategy",

@@ -180,6 +180,12 @@ def _parse(body: bytes, headers: Mapping[str, str]) -> Any:
     return _without_halves(value) if "\\ud" in text or "\\uD" in text else value
 
 
+def text_of_body(body: bytes, headers: Mapping[str, str] | None = None) -> str:
+    """A body as text, whatever it is."""
+    text = _decoded(body, headers or {})
+    return body.decode("utf-8", "replace") if text is None else text
+
+
 _CHARSET = re.compile(r"charset\s*=\s*\"?([\w.:-]{1,40})", re.IGNORECASE)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from pydantic_core import to_json
 from redis.exceptions import RedisError
 
+from batchllm_celery.dialects.answers import text_of_body
 from batchllm_celery.errors import (
     BatchLLMError,
     FailureKind,
@@ -653,10 +654,10 @@ class _Run:
                 success=False,
                 error=outcome.message,
                 error_kind=outcome.kind,
-                metadata={**self._notes(outcome), **metadata},
+                metadata={**self._notes(outcome), **metadata, **self._kept(outcome)},
                 **common,
             )
-        metadata = {**outcome.metadata, **metadata}
+        metadata = {**outcome.metadata, **metadata, **self._kept(outcome)}
         return WorkItemResult(success=True, output=outcome.output, metadata=metadata, **common)
 
     def _notes(self, failure: Failure) -> Any:
@@ -668,6 +669,20 @@ class _Run:
         except Exception as error:
             self.runner.report(self.job, "unwritable_metadata", error)
             return {"metadata_dropped": type(error).__name__}
+
+    def _kept(self, outcome: Completion[Any] | Failure) -> dict[str, Any]:
+        """The provider's reply, for a batch that keeps it."""
+        reply = outcome.reply
+        if not self.job.keep_raw or reply is None:
+            return {}
+        kept = {
+            "raw": text_of_body(reply.body),
+            "status": reply.status,
+            "request_id": reply.request_id,
+            "dialect": reply.dialect,
+            "priced_as": self.job.strategy.model_name,
+        }
+        return {name: value for name, value in kept.items() if value is not None}
 
     def _timing(self) -> Timing:
         """What is neither before the start nor a call was a wait: every moment has its place."""

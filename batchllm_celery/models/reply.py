@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class RawReply:
-    """Status, the provider's id of the request, and the body's bytes."""
+    """Status, the provider's id of the request, the body's bytes, and the dialect of both."""
 
     status: int
     request_id: str | None = None
     body: bytes = b""
+    dialect: str | None = None

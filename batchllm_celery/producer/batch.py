@@ -27,6 +27,7 @@ from typing import Any, Generic, TypeVar
 from batchllm_celery.connection import Reminder
 from batchllm_celery.errors import FailureKind, InputError, UsageError, describe
 from batchllm_celery.files.item_ids import SeenIds
+from batchllm_celery.files.requests import Requests
 from batchllm_celery.ledger import Ledger, Outcome, Payload
 from batchllm_celery.ledger.workers import list_workers
 from batchllm_celery.models import (
@@ -39,7 +40,7 @@ from batchllm_celery.models import (
     WorkItemResult,
 )
 from batchllm_celery.producer.outputs import Outputs
-from batchllm_celery.producer.requests import Requests
+from batchllm_celery.producer.requests import prepare
 from batchllm_celery.producer.rows import Row, as_payload, refuse_single
 from batchllm_celery.producer.session import Session
 from batchllm_celery.producer.steps import (
@@ -199,7 +200,7 @@ class BatchSteps(Generic[TOutput, TContext]):
         own = payload.item_id == str(index)
         if not (seen.add_index(index) if own else seen.add(payload.item_id)):
             raise InputError(f"item {index}: an earlier row has its item_id {payload.item_id!r}")
-        requests.prepare(payload, index, self.spec.strategy)
+        prepare(requests, payload, index, self.spec.strategy)
         return payload
 
     def _until(

@@ -34,7 +34,7 @@ def answer_of(dialect: DialectName, reply: Reply, model_name: str | None) -> Ans
         ProviderError: for a reply that is none; it carries tokens, limits and what text there was.
     """
     found = read_answer(dialect, reply.status, reply.headers, reply.body)
-    raw = RawReply(found.status, found.request_id, reply.body)
+    raw = RawReply(found.status, found.request_id, reply.body, dialect)
     limits = found.limits
     if limits is not None:
         limits = limits.model_copy(update={"quota": model_name})

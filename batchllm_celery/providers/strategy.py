@@ -208,7 +208,10 @@ class DialectStrategy(ProviderStrategy[TOutput]):
         named = prompt.body.get("model")
         if named is not None and str(named).removeprefix("models/") != self.model:
             raise refused("body.model: differs from the strategy's model")
-        return dict(prompt.body)
+        body = dict(prompt.body)
+        if prompt.dialect == "gemini":
+            body.pop("model", None)  # it stands in the address
+        return body
 
     def _with_options(self, request: Request) -> Request:
         """The request with the strategy's options where it has no value of its own."""

@@ -13,6 +13,7 @@ from batchllm_celery.simulation.config import RetryHint
 from batchllm_celery.simulation.provider import Provider
 from batchllm_celery.simulation.quotas import QuotaRefusal
 from batchllm_celery.simulation.replies import GenerateRequest, Reply, ReplyOutcome
+from batchllm_celery.simulation.strictness import check
 from batchllm_celery.simulation.wire import HttpAnswer, WireError, retry_after_header
 
 _STATUS_NAMES = {
@@ -74,6 +75,8 @@ def check_model(provider: Provider, model: str) -> None:
 
 def parse_generate(provider: Provider, model: str, body: Mapping[str, Any]) -> GenerateRequest:
     """Read a generateContent body; both spellings of field names are understood."""
+    if provider.config.strict:
+        check("gemini", body)
     contents = _get(body, "contents")
     prompt = _user_text(contents)
     if not prompt and not _has_parts(contents):

@@ -130,6 +130,12 @@ class Provider:
         """Refuse the next `count` calls with a 429, whatever the limits say."""
         self._injected = _Injected(count, retry_after)
 
+    def remembers(self, prefix: str) -> bool:
+        """Whether an earlier call has left this prefix in the prompt cache; it does from now on."""
+        known = hash(prefix) in self._systems
+        self._systems.add(hash(prefix))
+        return known
+
     def close(self) -> None:
         """Close the log file."""
         self._journal.close()

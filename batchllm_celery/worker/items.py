@@ -310,6 +310,7 @@ class Item:
             prices=given_prices(spec.prices),
             needs_prices=spec.max_cost is not None,
             estimate_usage=spec.token_budget is not None,
+            keep_raw=spec.keep_raw,
             gate=self,
             parks=self.parks,
         )

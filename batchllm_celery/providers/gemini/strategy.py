@@ -20,6 +20,7 @@ from batchllm_celery.models import (
     TokenUsage,
     TOutput,
 )
+from batchllm_celery.models.request import DialectName
 from batchllm_celery.providers.answers import Reply, answer_of, unreadable
 from batchllm_celery.providers.gemini import client as gemini_client
 from batchllm_celery.providers.strategy import Asked, DialectStrategy, parsed
@@ -75,7 +76,7 @@ class GeminiStrategy(DialectStrategy[TOutput]):
 
     provider = "gemini"
     dialect = "gemini"
-    dialects = ("gemini",)
+    dialects: tuple[DialectName, ...] = ("gemini",)
 
     def __init__(
         self,
