@@ -8,14 +8,15 @@ import math
 import re
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import regex
 from pydantic import BaseModel, ValidationError
 
 from batchllm_celery.errors import FailureKind, ProviderError, UsageError
-from batchllm_celery.models import Completion, RetryState, TOutput
+from batchllm_celery.models import Completion, NativeRequest, Request, RetryState, TOutput
 from batchllm_celery.strategies.base import (
     LLMCallStrategy,
     ProcessResources,
@@ -410,15 +411,26 @@ def remember_feedback(exception: BaseException, state: RetryState | None) -> Non
         state.set(FEEDBACK, failure.message)
 
 
-def with_feedback(prompt: str, state: RetryState | None) -> str:
-    """`prompt`, and what was wrong with the previous answer where there was one."""
+PromptT = TypeVar("PromptT", str, Request, str | Request)
+
+
+def with_feedback(prompt: PromptT, state: RetryState | None) -> PromptT:
+    """`prompt`, and what was wrong with the previous answer where there was one: of a `Request` as
+    a further user message."""
     feedback = state.get(FEEDBACK) if state is not None else None
     if not feedback:
         return prompt
-    return (
-        f"{prompt}\n\nYour previous answer was rejected: {feedback}\n"
+    words = (
+        f"Your previous answer was rejected: {feedback}\n"
         f"Answer again, correcting this. Reply with nothing but the corrected answer."
     )
+    return _with_text(prompt, words)
+
+
+def _with_text(prompt: PromptT, text: str) -> PromptT:
+    if isinstance(prompt, Request):
+        return prompt.with_user_text(text)
+    return f"{prompt}\n\n{text}"
 
 
 class StructuredStrategy(LLMCallStrategy[TOutput]):
@@ -440,6 +452,9 @@ class StructuredStrategy(LLMCallStrategy[TOutput]):
         self.quota = inner.quota
         self.model_name = inner.model_name
         self.max_output_tokens = inner.max_output_tokens
+        self.dialect = inner.dialect
+        # A native body is sent as it is: the schema would have no place in it.
+        self.accepts = tuple(form for form in inner.accepts if form is not NativeRequest)
 
     @property
     def full_speed(self) -> bool:
@@ -452,7 +467,7 @@ class StructuredStrategy(LLMCallStrategy[TOutput]):
         await self.inner.prepare()
 
     async def execute(
-        self, prompt: str, attempt: int, timeout: float, state: RetryState | None = None
+        self, prompt: Any, attempt: int, timeout: float, state: RetryState | None = None
     ) -> Completion[Any]:
         """One call; its text is parsed and checked.
 
@@ -460,12 +475,12 @@ class StructuredStrategy(LLMCallStrategy[TOutput]):
             ProviderError: of kind `validation`, carrying the tokens of the answer.
         """
         schema = json.dumps(self.schema.json_schema)
-        asked = f"{prompt}\n\nAnswer with JSON only, of this JSON Schema:\n{schema}"
+        asked = _with_text(prompt, f"Answer with JSON only, of this JSON Schema:\n{schema}")
         answer = await self.inner.execute(with_feedback(asked, state), attempt, timeout, state)
         completion = as_completion(answer)
         with charged(completion.usage):
             output = self.schema.parse(str(completion.output))
-        return Completion(output, completion.usage, completion.metadata)
+        return replace(completion, output=output)
 
     async def on_error(
         self, exception: Exception, attempt: int, state: RetryState | None = None

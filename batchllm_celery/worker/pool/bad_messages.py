@@ -108,7 +108,7 @@ class _Ours(_Headers):
     items: Annotated[int, Field(ge=1, le=MOST_ITEMS)] | None = None  # queue.ITEMS_HEADER
     argsrepr: Annotated[str, Field(max_length=1000)] | None = None
     kwargsrepr: Annotated[str, Field(max_length=1000)] | None = None
-    shadow: None = None
+    shadow: Annotated[str, Field(max_length=255)] | None = None  # the strategy's name
     eta: None = None
 
 
