@@ -173,10 +173,10 @@ class Standing:
             data,
         )
         try:
-            index = await (await self._open(spec)).append(entry)
+            index = await (await self._open(spec)).append.submit(entry)
         except BatchNotFoundError:  # it has expired, or Redis has lost it
             self._known.pop(spec.batch_id, None)
-            index = await (await self._open(spec)).append(entry)
+            index = await (await self._open(spec)).append.submit(entry)
         return ItemPlace(spec.batch_id, index)
 
     async def look(
