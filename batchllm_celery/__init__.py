@@ -46,18 +46,22 @@ if TYPE_CHECKING:
         BatchSpec,
         BatchState,
         Completion,
+        CurrentItem,
         Failure,
         LLMWorkItem,
+        NativeRequest,
         ProcessorConfig,
         Quota,
         QuotaLimits,
         RateLimitConfig,
+        Request,
         RetryConfig,
         RetryState,
         StrategySpec,
         Timing,
         TokenUsage,
         WorkItemResult,
+        current_item,
     )
     from batchllm_celery.producer import (
         AskOptions,
@@ -76,6 +80,7 @@ if TYPE_CHECKING:
         WorkerInfo,
     )
     from batchllm_celery.providers import (
+        AnthropicStrategy,
         GeminiCachedStrategy,
         GeminiStrategy,
         OpenAICompatibleStrategy,
@@ -85,12 +90,10 @@ if TYPE_CHECKING:
     from batchllm_celery.settings import Settings
     from batchllm_celery.strategies import (
         CallableStrategy,
-        CurrentItem,
         EscalatingStrategy,
         LLMCallStrategy,
         RegisteredStrategy,
         TypedStrategy,
-        current_item,
         strategy,
     )
     from batchllm_celery.worker import install
@@ -98,6 +101,8 @@ if TYPE_CHECKING:
 __all__ = [
     # work and its outcome
     "LLMWorkItem",
+    "Request",
+    "NativeRequest",
     "BadRow",
     "WorkItemResult",
     "BatchResult",
@@ -113,6 +118,7 @@ __all__ = [
     "LLMCallStrategy",
     "Completion",
     "RetryState",
+    "AnthropicStrategy",
     "GeminiStrategy",
     "GeminiCachedStrategy",
     "OpenAICompatibleStrategy",
@@ -202,18 +208,22 @@ _HOMES = {
         "BatchSpec",
         "BatchState",
         "Completion",
+        "CurrentItem",
         "Failure",
         "LLMWorkItem",
+        "NativeRequest",
         "ProcessorConfig",
         "Quota",
         "QuotaLimits",
         "RateLimitConfig",
+        "Request",
         "RetryConfig",
         "RetryState",
         "StrategySpec",
         "Timing",
         "TokenUsage",
         "WorkItemResult",
+        "current_item",
     ),
     "producer": (
         "AskOptions",
@@ -232,6 +242,7 @@ _HOMES = {
         "WorkerInfo",
     ),
     "providers": (
+        "AnthropicStrategy",
         "GeminiCachedStrategy",
         "GeminiStrategy",
         "OpenAICompatibleStrategy",
@@ -241,12 +252,10 @@ _HOMES = {
     "settings": ("Settings",),
     "strategies": (
         "CallableStrategy",
-        "CurrentItem",
         "EscalatingStrategy",
         "LLMCallStrategy",
         "RegisteredStrategy",
         "TypedStrategy",
-        "current_item",
         "strategy",
     ),
     "worker": ("install",),

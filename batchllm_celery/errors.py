@@ -24,6 +24,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterator, Mapping
 from enum import StrEnum
+from typing import Any
 
 from batchllm_celery.redaction import printable, without_secrets
 
@@ -193,6 +194,9 @@ class ProviderError(BatchLLMError):
         retry_after: seconds the provider asked us to wait, where it did.
         usage: tokens this call consumed all the same (`TokenUsage` names).
         error_type: the name to show as `Type` in `Type: message`; default the cause's.
+        metadata: what else is worth keeping with the item's result (`partial_output`).
+        limits: what the reply's headers say about the provider's limits (a `RateLimits`).
+        reply: the reply as it came (a `RawReply`).
     """
 
     def __init__(
@@ -204,6 +208,9 @@ class ProviderError(BatchLLMError):
         retry_after: float | None = None,
         usage: Mapping[str, int] | None = None,
         error_type: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        limits: Any = None,
+        reply: Any = None,
     ) -> None:
         super().__init__(message)
         self.kind = kind
@@ -211,6 +218,9 @@ class ProviderError(BatchLLMError):
         self.retry_after = retry_after
         self.usage = usage
         self.error_type = error_type
+        self.metadata = metadata or {}
+        self.limits = limits
+        self.reply = reply
 
 
 class LedgerFullError(BatchLLMError):

@@ -39,7 +39,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-_MORE = ("stopped", "calls", "ids", "places", "tasks", "owed")
+_MORE = ("stopped", "calls", "blob", "uses", "refs", "ids", "places", "tasks", "owed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +58,9 @@ class BatchKeys:
     out: str
     stopped: str
     calls: str
+    blob: str
+    uses: str
+    refs: str
     ids: str
     places: str
     tasks: str

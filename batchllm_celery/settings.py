@@ -9,14 +9,29 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from batchllm_celery.errors import UsageError
 from batchllm_celery.models.base import MOST, MOST_SECONDS
 from batchllm_celery.models.names import check_namespace, check_queue
 from batchllm_celery.redaction import keep_secrets_in
 
 
 def _default_state_dir() -> Path:
-    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(base) / "batchllm"
+    # `~` stays as it is: who has a Redis elsewhere needs no home, which some containers lack.
+    return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state") / "batchllm"
+
+
+def absolute(state_dir: Path) -> Path:
+    """The folder that `state_dir` means.
+
+    Raises:
+        UsageError: it begins with `~`, and no home is known.
+    """
+    try:
+        return state_dir.expanduser().absolute()
+    except RuntimeError:
+        raise UsageError(
+            "no home folder is known: set HOME, or give --state-dir (BATCHLLM_STATE_DIR)"
+        ) from None
 
 
 def _is_server(url: str) -> bool:

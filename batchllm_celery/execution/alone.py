@@ -31,6 +31,7 @@ class FreeLimiter:
         *,
         priority: int = 0,
         retry: bool = False,
+        tried: int = 0,
     ) -> Permit:
         """A permit."""
         reserved = estimate() if callable(estimate) else estimate

@@ -145,6 +145,14 @@ class Claims:
         claim.calling, claim.unused = answer is None, False
         return answer
 
+    async def blobs(self, batch_id: str, shas: Sequence[str]) -> dict[str, bytes]:
+        """Large values of payloads by hex SHA-256; those that are gone are missing."""
+        connection = self._runner.connection
+        client: Any = connection.client
+        key, fields = self._runner.keys.batch(batch_id).blob, [bytes.fromhex(sha) for sha in shas]
+        found = await connection.patiently(partial(client.hmget, key, fields))
+        return {sha: data for sha, data in zip(shas, found, strict=True) if data is not None}
+
     async def save(
         self,
         claim: Claim,

@@ -94,12 +94,22 @@ class Found:
     """The Celery task that awaits it and has not been told (JSON), or nothing."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """An item to append."""
+
+    arguments: tuple[Argument, ...]
+    """Of `append.lua`."""
+    blobs: dict[bytes, bytes]
+    """What its payload needs beside it, by SHA-256."""
+
+
 @dataclass(slots=True)
 class _Batch:
     """The calls of one standing batch, gathered."""
 
     spec: BatchSpec
-    append: Coalescer[tuple[Argument, ...], int]
+    append: Coalescer[_Entry, int]
 
 
 def standing_spec(template: BatchSpec, now: float) -> BatchSpec:
@@ -157,20 +167,26 @@ class Standing:
         """
         spec = standing_spec(template, time.time())
         try:
-            _ = payload.prompt.isascii() or payload.prompt.encode()
-            data = payload.encode()
+            if isinstance(payload.prompt, str):
+                _ = payload.prompt.isascii() or payload.prompt.encode()
+            data, named = payload.pack()
         except UnicodeEncodeError as error:
             raise InputError("half a surrogate pair in the prompt is not text") from error
         except (TypeError, ValueError, RecursionError) as error:
             raise InputError(
                 f"the item's context can't be written as JSON ({type(error).__name__})"
             ) from error
-        entry: tuple[Argument, ...] = (
-            item_id or secrets.token_hex(12),
-            task,
-            round(delay * 1000),
-            fingerprint(data, strategy_identity(spec)),
-            data,
+        blobs = {bytes.fromhex(sha): content for sha, content in named.items()}
+        entry = _Entry(
+            (
+                item_id or secrets.token_hex(12),
+                task,
+                round(delay * 1000),
+                fingerprint(data, strategy_identity(spec)),
+                data,
+                b"".join(blobs),
+            ),
+            blobs,
         )
         try:
             index = await (await self._open(spec)).append.submit(entry)
@@ -259,14 +275,19 @@ class Standing:
                 )
         return self._known[spec.batch_id]
 
-    async def _append_all(self, spec: BatchSpec, entries: list[tuple[Argument, ...]]) -> list[int]:
+    async def _append_all(self, spec: BatchSpec, entries: list[_Entry]) -> list[int]:
         grace = round(self._settings.offer_seconds * 1000)
         arguments: list[Argument] = [grace, self._settings.max_payload_bytes]
-        arguments += [part for entry in entries for part in entry]
+        arguments += [part for entry in entries for part in entry.arguments]
+        blobs = {sha: data for entry in entries for sha, data in entry.blobs.items()}
         give_up = time.monotonic() + FULL_SECONDS
-        while (reply := await self._runner.run(scripts.APPEND, spec.batch_id, arguments))[
-            0
-        ] == b"full":
+        while True:
+            reply = await self._runner.run(scripts.APPEND, spec.batch_id, arguments)
+            if reply[0] == b"blobs":
+                await self._feeding.store_blobs(spec.batch_id, blobs, reply[1])
+                continue
+            if reply[0] != b"full":
+                break
             if time.monotonic() >= give_up:
                 raise LedgerFullError(
                     f"standing batch {spec.batch_id!r}: its waiting items hold more than "

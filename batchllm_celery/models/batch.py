@@ -80,6 +80,7 @@ class BatchSpec(Model):
     max_cost: float | None = Field(default=None, gt=0, le=MOST)
     token_budget: int | None = Field(default=None, gt=0, le=MOST)
     fail_fast: tuple[FailureKind, ...] = ()
+    keep_raw: bool = False
     keep_results: bool = True
     prices: dict[str, tuple[Price, Price]] = Field(default_factory=dict)
     model: str | None = None

@@ -27,6 +27,7 @@ from typing import Any, Generic, TypeVar
 from batchllm_celery.connection import Reminder
 from batchllm_celery.errors import FailureKind, InputError, UsageError, describe
 from batchllm_celery.files.item_ids import SeenIds
+from batchllm_celery.files.requests import Requests
 from batchllm_celery.ledger import Ledger, Outcome, Payload
 from batchllm_celery.ledger.workers import list_workers
 from batchllm_celery.models import (
@@ -39,6 +40,7 @@ from batchllm_celery.models import (
     WorkItemResult,
 )
 from batchllm_celery.producer.outputs import Outputs
+from batchllm_celery.producer.requests import prepare
 from batchllm_celery.producer.rows import Row, as_payload, refuse_single
 from batchllm_celery.producer.session import Session
 from batchllm_celery.producer.steps import (
@@ -160,14 +162,14 @@ class BatchSteps(Generic[TOutput, TContext]):
     ) -> int | None:
         refuse_single(rows)
         iterator = rows.__aiter__() if isinstance(rows, AsyncIterable) else iter(rows)
-        fed, size, seen = 0, FIRST_CHUNK, SeenIds()
+        fed, size, seen, requests = 0, FIRST_CHUNK, SeenIds(), Requests()
         while not stop.is_set():
             # Chunks grow, and are cut short when the rows come slowly.
             chunk: list[Row] = await NextRows(iterator, size, CHUNK_SECONDS)
             if not chunk:
                 break
             size = min(CHUNK, size * 2)
-            stored = [self._stored(row, fed + n, seen) for n, row in enumerate(chunk)]
+            stored = [self._stored(row, fed + n, seen, requests) for n, row in enumerate(chunk)]
             wake = await self._until(stop, fed, stored, max_outstanding)
             if wake is None or not await Blocking(partial(self._enqueue, wake, stop)):
                 return None
@@ -184,7 +186,9 @@ class BatchSteps(Generic[TOutput, TContext]):
             self.id, first, rows, max_outstanding=max_outstanding
         )
 
-    def _stored(self, row: Row, index: int, seen: SeenIds) -> Payload | WorkItemResult[Any, Any]:
+    def _stored(
+        self, row: Row, index: int, seen: SeenIds, requests: Requests
+    ) -> Payload | WorkItemResult[Any, Any]:
         try:
             payload = as_payload(row, index, self.spec.strategy)
         except UsageError:
@@ -196,6 +200,7 @@ class BatchSteps(Generic[TOutput, TContext]):
         own = payload.item_id == str(index)
         if not (seen.add_index(index) if own else seen.add(payload.item_id)):
             raise InputError(f"item {index}: an earlier row has its item_id {payload.item_id!r}")
+        prepare(requests, payload, index, self.spec.strategy)
         return payload
 
     def _until(

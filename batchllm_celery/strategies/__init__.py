@@ -11,7 +11,6 @@ from batchllm_celery.strategies.base import (
     as_completion,
 )
 from batchllm_celery.strategies.callable import CallableStrategy
-from batchllm_celery.strategies.current import CurrentItem, current_item
 from batchllm_celery.strategies.escalation import EscalatingStrategy
 from batchllm_celery.strategies.failures import (
     classify,
@@ -42,7 +41,6 @@ if TYPE_CHECKING:
 __all__ = [
     "Answer",
     "CallableStrategy",
-    "CurrentItem",
     "EscalatingStrategy",
     "GeminiCachedStrategy",
     "GeminiResponse",
@@ -63,7 +61,6 @@ __all__ = [
     "catalog",
     "classify",
     "classify_for",
-    "current_item",
     "extract_token_usage",
     "stamp_usage",
     "strategy",

@@ -8,8 +8,9 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from batchllm_celery.errors import (
@@ -18,6 +19,7 @@ from batchllm_celery.errors import (
     FailureKind,
     describe,
 )
+from batchllm_celery.event_loop import Unending
 from batchllm_celery.events import Events, WorkerStarted, WorkerStopped
 from batchllm_celery.ledger import Beat, Heartbeat, WorkerInfo, able
 from batchllm_celery.models import BatchState, WorkItemResult
@@ -149,11 +151,11 @@ class Runtime:
             await services.enter(services.limiter)
             _ = services.registry, self.items.runner
             self._start_heartbeat()
-            self._in_background(self._requeue_forever())
+            self._in_background(self._requeue_forever)
             settings = services.settings
             if settings.heartbeat_file is not None:
                 file, interval = ready_file(settings.heartbeat_file), settings.heartbeat_seconds
-                self._in_background(touch_forever(file, interval, self._has_redis))
+                self._in_background(partial(touch_forever, file, interval, self._has_redis))
             self._is_open = True
         services.events.emit(WorkerStarted(services.process_id))
 
@@ -172,14 +174,8 @@ class Runtime:
         self._heartbeat.start()
         services.stack.callback(self._heartbeat.stop)
 
-    def _in_background(self, work: Awaitable[None]) -> None:
-        task = asyncio.ensure_future(work)
-
-        async def end() -> None:
-            task.cancel()
-            await asyncio.wait([task])
-
-        self.services.stack.push_async_callback(end)
+    def _in_background(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self.services.stack.push_async_callback(Unending(work).end)
 
     def drain(self) -> None:
         """Start no further call: items that wait go back at once, calls in flight may end within
