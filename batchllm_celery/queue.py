@@ -13,7 +13,7 @@ from typing import Any, Final, TypeAlias
 from urllib.parse import parse_qs, urlsplit
 
 from celery import Celery
-from kombu import Queue
+from kombu import Queue, compression
 from kombu.exceptions import OperationalError
 from kombu.utils.uuid import uuid
 from redis.exceptions import RedisError
@@ -34,6 +34,10 @@ RUN_ITEMS: Final = "batchllm.run_items"
 ITEMS_HEADER: Final = "items"
 #: Ids of messages begin so that a worker sent for items which no message had brought.
 OFFERED: Final = "offered-"
+#: Stands in for a host's `task_compression`: our messages are short, and one that may not be
+#: packed can't unpack to gigabytes.
+NOT_PACKED: Final = "application/x-batchllm-not-packed"
+compression.register(lambda body: body, lambda body: body, NOT_PACKED)
 DEFAULT_QUEUE: Final = "default"
 AMQP: Final = "batchllm_celery.worker.broker:Amqp"
 POOL: Final = "batchllm_celery.worker.pool:AsyncioPool"
@@ -178,7 +182,11 @@ def publish(
 
     Raises:
         RedisDeniedError: the broker is a Redis that denies a right, or the password.
+        UsageError: the app writes messages of Celery 3.
     """
+    if app.conf.task_protocol != 2:
+        told = app.conf.task_protocol
+        raise UsageError(f"the app's task_protocol is {told!r}: batches need 2, Celery's default")
     backoff, reminder = 0.05, Reminder()
     while True:
         try:
@@ -192,6 +200,7 @@ def publish(
                 headers={ITEMS_HEADER: len(indexes)},
                 argsrepr=show_items(batch_id, indexes),
                 kwargsrepr="",
+                compression=NOT_PACKED if app.conf.task_compression else None,
                 retry=False,
                 ignore_result=True,
             )
