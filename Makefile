@@ -25,7 +25,7 @@ ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
 .PHONY: $(STAMP)
 endif
 
-.PHONY: help setup demo test test-server check format bench boundary chaos wheel dist check-wheel lock clean
+.PHONY: help setup demo test test-server check format bench boundary congestion chaos wheel dist check-wheel lock clean
 
 help:
 	@echo "make demo    the main job on real text, with the simulated provider: demo/results.jsonl"
@@ -34,6 +34,7 @@ help:
 	@echo "make check   format, lint, types, import rules"
 	@echo "make bench   prints the figures"
 	@echo "make boundary  thousands of generated cases; SEED=... others, CASES=AREA:NUMBER one again"
+	@echo "make congestion  the limiter before servers without a quota, in virtual time"
 	@echo "make chaos   kills, freezes and starves for minutes"
 	@echo "make format  puts the code in order"
 	@echo "make lock    pins requirements.lock anew (needs uv)"
@@ -92,6 +93,9 @@ boundary: $(STAMP)
 	BOUNDARY_SEED=$(SEED) BOUNDARY_COUNT=$(COUNT) BOUNDARY_CASES=$(CASES) \
 		$(BIN)/python -m pytest -q -m boundary -n 2 tests/boundary
 	@echo "Seed $(SEED)"
+
+congestion: $(STAMP)
+	$(BIN)/python -m benchmarks.congestion
 
 chaos: $(STAMP)
 	$(BIN)/python -m pytest -q -s -m chaos

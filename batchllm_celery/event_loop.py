@@ -187,6 +187,12 @@ def current() -> asyncio.AbstractEventLoop | None:
     return None if thread is None else thread.loop
 
 
+def is_here() -> bool:
+    """Whether the calling code runs on this process's loop, in a greenlet that may wait."""
+    thread = _thread
+    return thread is not None and thread.is_current and _bridge is not None
+
+
 def use_bridge(bridge: Bridge | None) -> None:
     """Let `bridge` run what `run` is given on the loop's own thread; None: nobody can."""
     global _bridge

@@ -65,6 +65,8 @@ class Settings(BaseSettings):
         max_outstanding: items that a producer keeps unfinished or unread at most.
         max_payload_bytes: bytes of payloads and unread results in Redis at most, per batch.
         result_ttl_seconds: how long a finished batch stays readable.
+        item_ttl_seconds: how long the outcome of a single item (`summarise.delay`, `producer.ask`)
+            stays in the ledger, once all of its standing batch have theirs.
         drain_seconds: how long a worker waits for its calls in flight when it is told to stop.
         heartbeat_file: touched while the event loop turns (for probes), and beside it FILE.ready
             while Redis answers too; None for none.
@@ -99,6 +101,7 @@ class Settings(BaseSettings):
     max_outstanding: int = Field(default=20_000, ge=1)
     max_payload_bytes: int = Field(default=512 * 1024 * 1024, ge=1024 * 1024, le=MOST)
     result_ttl_seconds: int = Field(default=7 * 24 * 3600, ge=60, le=MOST_SECONDS)
+    item_ttl_seconds: int = Field(default=3600, ge=60, le=MOST_SECONDS)
     drain_seconds: float = Field(default=30.0, ge=0)
     heartbeat_file: Path | None = None
     openai_base_url: str | None = None

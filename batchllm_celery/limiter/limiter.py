@@ -112,6 +112,7 @@ class Limiter:
         *,
         priority: int = 0,
         retry: bool = False,
+        tried: int = 0,
     ) -> Permit:
         """Wait for a permit, and return at its start time: the caller starts its call at once.
 
@@ -126,13 +127,15 @@ class Limiter:
                 stale: it goes before others of its priority. (Behind them, each item of a long
                 queue could be refused once, with no success in between, and the cooldowns would
                 grow to their longest.)
+            tried: calls that were made for the caller already. While the breaker is open, its one
+                call at a time goes to whoever has the fewest.
 
         Raises:
             QuotaUnavailableError: the day's quota is used up; raised at once, not waited for.
         """
         client = self._clients.get(quota) or self._open(quota)
         function = estimate if callable(estimate) else lambda: estimate
-        return await client.acquire(function, priority, is_retry=retry)
+        return await client.acquire(function, priority, is_retry=retry, tried=tried)
 
     def may_start(self, permit: Permit) -> bool:
         """Whether a call with this permit may (still) start now.

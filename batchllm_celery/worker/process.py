@@ -121,6 +121,10 @@ class Runtime:
         )
         self.queues = list(queues or settings.queues)
         self.dropped_messages: Callable[[], int] = lambda: 0
+        self.send_again: Callable[[str, int, bytes], None] = lambda *_: None
+        """Sends the message of a Celery task again whose item is done; blocks."""
+        self.tell_end: Callable[[str, int, dict[str, Any]], None] = lambda *_: None
+        """Calls the Celery task that is to be told that a batch is over; blocks."""
         self._publish = publish
         self._slots = Slots(slots)
         self._faults = Faults()
@@ -343,10 +347,32 @@ class Runtime:
         )
         if idle and wanted:  # only this loop brings work, after a pause for instance
             self._starved = sum(len(indexes) for _, indexes in requeued) >= wanted
+        owed, self.services.ledger.recovery.owed = self.services.ledger.recovery.owed, []
+        ended, self.services.ledger.recovery.ended = self.services.ledger.recovery.ended, []
+        for batch_id, round_ in ended:
+            spec = await self.services.ledger.batches.spec(batch_id)
+            if spec.on_finished is not None:
+                await asyncio.to_thread(self.tell_end, batch_id, round_, spec.on_finished)
+            await self.services.ledger.batches.told(batch_id, round_)
+        for batch_id, index, task in owed:
+            await asyncio.to_thread(self.send_again, batch_id, index, task)
         for batch_id, indexes in requeued:
             for first in range(0, len(indexes), REQUEUED_PER_MESSAGE):
                 some = indexes[first : first + REQUEUED_PER_MESSAGE]
                 await asyncio.to_thread(self._publish, batch_id, some, queue, priority)
+
+    async def send_owed(self, batch_id: str, indexes: Sequence[int]) -> None:
+        """Have Celery tell the tasks that await these items, where they are done: what ran them was
+        a message of a worker's own."""
+        ledger = self.services.ledger
+        spec = ledger.claims.known_spec(batch_id)
+        if spec is None or not spec.standing:
+            return
+        for index, found in zip(
+            indexes, await ledger.standing.look(batch_id, indexes, tasks=True), strict=True
+        ):
+            if found.outcome is not None and found.task:
+                await asyncio.to_thread(self.send_again, batch_id, index, found.task)
 
     def _has_redis(self) -> bool:
         """Whether Redis has answered lately."""
