@@ -12,6 +12,8 @@ BatchLLMError
 ├── RedisUnavailableError (ConnectionError)
 │   └── RedisDeniedError               a right that is missing, or the password
 ├── EmbeddedServerError
+├── LedgerFullError                    as many bytes wait in Redis as may
+├── ItemFailedError                    the outcome of a single item that somebody waited for
 ├── ProviderError                      a provider call failed; strategies raise it
 └── TokenTrackingError                 carries the tokens of an exception that can't
 FrameworkTimeoutError (TimeoutError)   our own time limit for an attempt or an item
@@ -219,6 +221,36 @@ class ProviderError(BatchLLMError):
         self.metadata = metadata or {}
         self.limits = limits
         self.reply = reply
+
+
+class LedgerFullError(BatchLLMError):
+    """Payloads that wait in Redis hold as many bytes as they may: workers are behind, or away."""
+
+
+class ItemFailedError(BatchLLMError):
+    """A single item's outcome is a failure.
+
+    Its text and its `repr` are the kind alone, because Flower and logs show them; a provider's
+    message may quote the prompt.
+
+    Args:
+        kind: why; a `FailureKind` or its name.
+        message: `Type: message`, as a result has it.
+        item_id: the item.
+    """
+
+    def __init__(self, kind: str, message: str = "", item_id: str = "") -> None:
+        # As arguments: Celery's result backends keep those, and build the error again from them.
+        super().__init__(str(kind), message, item_id)
+        self.kind = FailureKind.read(str(kind))
+        self.message = message
+        self.item_id = item_id
+
+    def __str__(self) -> str:
+        return self.kind.value
+
+    def __repr__(self) -> str:
+        return f"ItemFailedError({self.kind.value!r})"
 
 
 class TokenTrackingError(BatchLLMError):

@@ -295,7 +295,11 @@ class _Run:
                 most_output_tokens(job.prompt, job.strategy),
             )
             permit = await runner.limiter.acquire(
-                job.quota, estimate, priority=job.priority, retry=self.is_retry
+                job.quota,
+                estimate,
+                priority=job.priority,
+                retry=self.is_retry,
+                tried=job.refusals + job.overloads + job.attempts,
             )
         except QuotaUnavailableError as error:
             return await self._day_is_over(classify(error), error.until)

@@ -111,6 +111,11 @@ class Claims:
         self.moving = asyncio.Lock()
         """Held while items are released or reclaimed: one must not undo the other."""
 
+    def known_spec(self, batch_id: str) -> BatchSpec | None:
+        """What a batch runs with, as this process saw it last; None where it has not."""
+        calls = self._calls.get(batch_id)
+        return None if calls is None else calls.spec
+
     async def claim(self, batch_id: str, indexes: Sequence[int]) -> ClaimReply:
         """Take the items that a message named.
 

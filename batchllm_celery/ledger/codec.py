@@ -88,6 +88,8 @@ class Payload:
     prompt: Prompt | StoredRequest
     context: Any = None
     strategy: StrategySpec | None = None
+    expires_at: float | None = None
+    """Unix time of the Redis server after which no call of it starts; None: never."""
     problem: str | None = None
     """Why this row can't be run, where that was found out when it was read; never stored."""
 
@@ -123,6 +125,8 @@ class Payload:
             head["c"] = self.context
         if self.strategy is not None:
             head["s"] = {"name": self.strategy.name, "params": self.strategy.params}
+        if self.expires_at is not None:
+            head["x"] = self.expires_at
         line = json.dumps(head, separators=(",", ":"))
         return line.encode("ascii") + b"\n" + content, blobs
 
@@ -143,6 +147,7 @@ class Payload:
             else StoredRequest(form, prompt, tuple(head["b"])),
             head.get("c"),
             None if strategy is None else StrategySpec(**strategy),
+            head.get("x"),
             head.get("problem"),
         )
 

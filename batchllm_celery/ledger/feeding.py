@@ -146,9 +146,10 @@ class Feeding:
         return BatchState(text(state))
 
     def _create_arguments(self, spec: BatchSpec, identity: bytes) -> list[Argument]:
-        settings, rehearsal = self._settings, spec.config.dry_run
+        settings = self._settings
         stopping = {kind for kind, policy in FAILURE_POLICIES.items() if policy.stops_batch}
-        kinds = sorted({*spec.fail_fast, *stopping})
+        # The items of a standing batch have nothing to do with each other.
+        kinds = [] if spec.standing else sorted({*spec.fail_fast, *stopping})
         return [
             spec.model_dump_json(),
             identity,
@@ -157,14 +158,21 @@ class Feeding:
             "" if spec.max_cost is None else repr(spec.max_cost),
             "".join(f"{kind.value}," for kind in kinds),
             int(spec.keep_results),
-            min(settings.result_ttl_seconds, REHEARSAL_TTL)
-            if rehearsal
-            else settings.result_ttl_seconds,
+            self._ttl(spec),
             settings.max_deliveries,
             settings.max_payload_bytes // 4,
             spec.queue,
             spec.config.most_calls + settings.max_deliveries,
+            settings.result_ttl_seconds if spec.standing else "",
+            "" if spec.on_finished is None else 1,
         ]
+
+    def _ttl(self, spec: BatchSpec) -> int:
+        """Seconds for which it is kept when it is over."""
+        kept = self._settings.result_ttl_seconds
+        if spec.config.dry_run:
+            return min(kept, REHEARSAL_TTL)
+        return min(kept, self._settings.item_ttl_seconds) if spec.standing else kept
 
     async def _feeding_of(self, batch_id: str) -> _Feeding:
         feeding = self._feeding.get(batch_id)
@@ -203,19 +211,27 @@ class Feeding:
             fed, decision, *wake = reply
             if decision != b"blobs":
                 break
-            await self._store(batch_id, chunk, wake[0])
+            await self.store_blobs(batch_id, chunk.blobs, wake[0])
         if decision == b"gap":
             return [], fed
         self._batches.sweep_if_stopped(batch_id, BatchState(text(decision)))
         return wake[0], None
 
-    async def _store(self, batch_id: str, chunk: _Chunk, missing: list[bytes]) -> None:
-        """Store blobs, several in a call."""
+    async def store_blobs(
+        self, batch_id: str, blobs: Mapping[bytes, bytes], missing: Sequence[bytes]
+    ) -> None:
+        """Store what a script has found missing, several in a call.
+
+        Args:
+            batch_id: the batch whose payloads need them.
+            blobs: bytes by their SHA-256.
+            missing: the SHA-256 of each that is wanted.
+        """
         arguments: list[Argument] = []
         size = 0
         for sha in missing:
-            arguments += (sha, chunk.blobs[sha])
-            size += len(chunk.blobs[sha])
+            arguments += (sha, blobs[sha])
+            size += len(blobs[sha])
             if size >= FEED_BYTES or sha is missing[-1]:
                 await self._runner.run(scripts.BLOBS, batch_id, arguments)
                 arguments, size = [], 0

@@ -48,6 +48,10 @@ REOPEN = _load("reopen.lua")
 TRIM = _load("trim.lua")
 LOCK = _load("lock.lua")
 PROGRESS = _load("progress.lua")
+APPEND = _load("append.lua", at_maxmemory=False)
+LOOKUP = _load("lookup.lua")
+CANCEL_ITEM = _load("cancel_item.lua")
+TOLD = _load("told.lua")
 
 
 class ScriptRunner:

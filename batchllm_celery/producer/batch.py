@@ -233,7 +233,9 @@ class BatchSteps(Generic[TOutput, TContext]):
         while done < len(indexes):
             size = items_per_task(spec.items_per_task, indexes[done])
             some = indexes[done : done + size]
-            if not self._session.publish(self.id, some, spec.queue, spec.priority, give_up):
+            if not self._session.publish(
+                self.id, some, spec.queue, spec.priority, give_up, spec.strategy.name
+            ):
                 if time.monotonic() > self._feed_until:
                     raise TimeoutError(late_words(spec))
                 return False
@@ -268,7 +270,7 @@ class BatchSteps(Generic[TOutput, TContext]):
                 return progress
             seen = f"{progress.finished} of {progress.total} items finished"
             await self._session.step(
-                lambda session: _say_what_is_missing(session, self.spec, reminder)
+                lambda session: say_what_is_missing(session, self.spec, reminder)
             )
             if time.monotonic() >= give_up:
                 break
@@ -315,7 +317,7 @@ class BatchSteps(Generic[TOutput, TContext]):
         batches = session.services.ledger.batches
         over = not follow or (await batches.progress(self.id)).is_over
         if not over:
-            await _say_what_is_missing(session, self.spec, reminder)
+            await say_what_is_missing(session, self.spec, reminder)
         block = 0.0 if over else READ_BLOCK
         return await batches.results(self.id, after, READ_COUNT, block), over
 
@@ -484,7 +486,7 @@ def late_words(spec: BatchSpec) -> str:
     )
 
 
-async def _say_what_is_missing(session: Session, spec: BatchSpec, reminder: Reminder) -> None:
+async def say_what_is_missing(session: Session, spec: BatchSpec, reminder: Reminder) -> None:
     """A word for whoever waits for a batch that nobody works for."""
     if not reminder.due():
         return

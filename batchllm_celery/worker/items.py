@@ -244,6 +244,9 @@ class Item:
         if claim.payload.problem is not None:
             problem = f"InvalidInput: {claim.payload.problem}"
             return self._without_call(FailureKind.INVALID_INPUT, problem)
+        expires = claim.payload.expires_at
+        if expires is not None and claim.server_now > expires:
+            return self._without_call(FailureKind.DEADLINE, "Expired: before it was run")
         if faults.found and (fault := faults.waiting(chosen)):
             return Unrunnable(fault.reason, parameters=fault.parameters)
         try:

@@ -51,7 +51,7 @@ from batchllm_celery.files.result_file import (
 from batchllm_celery.files.rows import Rows
 from batchllm_celery.models import BatchProgress, BatchSpec, BatchState, Quota
 from batchllm_celery.observability.switched_on import openers
-from batchllm_celery.settings import Settings
+from batchllm_celery.settings import Settings, absolute
 
 if TYPE_CHECKING:
     from batchllm_celery.producer import Batch
@@ -288,7 +288,7 @@ def _finish(sink: Sink, end: End) -> None:
 
 def _new_log_folder(state_dir: Path, batch_id: str) -> Path:
     """Make a new folder, so that removing it removes only our logs."""
-    parent = state_dir.expanduser().absolute() / "logs"
+    parent = absolute(state_dir) / "logs"
     try:
         parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         return Path(tempfile.mkdtemp(prefix=f"{batch_id}-", dir=parent))

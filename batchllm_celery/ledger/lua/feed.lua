@@ -57,15 +57,11 @@ local function lost_payload(index, payload, line)
     and may_keep(#payload)
 end
 
-local missing, asked = {}, {}
+local missing = {}
 for n = 0, count - 1 do
   local print, payload, line, uses = unpack(ARGV, 5 + n * 4, 8 + n * 4)
   if uses ~= '' and (not is_known(n, print) or lost_payload(first + n, payload, line)) then
-    for at = 1, #uses, SHA do
-      local sha = string.sub(uses, at, at + SHA - 1)
-      if not asked[sha] and call('HEXISTS', BLOB, sha) == 0 then missing[#missing + 1] = sha end
-      asked[sha] = true
-    end
+    missing_blobs(uses, missing)
   end
 end
 if #missing > 0 then

@@ -50,7 +50,9 @@ async def _open(slots: int, base_url: str | None, api_key: str | None) -> Opened
     connector = aiohttp.TCPConnector(limit=slots + EXTRA_CONNECTIONS, keepalive_timeout=60)
     session = aiohttp.ClientSession(
         connector=connector,
-        trust_env=True,
+        # A proxy of the environment leads to Google's, not to a server that we name (the simulated
+        # provider, mostly on this machine).
+        trust_env=base_url is None,
         response_class=bounded_response(),
         raise_for_status=_raise_for_status,
         middlewares=(_put_body,),
