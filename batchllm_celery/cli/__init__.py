@@ -7,6 +7,7 @@ redis and the providers' SDKs are loaded when it runs.
 from __future__ import annotations
 
 import io
+import logging
 import sys
 from importlib import import_module
 
@@ -82,7 +83,14 @@ def main(arguments: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    # What can't be read in Redis stands in `status` and `doctor`, once and in plain words.
+    logging.getLogger("batchllm_celery").addFilter(_NotBrokenEntries())
     sys.exit(_run(arguments))
+
+
+class _NotBrokenEntries(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith("redis.broken_entry")
 
 
 def _run(arguments: list[str] | None) -> int:

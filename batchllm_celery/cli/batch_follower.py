@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from batchllm_celery.cli.display.progress import Display, RateMeter, View
 from batchllm_celery.cli.display.quota_view import doing
@@ -91,6 +91,7 @@ class BatchFollower:
         sink: takes the results.
         fleet: the workers of this command, not yet started.
         display: shows the progress.
+        feed: the rows as they are fed, with the outcomes that are known.
         interrupts: the signals that the command has received.
         redis: subscribed to the producer's events.
         drain_seconds: how long, in seconds, calls in flight may take after the first Ctrl-C.
@@ -106,6 +107,7 @@ class BatchFollower:
         fleet: Fleet,
         display: Display,
         *,
+        feed: Iterable[Any],
         interrupts: Interrupts,
         redis: RedisWatch,
         drain_seconds: float,
@@ -114,6 +116,7 @@ class BatchFollower:
         self._producer = producer
         self._batch = batch
         self._rows = rows
+        self._to_feed = feed
         self._sink = sink
         self._fleet = fleet
         self._display = display
@@ -136,7 +139,7 @@ class BatchFollower:
     # -- the three threads ------------------------------------------------------------------------
 
     def _feed(self) -> None:
-        self._batch.feed(self._rows, stop=self._stop_feeding)
+        self._batch.feed(self._to_feed, stop=self._stop_feeding)
 
     def _write(self) -> None:
         while not self._take(timeout=0.25) and not self._stop_writing.is_set():

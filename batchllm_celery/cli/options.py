@@ -167,6 +167,13 @@ batch = group(
         metavar="ID",
         help="An id that exists resumes its batch; finished items are not run again.",
     ),
+    option(
+        "--rerun",
+        type=click.Choice(["changed", "failed", "all", "none"]),
+        multiple=True,
+        help="Of a batch that goes on: rows to pay for again; none keeps changed rows' answers.",
+    ),
+    option("--retry-failed", is_flag=True, help="Run failed rows again: --rerun failed."),
     option("--items-per-task", type=click.IntRange(1, 1000), help="Items in one Celery message."),
     option("--queue", metavar="NAME", help="Queue of the fleet that runs it."),
     option("--priority", type=click.IntRange(0, 9), help="0 (usual) to 9 (urgent)."),

@@ -78,6 +78,8 @@ class CommandRequest:
     prompt: str | None = None
     format: Format = "auto"
     strict: bool = False
+    rerun: tuple[str, ...] = ()
+    retry_failed: bool = False
     # The quota. Infinity means unlimited.
     rpm: float | None = None
     tpm: float | None = None
@@ -219,6 +221,11 @@ def import_apps(settings: Settings) -> None:
 
 
 def _import_app(module: str) -> None:
+    if not all(part.isidentifier() for part in module.split(".")):
+        raise UsageError(
+            f"--app {module!r} is no module's name: write it as Python imports it (package.tasks, "
+            "not package/tasks.py), and start the command in the folder that holds it"
+        )
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
@@ -454,6 +461,18 @@ def spec_of(
     )
 
 
+def rerun_words(request: CommandRequest) -> tuple[str, ...]:
+    """What `--rerun` and `--retry-failed` say.
+
+    Raises:
+        UsageError: for words that exclude each other.
+    """
+    words = tuple(dict.fromkeys(request.rerun + ("failed",) * request.retry_failed))
+    if "none" in words and {"changed", "all"} & set(words):
+        raise UsageError("--rerun none keeps what --rerun changed or all would run; give one")
+    return words
+
+
 # -- over which rows
 
 
@@ -483,12 +502,14 @@ def open_rows(
     Raises:
         InputError: the input can't be read, has no row, or has a bad one (`--strict`).
     """
-    if request.strict:
+    if request.strict or (source == STDIN and request.batch_id):
+        # It is read more than once: to check it, or to compare it with what is known.
         path = spooled(source)
         if path != source:
             stack.callback(Path(path).unlink, missing_ok=True)
-        check_all(rows_of(request, path, strategy))
         source = path
+    if request.strict:
+        check_all(rows_of(request, source, strategy))
     rows = rows_of(request, source, strategy)
     stack.callback(rows.close)
     return rows
@@ -498,14 +519,17 @@ def open_rows(
 
 
 def resume_command(batch_id: str, arguments: list[str]) -> str:
-    """The command that was typed, with the batch id and without passwords in URLs."""
+    """The command that was typed, with the batch id and without passwords in URLs. What was decided
+    once is kept with the batch, so `--rerun` is not repeated."""
     kept, skip = [], False
     for argument in arguments:
         if skip:
             skip = False
-        elif argument == "--batch-id":
+        elif argument in ("--batch-id", "--rerun"):
             skip = True
-        elif argument != "--overwrite" and not argument.startswith("--batch-id="):
+        elif argument not in ("--overwrite", "--retry-failed") and not argument.startswith(
+            ("--batch-id=", "--rerun=")
+        ):
             kept.append(_without_password(argument))
     return shlex.join(["batchllm", *kept, "--batch-id", batch_id])
 

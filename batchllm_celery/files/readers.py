@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Literal, TypeAlias, cast, get_args
 
@@ -48,6 +49,8 @@ class BadLine:
 
     line: int
     problem: str
+    content: str = ""
+    """What stands there, to recognise it."""
 
 
 Read = Iterator[tuple[int, Fields] | BadLine]
@@ -204,22 +207,23 @@ def _jsonl(lines: Iterator[Line]) -> Read:
 def _json_row(
     number: int, raw: bytes, decode: Callable[[str], Any]
 ) -> tuple[int, Fields] | BadLine:
+    bad = partial(BadLine, number, content=raw.decode("latin-1"))
     try:
         row = decode(raw.decode("utf-8"))
         if b"\\ud" in raw.lower():
             json.dumps(row, ensure_ascii=False).encode("utf-8")  # half a surrogate pair?
     except UnicodeDecodeError as error:
-        return BadLine(number, f"not UTF-8 (byte {error.start + 1})")
+        return bad(f"not UTF-8 (byte {error.start + 1})")
     except UnicodeEncodeError:
-        return BadLine(number, "half a surrogate pair (\\ud...) is not text")
+        return bad("half a surrogate pair (\\ud...) is not text")
     except json.JSONDecodeError as error:
-        return BadLine(number, f"not JSON ({error.msg}, column {error.colno})")
+        return bad(f"not JSON ({error.msg}, column {error.colno})")
     except RecursionError:
-        return BadLine(number, "not JSON that can be read: nested too deeply")
+        return bad("not JSON that can be read: nested too deeply")
     except ValueError as error:
-        return BadLine(number, f"not JSON ({str(error)[:80]})")
+        return bad(f"not JSON ({str(error)[:80]})")
     if not isinstance(row, dict):
-        return BadLine(number, f"not a JSON object but {json_type(row)}")
+        return bad(f"not a JSON object but {json_type(row)}")
     return number, row
 
 
@@ -235,7 +239,8 @@ def _text(lines: Iterator[Line]) -> Read:
             try:
                 text = raw.decode("utf-8")
             except UnicodeDecodeError as error:
-                yield BadLine(number, f"not UTF-8 (byte {error.start + 1})")
+                why = f"not UTF-8 (byte {error.start + 1})"
+                yield BadLine(number, why, raw.decode("latin-1"))
             else:
                 yield number, {"prompt": text, "text": text}
 
@@ -299,12 +304,13 @@ def _csv_rows(reader: Iterator[list[str]], source: _CsvLines, header: list[str])
 def _csv_row(line: int, header: list[str], values: list[str]) -> tuple[int, Fields] | BadLine:
     if values[0] == "\0":
         return _too_long(line)
+    content = "\x1f".join(values)
     if len(values) != len(header):
-        return BadLine(line, f"{len(values)} fields, but the header has {len(header)}")
+        return BadLine(line, f"{len(values)} fields, but the header has {len(header)}", content)
     try:
-        "".join(values).encode("utf-8")
+        content.encode("utf-8")
     except UnicodeEncodeError:
-        return BadLine(line, "not UTF-8")
+        return BadLine(line, "not UTF-8", content)
     return line, dict(zip(header, values, strict=True))
 
 

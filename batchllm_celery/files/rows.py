@@ -14,6 +14,7 @@ from batchllm_celery.files.item_ids import SeenIds
 from batchllm_celery.files.openai_rows import is_openai_row, read_openai_row
 from batchllm_celery.files.prompt_template import MissingFieldError, PromptTemplate
 from batchllm_celery.files.readers import STDIN, BadLine, Fields, Format, json_type
+from batchllm_celery.files.row_keys import canonical, key_of_fields, key_of_line
 from batchllm_celery.models import BadRow, LLMWorkItem, StrategySpec
 
 T = TypeVar("T")
@@ -54,6 +55,9 @@ class Rows:
         tunable: bool = False,
     ) -> None:
         self.source = source
+        self._options: dict[str, Any] = {
+            "template": template, "format": format, "tunable": tunable
+        }  # fmt: skip
         self.name = "standard input" if source == STDIN else source
         self.bad = 0
         self._strategy = strategy
@@ -91,6 +95,10 @@ class Rows:
             yield row
         self.close()
 
+    def again(self) -> Rows:
+        """The same rows from the start; of standard input they can't be had."""
+        return Rows(self.source, self._strategy, **self._options)
+
     def close(self) -> None:
         """Close the file; reading to the end does so."""
         if self.source != STDIN:
@@ -98,22 +106,18 @@ class Rows:
 
     def _row(self, index: int, read: tuple[int, Fields] | BadLine) -> InputRow:
         if isinstance(read, BadLine):
-            return _bad(read.line, read.problem)
+            return _bad(read.line, read.problem, read.content or f"line {read.line}")
         line, fields = read
+        item_id = None
         try:
             item_id = self._item_id(index, fields)
-        except BadRowError as problem:
-            return _bad(line, str(problem))
-        try:
             return self._item(item_id, fields)
         except BadRowError as problem:
-            return _bad(line, str(problem), item_id)
+            return _bad(line, str(problem), canonical(fields), item_id)
 
     def _item_id(self, index: int, fields: Fields) -> str:
-        own = fields.get("item_id")
+        own = self._own_id(fields)
         if own is None:
-            own = fields.get("custom_id")
-        if own is None or (own == "" and self.format == "csv"):
             if self._seen.add_index(index):
                 return str(index)
             raise BadRowError(
@@ -125,6 +129,12 @@ class Rows:
             raise BadRowError(f"item_id {str(own)[:100]!r} has been used by an earlier row")
         return str(own)
 
+    def _own_id(self, fields: Fields) -> Any:
+        own = fields.get("item_id")
+        if own is None:
+            own = fields.get("custom_id")
+        return None if own == "" and self.format == "csv" else own
+
     def _item(self, item_id: str, fields: Fields) -> InputRow:
         strategy = self._strategy
         prompt: Any = None
@@ -135,7 +145,8 @@ class Rows:
             prompt = _checked(lambda: cast(PromptTemplate, self._template).fill(fields))
         else:
             prompt = fields.get("prompt")
-        return LLMWorkItem(item_id, strategy, _prompt(prompt), self._context(fields))
+        key = key_of_fields(fields) if self._own_id(fields) is None else None
+        return LLMWorkItem(item_id, strategy, _prompt(prompt), self._context(fields), key)
 
     def _context(self, fields: Fields) -> Any:
         """The row's field `context`, else all its other fields: nothing of a row is dropped."""
@@ -180,8 +191,8 @@ def spooled(source: str) -> str:
     return spool.name
 
 
-def _bad(line: int, problem: str, item_id: str | None = None) -> BadRow:
-    return BadRow(item_id or f"line-{line}", line, f"line {line}: {problem}")
+def _bad(line: int, problem: str, content: str, item_id: str | None = None) -> BadRow:
+    return BadRow(item_id or f"line-{line}", line, f"line {line}: {problem}", key_of_line(content))
 
 
 def _checked(read: Callable[[], T]) -> T:

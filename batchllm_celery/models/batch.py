@@ -63,6 +63,7 @@ class BatchSpec(Model):
         prices: US dollars per million tokens, in and out, of `PROVIDER:NAME`, before all other
             prices; under "" of every model that is not named.
         model: `PROVIDER:NAME`, the key of its price, if it is known.
+        generation: of its input: 1 for the first, one more whenever a changed input was taken over.
     """
 
     version: int = Field(default=SCHEMA_VERSION, ge=SCHEMA_VERSION, le=SCHEMA_VERSION)
@@ -80,6 +81,7 @@ class BatchSpec(Model):
     keep_results: bool = True
     prices: dict[str, tuple[Price, Price]] = Field(default_factory=dict)
     model: str | None = None
+    generation: int = Field(default=1, ge=1)
 
     @field_validator("batch_id")
     @classmethod

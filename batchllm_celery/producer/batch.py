@@ -19,13 +19,21 @@ from typing import Any, TypeVar
 from batchllm_celery.connection import Reminder
 from batchllm_celery.errors import FailureKind, InputError
 from batchllm_celery.files.item_ids import SeenIds
-from batchllm_celery.ledger import Ledger, Outcome, Payload
+from batchllm_celery.ledger import Ledger, Outcome
+from batchllm_celery.ledger import Row as Stored
 from batchllm_celery.ledger.workers import list_workers
 from batchllm_celery.models import (
     BadRow,
     BatchProgress,
     BatchSpec,
     WorkItemResult,
+)
+from batchllm_celery.producer.continuing import (
+    Answered,
+    Questions,
+    identity_of_bad,
+    key_of,
+    known_of,
 )
 from batchllm_celery.producer.rows import Row, as_payload, refuse_single
 from batchllm_celery.producer.session import Session
@@ -84,12 +92,13 @@ class Batch:
         # A Redis that is away is waited for until no call may start any more.
         self._feed_until = time.monotonic() + (math.inf if spec.deadline is None else spec.deadline)
         self._locked = False
+        self._questions = Questions(spec, session.settings.openai_base_url)
 
     # -- feeding ----------------------------------------------------------------------------------
 
     def feed(
         self,
-        rows: Iterable[Row],
+        rows: Iterable[Row | Answered],
         *,
         stop: threading.Event | None = None,
         on_fed: Callable[[int], None] | None = None,
@@ -122,7 +131,7 @@ class Batch:
 
     def _feed_all(
         self,
-        rows: Iterable[Row],
+        rows: Iterable[Row | Answered],
         stop: threading.Event,
         on_fed: Callable[[int], None] | None,
         max_outstanding: int | None,
@@ -147,14 +156,17 @@ class Batch:
             self.id, first, rows, max_outstanding=max_outstanding
         )
 
-    def _stored(self, row: Row, index: int, seen: SeenIds) -> Payload | WorkItemResult[Any, Any]:
+    def _stored(self, row: Row | Answered, index: int, seen: SeenIds) -> Stored:
+        answered, row = (row, row.row) if isinstance(row, Answered) else (None, row)
         payload = as_payload(row, index, self.spec.strategy)
         if isinstance(payload, BadRow):
-            return _bad(payload, index)
+            bad = _bad(payload, index)
+            return bad if answered is None else known_of(answered, bad.metadata["row"])
         own = payload.item_id == str(index)
         if not (seen.add_index(index) if own else seen.add(payload.item_id)):
             raise InputError(f"item {index}: an earlier row has its item_id {payload.item_id!r}")
-        return payload
+        payload.identity = self._questions.identity(payload, key_of(row))
+        return payload if answered is None else known_of(answered, payload.identity)
 
     def _until(self, stop: threading.Event, work: Coroutine[Any, Any, T]) -> T | None:
         async def watched(_: Session) -> T | None:
@@ -412,14 +424,17 @@ def _bad(row: BadRow, index: int) -> WorkItemResult[Any, Any]:
         success=False,
         error=f"InputError: {row.message}",
         error_kind=FailureKind.INVALID_INPUT,
+        metadata={"row": identity_of_bad(row)},
     )
 
 
-def _chunked(rows: Iterable[Row], stop: threading.Event) -> Iterator[list[Row]]:
+def _chunked(
+    rows: Iterable[Row | Answered], stop: threading.Event
+) -> Iterator[list[Row | Answered]]:
     """Rows in chunks that grow, cut short when the rows come slowly."""
     iterator, size = iter(rows), FIRST_CHUNK
     while not stop.is_set():
-        chunk: list[Row] = []
+        chunk: list[Row | Answered] = []
         give_up = time.monotonic() + CHUNK_SECONDS
         for row in islice(iterator, size):
             chunk.append(row)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import difflib
+import json
 import secrets
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from typing import Any, Self
 
 from batchllm_celery.connection import BrokenEntry
@@ -32,13 +34,34 @@ from batchllm_celery.models import (
 )
 from batchllm_celery.models.names import check_batch_id
 from batchllm_celery.producer.batch import Batch, late_words
+from batchllm_celery.producer.continuing import (
+    Answered,
+    ChangedRowsError,
+    Outcomes,
+    Questions,
+    look,
+    moved,
+    refusal,
+    rerun_of,
+)
 from batchllm_celery.producer.rows import Row, default_strategy
 from batchllm_celery.producer.session import Session
 from batchllm_celery.queue import App
 from batchllm_celery.settings import Settings
 
+#: Added to the places of results that are being replaced.
+_ELSEWHERE = 2**40
 #: How long, in seconds, a submission looks for workers that know its strategy.
 LOOK_SECONDS = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A batch that is there: what it runs with, its counters, 8 bytes for each row that was fed."""
+
+    spec: BatchSpec
+    progress: BatchProgress
+    fed: bytes
 
 
 class Producer:
@@ -111,6 +134,8 @@ class Producer:
         token_budget: int | None = None,
         fail_fast: Iterable[FailureKind | str] = (),
         max_outstanding: int | None = None,
+        rerun: str | Collection[str] | None = None,
+        known: Iterable[WorkItemResult[Any, Any] | Mapping[str, Any]] | None = None,
     ) -> Batch:
         """Store and enqueue all items, and return the batch; its results stay readable for
         `settings.result_ttl_seconds`.
@@ -123,7 +148,8 @@ class Producer:
                 any iterable, consumed lazily.
             strategy: a registered name; default: the first item's own.
             params: parameters of the strategy's factory.
-            batch_id: the same id continues a batch: finished items are not run again.
+            batch_id: the same id goes on with a batch: rows are recognised by their ids, else by
+                what stands in them, wherever they stand now. New rows run, finished ones do not.
             quota: name or `Quota` to draw on; default: the strategy's own.
             quota_update: change a quota whose limits differ, in place of refusing.
             config: attempts and time limits.
@@ -135,8 +161,13 @@ class Producer:
             token_budget: tokens after which no call starts.
             fail_fast: failure kinds that abort the batch.
             max_outstanding: default `settings.max_outstanding`.
+            rerun: what becomes of finished rows: `changed` runs those that ask another question
+                now, `none` keeps their answers, `failed` runs failed rows again, `all` everything.
+            known: results that need not be paid for again; default: those that Redis has kept.
 
         Raises:
+            ChangedRowsError: finished rows ask another question now, and `rerun` does not say
+                what becomes of them; nothing has changed.
             UsageError: an item can't be taken (its place and id are named), or a strategy is
                 missing.
             StrategyNotFoundError: live workers serve the lane, and none of them knows the strategy.
@@ -163,14 +194,88 @@ class Producer:
         )
         self.check_runnable(spec)
         limits = quota if isinstance(quota, Quota) else None
-        batch = self.open(spec, quota=limits, quota_update=quota_update)
+        renew = False
+        feed: Iterable[Row | Answered] = rows
+        found = self.find(spec.batch_id) if batch_id is not None else None
+        if found is not None or known is not None:
+            spec, renew, feed = self.prepare(spec, found, rows, rerun=rerun, known=known)
+        batch = self.open(spec, quota=limits, quota_update=quota_update, renew=renew)
         try:
-            batch.feed(rows, max_outstanding=max_outstanding)
+            batch.feed(feed, max_outstanding=max_outstanding)
         except BaseException:
             # Nobody has the batch: what was fed of it must not be paid for.
             batch.give_up()
             raise
         return batch
+
+    def prepare(
+        self,
+        spec: BatchSpec,
+        found: Found | None,
+        rows: Iterable[Row],
+        *,
+        rerun: str | Collection[str] | None = None,
+        known: Iterable[WorkItemResult[Any, Any] | Mapping[str, Any]] | None = None,
+    ) -> tuple[BatchSpec, bool, Iterator[Row | Answered]]:
+        """How to go on with a batch whose results Redis keeps: the specification and `renew` for
+        `open`, and the rows for `feed`. See `submit`.
+
+        Raises:
+            ChangedRowsError: finished rows ask another question now.
+        """
+        """What to open and feed, where the batch or some of its results are there already."""
+        rows = list(rows)  # it is looked at before anything changes
+        if found is not None and found.spec.config.dry_run != spec.config.dry_run:
+            return spec, False, iter(rows)  # `open` says why not
+        lines: list[bytes] = []
+        outcomes = Outcomes()
+        for line in self._lines(found, spec.batch_id) if known is None else map(_as_line, known):
+            outcomes.add(line, len(lines))
+            lines.append(json.dumps(line).encode())
+        questions = Questions(spec, self.settings.openai_base_url)
+        seen = look(
+            rows,
+            outcomes,
+            questions,
+            spec.strategy,
+            found.fed if found is not None else b"",
+            rerun_of(rerun),
+        )
+        if seen.refused:
+            cost = sum(json.loads(lines[number])["cost"] or 0.0 for _, number in seen.changed)
+            raise ChangedRowsError(refusal(len(seen.changed), cost) + "rerun='changed' or 'none'")
+        if found is not None and not seen.renews and known is None:
+            return spec.model_copy(update={"generation": found.spec.generation}), False, iter(rows)
+        if found is not None and known is None and found.progress.finished > len(outcomes):
+            raise BatchConflictError(
+                f"batch {spec.batch_id!r}: its rows differ from those that it has, and its results "
+                "are with whoever took them: give them as known=..., or take another batch id"
+            )
+        before = found.spec.generation if found is not None else 0
+        spec = spec.model_copy(update={"generation": before + 1})
+
+        def delivered(place: int, row: Row, number: int) -> bytes:
+            line = moved(json.loads(lines[number]), place, row, questions, spec.strategy)
+            return json.dumps(line).encode()
+
+        return spec, found is not None, seen.feed(rows, delivered)
+
+    def _lines(self, found: Found | None, batch_id: str) -> Iterator[dict[str, Any]]:
+        """The kept results of a batch. Those of a generation that was being replaced when its
+        producer ended have places that no row has."""
+        if found is None:
+            return
+        until = self._session.run(lambda s: s.services.ledger.batches.superseded(batch_id))
+        batch = Batch(self._session, found.spec, resumed=True)
+        after, old = "0", until is not None
+        while taken := batch.read(after):
+            for one in taken:
+                line = dict(one.line)
+                if old:
+                    line["index"] = one.index + _ELSEWHERE
+                    old = one.receipt != until
+                yield line
+            after = taken[-1].receipt
 
     def stream(
         self, items: Iterable[Row], *, spec: BatchSpec | None = None, **options: Any
@@ -239,12 +344,23 @@ class Producer:
                 return
 
     def open(
-        self, spec: BatchSpec, *, quota: Quota | None = None, quota_update: bool = False
+        self,
+        spec: BatchSpec,
+        *,
+        quota: Quota | None = None,
+        quota_update: bool = False,
+        renew: bool = False,
     ) -> Batch:
         """Make a batch without rows yet, or continue the one of this id; then `feed` it.
 
         A batch that was stopped goes on in a new round: items that the stop ended run again,
         failed ones do not (see `Batch.retry_failed`).
+
+        Args:
+            spec: what it runs with.
+            quota: limits to set first.
+            quota_update: change a quota whose limits differ.
+            renew: forget the rows of a batch that is there: a new generation of its input follows.
 
         Raises:
             BatchConflictError: another process feeds it, it runs with another strategy, or one
@@ -269,6 +385,9 @@ class Producer:
                 await session.services.ledger.feeding.create(spec)
                 await lock()
                 return False
+            if renew:
+                force = await session.services.ledger.feeding.quiesce(spec.batch_id)
+                await session.services.ledger.feeding.renew(spec.batch_id, force=force)
             await session.services.ledger.feeding.create(spec)
             return True
 
@@ -327,6 +446,27 @@ class Producer:
         spec = self._session.run(lambda session: session.services.ledger.batches.spec(batch_id))
         return Batch(self._session, spec, resumed=True)
 
+    def find(self, batch_id: str) -> Found | None:
+        """What Redis knows of a batch; None where there is none."""
+
+        async def find(session: Session) -> Found | None:
+            batches = session.services.ledger.batches
+            try:
+                spec, progress = await batches.spec(batch_id), await batches.progress(batch_id)
+            except BatchNotFoundError:
+                return None
+            return Found(spec, progress, await batches.fingerprints(batch_id))
+
+        return self._session.run(find)
+
+    def quiesce(self, batch_id: str) -> None:
+        """Pause a batch, and return when no living worker holds items of it.
+
+        Raises:
+            BatchConflictError: workers go on holding some.
+        """
+        self._session.run(lambda session: session.services.ledger.feeding.quiesce(batch_id))
+
     def batches(self) -> list[BatchProgress]:
         """All batches of this namespace, the youngest first."""
         return self._session.run(lambda session: session.services.ledger.batches.newest())
@@ -373,6 +513,10 @@ class Producer:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+def _as_line(result: WorkItemResult[Any, Any] | Mapping[str, Any]) -> Mapping[str, Any]:
+    return result.to_json() if isinstance(result, WorkItemResult) else result
 
 
 async def _refuse_other_kind(session: Session, spec: BatchSpec) -> None:

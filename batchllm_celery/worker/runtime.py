@@ -762,7 +762,7 @@ class Runtime:
         self, claim: Claim, result: WorkItemResult[Any, Any]
     ) -> WorkItemResult[Any, Any]:
         # It arrives even if this task is cancelled now: the answer is paid for.
-        result, line = await self.ledger.claims.fitting(result)
+        result, line = await self.ledger.claims.fitting(claim.payload.signed(result))
         tokens = result.token_usage.total_tokens
         await self.ledger.claims.record(
             claim, result, spent_tokens=tokens, cost=result.cost, line=line

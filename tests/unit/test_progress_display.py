@@ -114,7 +114,7 @@ def test_quiet_shows_nothing() -> None:
         ({"waiting": 2}, "finding the provider's rate"),
         ({"waiting": 2, "rate_factor": 0.7}, "at 70% of the quota"),
         ({"cooldown_remaining": 12.0, "consecutive": 1}, "cooling down for 12 s after a refusal"),
-        ({"cooldown_remaining": 13.0}, "for 13 s after a restart of Redis"),
+        ({"cooldown_remaining": 13.0}, "waiting 13 s: Redis was started after the last calls"),
         ({"probing": True}, "one call at a time"),
         ({"ramp_position": 3}, "starting slowly"),
         ({"exhausted_until": 4600.0}, "the day's quota is used up, 1 h 00 min"),

@@ -20,6 +20,7 @@ from batchllm_celery.cli.batch_follower import BatchFollower, End, RedisWatch
 from batchllm_celery.cli.display.console import log_to, print_json, say, to_stderr, to_stdout
 from batchllm_celery.cli.display.progress import open_display
 from batchllm_celery.cli.display.summary import Summary, exit_code, print_summary
+from batchllm_celery.cli.going_on import begin
 from batchllm_celery.cli.processes import Fleet, SimulatedProviderProcess, environment_of
 from batchllm_celery.cli.request import (
     CommandRequest,
@@ -29,6 +30,7 @@ from batchllm_celery.cli.request import (
     default_quota_name,
     open_rows,
     quota_of,
+    rerun_words,
     resume_command,
     settings_of,
     spec_of,
@@ -40,7 +42,6 @@ from batchllm_celery.events import Events
 from batchllm_celery.files.readers import STDIN
 from batchllm_celery.files.result_file import (
     OutputError,
-    ResultFile,
     Sink,
     check_out,
     open_sink,
@@ -52,7 +53,7 @@ from batchllm_celery.observability.switched_on import openers
 from batchllm_celery.settings import Settings
 
 if TYPE_CHECKING:
-    from batchllm_celery.producer import Batch
+    from batchllm_celery.producer.plan import Rerun
 
 DEFAULT_WORKERS = 2
 
@@ -69,6 +70,7 @@ class CheckedRun:
     out: str
     workers: int
     simulation: str | None
+    rerun: frozenset[Rerun]
 
 
 @click.command()
@@ -120,6 +122,8 @@ def _check(
     simulation: str | None,
     stack: contextlib.ExitStack,
 ) -> CheckedRun:
+    from batchllm_celery.producer.plan import Rerun
+
     settings = settings_of(request)
     strategy = strategy_of(request)
     out = request.out or default_out(source, dry_run=request.dry_run)
@@ -138,7 +142,8 @@ def _check(
     check_out(out, spec.batch_id, overwrite=_overwrites(request))
     settings = settings.model_copy(update={"queue": spec.queue})
     quota = quota_of(request, default_quota_name(strategy))
-    return CheckedRun(request, settings, spec, quota, rows, out, workers, simulation)
+    rerun = frozenset(Rerun(word) for word in rerun_words(request))
+    return CheckedRun(request, settings, spec, quota, rows, out, workers, simulation, rerun)
 
 
 def default_out(source: str, *, dry_run: bool = False) -> str:
@@ -180,9 +185,14 @@ def _run(
         checked.out, checked.spec.batch_id, overwrite=_overwrites(request), ordered=request.ordered
     )
     try:
-        batch = producer.open(checked.spec, quota=checked.quota, quota_update=request.quota_update)
+        beginning = begin(producer, checked.spec, checked.rows, sink, checked.rerun)
+        batch = producer.open(
+            beginning.spec,
+            quota=checked.quota,
+            quota_update=request.quota_update,
+            renew=beginning.renew,
+        )
         batch.consume()
-        _refuse_lost_results(batch, sink, checked.out)
     except BaseException:
         sink.abandon()
         raise
@@ -191,8 +201,10 @@ def _run(
     stack.callback(fleet.kill)
     display = open_display(console, quiet=request.quiet)
     display.say(f"Batch {batch.id}" + (", resumed" if batch.resumed else ""))
+    for words in beginning.words:
+        display.say(words)
     follower = BatchFollower(
-        producer, batch, checked.rows, sink, fleet, display,
+        producer, batch, checked.rows, sink, fleet, display, feed=beginning.feed(checked.rows),
         interrupts=interrupts, redis=redis, drain_seconds=settings.drain_seconds,
         check=provider.check if provider is not None else None,
     )  # fmt: skip
@@ -227,19 +239,6 @@ def _with_simulation(
     provider = SimulatedProviderProcess(config.model_dump_json())
     stack.callback(provider.close)
     return settings.model_copy(update={"simulated_url": provider.url}), provider
-
-
-def _refuse_lost_results(batch: Batch, sink: Sink, out: str) -> None:
-    """Refuse to resume with another file: results of the first one are no longer in Redis."""
-    progress = batch.progress()
-    if not isinstance(sink, ResultFile) or progress.unread is None:
-        return
-    lost = progress.finished - len(sink.written) - progress.unread
-    if batch.resumed and lost > 0:
-        raise OutputError(
-            f"{lost:,} results of batch {batch.id} were written to another file than {out}; "
-            "name that file with -o, or start again with another --batch-id"
-        )
 
 
 def _finish(sink: Sink, end: End) -> None:
@@ -300,10 +299,18 @@ def _summary(checked: CheckedRun, end: End, seconds: float, logs: str | None) ->
         seconds=round(seconds, 3),
         output=None if checked.out == "-" else checked.out,
         resume=resume_command(checked.spec.batch_id, sys.argv[1:]) if resumable else None,
+        retry=_retry(checked, progress) if progress.is_over else None,
         logs=logs,
         dry_run=checked.spec.config.dry_run,
         resume_needs=_needs(checked.spec, progress) if resumable else None,
     )
+
+
+def _retry(checked: CheckedRun, progress: BatchProgress) -> str | None:
+    """The command that runs failed rows again."""
+    if not progress.failed or progress.state.stopped or checked.spec.config.dry_run:
+        return None
+    return resume_command(checked.spec.batch_id, sys.argv[1:]) + " --retry-failed"
 
 
 def _needs(spec: BatchSpec, progress: BatchProgress) -> str | None:
@@ -328,6 +335,8 @@ def _code(end: End) -> int:
 
 
 def _report(summary: Summary, end: End, request: CommandRequest) -> None:
+    if isinstance(end.failure, BrokenPipeError):
+        raise end.failure  # whoever read the results has had enough
     if end.failure is not None:
         text = " ".join(str(end.failure).split()) or type(end.failure).__name__
         say(f"Error: {text}")

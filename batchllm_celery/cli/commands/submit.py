@@ -6,6 +6,7 @@ import contextlib
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import click
@@ -21,6 +22,7 @@ from batchllm_celery.cli.request import (
     default_quota_name,
     open_rows,
     quota_of,
+    rerun_words,
     resume_command,
     settings_of,
     spec_of,
@@ -87,13 +89,18 @@ def _submit(
     producer = stack.enter_context(Producer(settings))
     producer.check()
     producer.check_runnable(spec)
-    batch = producer.open(spec, quota=quota, quota_update=request.quota_update)
+    found = producer.find(spec.batch_id) if request.batch_id else None
+    renew = False
+    feed: Iterable[Any] = rows
+    if found is not None:
+        spec, renew, feed = producer.prepare(spec, found, rows, rerun=rerun_words(request))
+    batch = producer.open(spec, quota=quota, quota_update=request.quota_update, renew=renew)
     click.echo(batch.id)
     sys.stdout.flush()
     if not request.quiet and not producer.workers():
         click.echo("No worker is running yet; start some: batchllm worker", err=True)
     stop, totals = threading.Event(), []
-    feeder = BackgroundThread("feeder", lambda: totals.append(batch.feed(rows, stop=stop)))
+    feeder = BackgroundThread("feeder", lambda: totals.append(batch.feed(feed, stop=stop)))
     feeder.start()
     while feeder.is_alive():
         if interrupts.count:

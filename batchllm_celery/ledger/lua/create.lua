@@ -26,7 +26,7 @@ end
 
 local stopped = found and is_stopped()
 local over = found and meta.total and meta.ok + meta.failed >= meta.total
-if found and identity ~= ARGV[2] and not (stopped or over) then
+if found and identity and identity ~= ARGV[2] and not (stopped or over) then
   return {'conflict', meta.round, meta.fed, known}
 end
 

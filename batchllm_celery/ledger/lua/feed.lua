@@ -2,7 +2,8 @@
 --
 -- ARGV     1 first index, 2 most items outstanding, 3 most bytes, 4 milliseconds before an item that
 --          no message brought is requeued, then for each row: fingerprint (8 bytes),
---          payload, and '' or the result line of a row that can't be run
+--          payload, and '' or the result line of a row that can't be run, or for a row whose outcome
+--          is known already '+' (a success) or '-' and the line to deliver ('' for none)
 -- returns  {fed, state, indexes that need a message}; {fed, 'full'} when there is no room;
 --          {fed, 'gap'} when rows before the first index are missing
 --#include batch.lua
@@ -50,8 +51,11 @@ for n = 0, count - 1 do
   local index, at = first + n, 5 + n * 3
   local print, payload, line = unpack(ARGV, at, at + 2)
   local old = index < meta.fed
+  local sign = string.sub(line, 1, 1)
+  local answered = sign == '+' or sign == '-' -- a failure that somebody has reopened runs
   prints[n + 1] = print
-  if old and string.sub(known, n * 8 + 1, n * 8 + 8) == print then
+  if old and string.sub(known, n * 8 + 1, n * 8 + 8) == print
+    and not (sign == '+' and call('GETBIT', DONE, index) == 0) then
     if call('ZSCORE', READY, index) then
       wake[#wake + 1] = index
     elseif line == '' and call('GETBIT', FAILED, index) == 1 and call('HEXISTS', ITEM, index) == 0
@@ -63,7 +67,7 @@ for n = 0, count - 1 do
   else
     if old then forget(index) end
     if line ~= '' then
-      lines[#lines + 1] = {index, line}
+      lines[#lines + 1] = {index, answered and string.sub(line, 2) or line, sign == '+'}
       call('ZREM', READY, index)
       call('HDEL', ITEM, index)
     else
@@ -84,8 +88,8 @@ if first + count > meta.fed then
   meta.total = nil -- the input has grown: until the producer has fed it to its end
 end
 for _, row in ipairs(lines) do
-  append({'i', text(row[1]), 'r', row[2]})
-  mark(row[1], false, false)
+  if row[2] ~= '' then append({'i', text(row[1]), 'r', row[2]}) end
+  mark(row[1], row[3], false)
 end
 if meta.state == 'finished' then meta.state = 'open' end
 local state = state_now()
