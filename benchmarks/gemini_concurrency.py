@@ -32,7 +32,7 @@ from batchllm_celery import (
 from batchllm_celery.providers.gemini.client import open_client
 from batchllm_celery.simulation.client import spawn
 from batchllm_celery.strategies import ProcessResources
-from batchllm_celery.worker.runtime import Runtime
+from batchllm_celery.worker.process import Runtime
 from tests.support import ValkeyServer
 
 CALLS = 1_000
@@ -102,7 +102,7 @@ async def measure(settings: Settings, rounds: int) -> None:
     assert settings.redis_url is not None
     runtime = Runtime(settings, settings.redis_url, lambda *_: None, slots=CALLS)
     await runtime.open()
-    resources: ProcessResources = runtime.registry._resources
+    resources: ProcessResources = runtime.services.resources
     client = await open_client(resources)  # the one that the worker's strategies use
     async with in_process(settings, client) as local, worker(settings, runtime) as ours:
         ways: dict[str, Way] = {

@@ -39,6 +39,8 @@ _SUBSCRIBE_AGAIN_AFTER = 0.5
 class Limiter:
     """Start times for provider calls, shared by the fleet. One per process; a context manager.
 
+    `clock` is the running loop's: seconds of `time.monotonic`, but where time is not the real one.
+
     async with Limiter(connection, Keys(), process_id="host-1") as limiter:
         await limiter.configure(Quota(name="gemini", limits=QuotaLimits(requests_per_minute=600)))
         permit = await limiter.acquire("gemini", Estimate(1_200, 300))
@@ -47,12 +49,19 @@ class Limiter:
     """
 
     def __init__(
-        self, connection: Connection, keys: Keys, *, process_id: str, events: Events | None = None
+        self,
+        connection: Connection,
+        keys: Keys,
+        *,
+        process_id: str,
+        events: Events | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._connection = connection
         self._keys = keys
         self._process = process_id
         self._events = Events() if events is None else events
+        self._clock = clock
         self._clients: dict[str, QuotaClient] = {}
         self._full_speed: set[str] = set()
         self._listener: asyncio.Task[None] | None = None
@@ -129,7 +138,7 @@ class Limiter:
         For callers that had to await something between `acquire` and the call: if not, settle the
         permit as UNUSED and acquire again.
         """
-        return self._clients[permit.quota].queue.may_start(permit, time.monotonic())
+        return self._clients[permit.quota].queue.may_start(permit, self._clock())
 
     def is_void(self, permit: Permit) -> bool:
         """Whether a cooldown has begun, or the limits have changed, since it was given."""
@@ -206,7 +215,9 @@ class Limiter:
 
     def _open(self, quota: str) -> QuotaClient:
         keys = self._keys.quota(quota)
-        client = QuotaClient(self._connection, keys, quota, self._process, self._events)
+        client = QuotaClient(
+            self._connection, keys, quota, self._process, self._events, self._clock
+        )
         client.queue.full_speed = quota in self._full_speed
         self._clients[quota] = client
         self._opened.set()

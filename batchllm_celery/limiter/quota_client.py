@@ -33,7 +33,13 @@ class QuotaClient:
     """
 
     def __init__(
-        self, connection: Connection, keys: QuotaKeys, quota: str, process: str, events: Events
+        self,
+        connection: Connection,
+        keys: QuotaKeys,
+        quota: str,
+        process: str,
+        events: Events,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.queue = WaitQueue(quota)
         self._connection = connection
@@ -41,6 +47,7 @@ class QuotaClient:
         self._process = process
         self._events = events
         self._loop = asyncio.get_running_loop()
+        self._now = clock
         self._clock = ServerClock()
         # A sequence that no earlier life of this process id has used.
         self._sequence = time.time_ns() // 1_000
@@ -55,7 +62,7 @@ class QuotaClient:
     ) -> Permit:
         """Wait for a permit; `Limiter.acquire` describes it."""
         queue = self.queue
-        permit = queue.take_prefetched(time.monotonic(), estimate())
+        permit = queue.take_prefetched(self._now(), estimate())
         while permit is None:
             waiter = Waiter(estimate, self._loop.create_future(), priority, is_retry)
             queue.join(waiter)
@@ -65,7 +72,7 @@ class QuotaClient:
             except asyncio.CancelledError:
                 self._leave(waiter)
                 raise
-            if not queue.may_start(permit, time.monotonic()):
+            if not queue.may_start(permit, self._now()):
                 # The loop was late: the call would start after its time, or in a cooldown.
                 self._settle_unused(permit)
                 permit, is_retry = None, True
@@ -86,14 +93,14 @@ class QuotaClient:
 
     def settle(self, call: SettledCall) -> None:
         """Count the end of a call."""
-        self.queue.settle(call, time.monotonic())
+        self.queue.settle(call, self._now())
         self._wake(self.queue.next_request())
 
     def notified(self, message: bytes) -> None:
         """A message of the quota's channel: `epoch:N`, or `slot:PROCESS`."""
         kind, _, value = message.partition(b":")
         if kind == b"epoch" and value.isdigit() and len(value) < 20:
-            self.queue.announce_epoch(int(value), time.monotonic())
+            self.queue.announce_epoch(int(value), self._now())
         elif kind == b"slot" and value == self._process.encode() and self.queue.waiting:
             self.queue.ask_now = True
         self._wake(self.queue.next_request())
@@ -111,7 +118,7 @@ class QuotaClient:
             async with asyncio.timeout(FLUSH_ON_CLOSE):
                 if self._request is not None:
                     await asyncio.wait({self._request})
-                self.queue.release_all(time.monotonic())
+                self.queue.release_all(self._now())
                 if self.queue.settlements.since is not None or self.queue.last_reply is not None:
                     await self._ask()
         except TimeoutError:
@@ -135,7 +142,7 @@ class QuotaClient:
 
     def _run_due(self) -> None:
         self._timer, self._timer_at = None, math.inf
-        now, queue = time.monotonic(), self.queue
+        now, queue = self._now(), self.queue
         queue.grant_due(now)
         if self._request is None:
             if queue.next_request() <= now + 1e-4:
@@ -161,13 +168,13 @@ class QuotaClient:
 
     async def _ask(self) -> None:
         self._sequence += 1
-        sent_at = time.monotonic()
+        sent_at = self._now()
         sent = self.queue.make_request(self._sequence, sent_at)
         arguments = acquire_arguments(self._process, sent.request, sent.estimates, sent.report)
         raw: bytes = await self._connection.patiently(
             lambda: ACQUIRE(self._connection.client, self._keys, arguments)
         )
-        now = time.monotonic()
+        now = self._now()
         reply = AcquireReply.parse(raw)
         self._announce_cooldown(reply)
         replied_at = self._clock.local(sent_at, now, reply.now_us)
@@ -186,7 +193,7 @@ class QuotaClient:
         queue = self.queue
         if queue.reservations:
             return
-        if time.monotonic() < queue.permitted_at + LATEST_START:
+        if self._now() < queue.permitted_at + LATEST_START:
             queue.ask_after = queue.permitted_at + LATEST_START
             return
         queue.fail(QuotaUnavailableError(queue.quota, resets_at))

@@ -92,6 +92,27 @@ def lua_writer(name: str, record: type) -> str:
     )
 
 
+def lua_locals(name: str, record: type, packed: str) -> str:
+    """Lua's `local NAME_FIELD, ...` for all fields; with their defaults where `packed` is false."""
+    layout = _layout(record)
+    default = layout.struct.pack(*(field.default for field in layout.numbers))
+    default += b"".join(str(field.default).encode() + b"\0" for field in layout.strings)
+    escaped = "".join(f"\\{byte:03d}" for byte in default)
+    fields = _lua_fields(name, layout)
+    return f"local {fields} = struct.unpack('{_format(layout)}', {packed} or '{escaped}')\n"
+
+
+def lua_packed(name: str, record: type) -> str:
+    """Lua's `local NAME_packed`: what `lua_locals` made, as a string."""
+    layout = _layout(record)
+    fields = _lua_fields(name, layout)
+    return f"local {name}_packed = struct.pack('{_format(layout)}', {fields})\n"
+
+
+def _lua_fields(name: str, layout: _Layout) -> str:
+    return ", ".join(f"{name}_{field.name}" for field in [*layout.numbers, *layout.strings])
+
+
 def _format(layout: _Layout) -> str:
     return f"<{'d' * len(layout.numbers)}{'s' * len(layout.strings)}"
 

@@ -11,7 +11,7 @@ from inspect import Parameter, Signature
 from typing import TYPE_CHECKING, Any
 
 from batchllm_celery.strategies.base import LLMCallStrategy
-from batchllm_celery.strategies.registry import Factory, Registration, StrategyCatalog
+from batchllm_celery.strategies.registry import Factory, Registration
 
 if TYPE_CHECKING:
     from batchllm_celery.providers.gemini import (
@@ -30,7 +30,7 @@ __all__ = [
     "OpenAICompatibleStrategy",
     "PydanticAIStrategy",
     "SimulatedStrategy",
-    "register_builtins",
+    "builtin_registrations",
 ]
 
 #: Class -> the module that it is imported from at its first use.
@@ -88,20 +88,19 @@ def _factory(path: str, *options: str, model: str | None = None) -> Factory:
     return build
 
 
-def register_builtins(catalog: StrategyCatalog) -> None:
-    """Add the built-in names."""
+def builtin_registrations() -> tuple[Registration, ...]:
+    """The built-in names."""
     thinking = (*_OPTIONS, "thinking_budget")
     gemini = _factory("gemini:GeminiStrategy", *thinking)
     cached = _factory("gemini:GeminiCachedStrategy", *_CACHE_OPTIONS, *thinking)
     openai = _factory("openai:OpenAICompatibleStrategy", *_OPTIONS, "extra")
     agent = _factory("pydantic_ai:PydanticAIModelStrategy", *_OPTIONS)
     simulated = _factory("simulated:SimulatedStrategy", *thinking, model="simulated-flash")
-    for registration in (
+    return (
         Registration("gemini", gemini, provider="gemini"),
         Registration("gemini-cached", cached, provider="gemini"),
         Registration("openai", openai, provider="openai"),
         # Its `model` names its provider: pydantic-ai:gemini:NAME draws on gemini:NAME's quota.
         Registration("pydantic-ai", agent, provider=""),
         Registration("simulated", simulated, provider="simulated"),
-    ):
-        catalog.register(registration)
+    )

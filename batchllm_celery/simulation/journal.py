@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,14 @@ class Call:
     user: str | None = None
     """OpenAI's `user`, where one was given."""
 
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """What its answer says of the limits, as they stood when it arrived."""
+
     def to_json(self) -> dict[str, Any]:
         """The call as a JSON object, with the digest that its answer holds."""
-        return {**asdict(self), "digest": digest_of(self.prompt)}
+        fields = asdict(self)
+        del fields["headers"]
+        return {**fields, "digest": digest_of(self.prompt)}
 
 
 class Journal:

@@ -14,7 +14,15 @@ from batchllm_celery.simulation.caches import Caches
 from batchllm_celery.simulation.config import SimulationConfig
 from batchllm_celery.simulation.journal import Call, Journal
 from batchllm_celery.simulation.quotas import Limits, QuotaRefusal
-from batchllm_celery.simulation.replies import GenerateRequest, Reply, ReplyOutcome, decide
+from batchllm_celery.simulation.replies import (
+    Chance,
+    GenerateRequest,
+    Reply,
+    ReplyOutcome,
+    decide,
+)
+from batchllm_celery.simulation.serving import Serving
+from batchllm_celery.simulation.wire import rate_limit_headers
 
 #: OpenAI caches prompts from this many tokens on, in steps of 128.
 _SHORTEST_CACHED_PROMPT = 1024
@@ -102,6 +110,7 @@ class Provider:
         self.calls: deque[Call] = deque(maxlen=self.config.keep_calls)
         self.caches = Caches(self.clock)
         self._limits = Limits(self.config, self._timer())
+        self._serving = Serving(self.config, self._timer())
         # By hash: millions of prompts need not be kept.
         self._admitted: Counter[int] = Counter()
         self._systems: set[int] = set()
@@ -115,6 +124,7 @@ class Provider:
         """
         self.config = self.config.changed(**changes)
         self._limits.reconfigure(self.config, self._timer())
+        self._serving.change(self.config)
 
     def refuse(self, count: int, retry_after: float = 1.0) -> None:
         """Refuse the next `count` calls with a 429, whatever the limits say."""
@@ -145,6 +155,12 @@ class Provider:
         refusal = self._refusal(request)
         if refusal is not None:
             return self._refused(wire, request, refusal), refusal
+        chance = Chance(self.config.seed, request.prompt, -self.stats.calls)[0]
+        if self._serving.is_full(self._timer(), chance):
+            full = Reply(ReplyOutcome.ERROR, self.config.overload_status, 0.0)
+            call = self._admit(wire, request, full, 0)
+            call.finished = call.time
+            return call, full
         attempt = self._admitted[hash(request.prompt)] + 1
         reply = decide(self.config, request, attempt)
         over = self._limits.admit(
@@ -207,6 +223,9 @@ class Provider:
     def _arrive(self, call: Call) -> Call:
         call.number = self.stats.calls + 1
         call.time = self.clock()
+        form = self.config.rate_limit_headers
+        if form is not None:
+            call.headers = rate_limit_headers(form, self._limits.left(self._timer()), call.time)
         self.stats.count(call)
         self.calls.append(call)
         self._journal.arrived(call)
@@ -217,8 +236,7 @@ class Provider:
         stats.in_flight += 1
         stats.peak_in_flight = max(stats.peak_in_flight, stats.in_flight)
         try:
-            if reply.latency > 0:
-                await asyncio.sleep(reply.latency)
+            await self._serving.serve(reply.latency, call.input_tokens, call.output_tokens)
         except asyncio.CancelledError:
             call.aborted = True
             call.finished = self.clock()

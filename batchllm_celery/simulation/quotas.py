@@ -34,6 +34,10 @@ class Meter(Protocol):
         """Change the limit; what has been charged stays charged."""
         ...
 
+    def left(self, now: float) -> tuple[float, float]:
+        """What is left of the limit, and the seconds until all of it is."""
+        ...
+
 
 class Bucket:
     """A bucket that starts full and refills continuously.
@@ -42,11 +46,13 @@ class Bucket:
         limit: amount per minute.
         seconds: how many seconds' worth it holds.
         now: the clock's time.
+        others: share of what flows in that others take before us.
     """
 
-    def __init__(self, limit: float, seconds: float, now: float) -> None:
+    def __init__(self, limit: float, seconds: float, now: float, others: float = 0.0) -> None:
         self.limit = limit
         self.seconds = seconds
+        self.others = others
         self._level = self._capacity
         self._updated = now
 
@@ -56,7 +62,7 @@ class Bucket:
         return max(1.0, self.limit / 60 * self.seconds)
 
     def _refill(self, now: float) -> None:
-        gained = (now - self._updated) * self.limit / 60
+        gained = (now - self._updated) * self.limit / 60 * (1 - self.others)
         self._level = min(self._capacity, self._level + gained)
         self._updated = now
 
@@ -73,6 +79,11 @@ class Bucket:
         self._refill(now)
         self.limit = limit
         self._level = min(self._level, self._capacity)
+
+    def left(self, now: float) -> tuple[float, float]:
+        self._refill(now)
+        missing = self._capacity - self._level
+        return self.limit - missing, missing / (self.limit / 60)
 
 
 class FixedWindow:
@@ -109,6 +120,10 @@ class FixedWindow:
     def resize(self, limit: float, now: float) -> None:
         self._roll(now)
         self.limit = limit
+
+    def left(self, now: float) -> tuple[float, float]:
+        self._roll(now)
+        return self.limit - self._used, self._started + self.seconds - now
 
 
 class SlidingWindow:
@@ -151,6 +166,11 @@ class SlidingWindow:
         self._expire(now)
         self.limit = limit
 
+    def left(self, now: float) -> tuple[float, float]:
+        self._expire(now)
+        whole = self._charges[-1][0] + self.seconds - now if self._charges else 0.0
+        return self.limit - self._used, whole
+
 
 @dataclass(frozen=True, slots=True)
 class QuotaRefusal:
@@ -176,12 +196,14 @@ class Limits:
     def __init__(self, config: SimulationConfig, now: float) -> None:
         self._config = config
         self._meters: dict[str, Meter] = {}
+        self._others_at = now
         self._build(config, now)
 
     def admit(self, input_tokens: int, output_tokens: int, now: float) -> QuotaRefusal | None:
         """Charge the call, or say which limit refuses it longest."""
         if not self._meters:
             return None
+        self._charge_others(now)
         amounts = _amounts(input_tokens, output_tokens)
         refusal = self._longest_wait(amounts, now)
         if refusal is None:
@@ -189,9 +211,30 @@ class Limits:
                 meter.charge(amounts[name], now)
         return refusal
 
+    def left(self, now: float) -> dict[str, tuple[float, float, float]]:
+        """Of each limit: its size, what is left of it, the seconds until all of it is."""
+        return {name: (meter.limit, *meter.left(now)) for name, meter in self._meters.items()}
+
+    def _charge_others(self, now: float) -> None:
+        """What other users of the key have taken since the last look, as far as it was there."""
+        passed, self._others_at = now - self._others_at, now
+        for name, meter in self._meters.items():
+            if isinstance(meter, Bucket):
+                meter.others = self._config.other_users
+            elif name != "rpd" and self._config.other_users:
+                amount = self._config.other_users * getattr(self._config, name) / 60 * passed
+                meter.charge(max(min(amount, meter.left(now)[0]), 0.0), now)
+
     def reconfigure(self, config: SimulationConfig, now: float) -> None:
         """Change limits in mid-run. What was charged stays charged while a limit keeps its kind."""
-        kinds = ("window", "bucket_seconds", "window_seconds", "day_seconds")
+        self._charge_others(now)
+        kinds = (
+            "window",
+            "bucket_seconds",
+            "window_seconds",
+            "day_seconds",
+            "rate_limit_headers",
+        )
         if any(getattr(config, name) != getattr(self._config, name) for name in kinds):
             self._meters.clear()
         self._config = config
@@ -237,7 +280,8 @@ def _meter(name: str, limit: float, config: SimulationConfig, now: float) -> Met
     if name == "rpd":
         return FixedWindow(size, config.day_seconds, now)
     if config.window is Window.BUCKET:
-        return Bucket(size, config.bucket_seconds, now)
+        usual = 1.0 if config.rate_limit_headers is None else 60.0
+        return Bucket(size, config.bucket_seconds or usual, now, config.other_users)
     if config.window is Window.FIXED:
         return FixedWindow(size, config.window_seconds, now)
     return SlidingWindow(size, config.window_seconds)

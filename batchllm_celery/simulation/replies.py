@@ -100,6 +100,9 @@ def decide(config: SimulationConfig, request: GenerateRequest, attempt: int) -> 
     if Chance(config.seed, request.prompt, 0)[0] < config.block_rate:
         return Reply(ReplyOutcome.BLOCKED, 200, latency, input_tokens=tokens, cached_tokens=cached)
     outcome, text, output_tokens = _answer(config, request, chance[3])
+    if config.output_tail:
+        factor = _lognormal(config.output_tail, Chance(config.seed, request.prompt, -attempt)[3])
+        output_tokens = max(1, round(output_tokens * factor))
     return Reply(
         outcome,
         200,
@@ -116,10 +119,13 @@ def decide(config: SimulationConfig, request: GenerateRequest, attempt: int) -> 
 def _latency(config: SimulationConfig, first: float, second: float) -> float:
     latency = config.latency
     if config.latency_tail and latency:
-        sigma = config.latency_tail
-        normal = _NORMAL.inv_cdf(max(first, 1e-12))
-        latency *= math.exp(sigma * normal - sigma * sigma / 2)
+        latency *= _lognormal(config.latency_tail, first)
     return max(0.0, latency + config.jitter * (2 * second - 1))
+
+
+def _lognormal(sigma: float, chance: float) -> float:
+    """A factor with mean 1, from a uniform number."""
+    return math.exp(sigma * _NORMAL.inv_cdf(max(chance, 1e-12)) - sigma * sigma / 2)
 
 
 def _broken(config: SimulationConfig, chance: float) -> tuple[ReplyOutcome, int] | None:

@@ -231,10 +231,10 @@ async def _chat(provider: Provider, request: web.Request) -> web.StreamResponse:
         return _response(openai.error(problem))
     call, reply = await provider.answer("openai", asked)
     if isinstance(reply, QuotaRefusal):
-        return _response(openai.refused(provider, asked, reply))
+        return _response(openai.refused(provider, asked, reply), call.headers)
     if reply.outcome is ReplyOutcome.DROPPED:
         return _dropped(request)
-    return _response(openai.completed(provider, asked, reply, call.number))
+    return _response(openai.completed(provider, asked, reply, call.number), call.headers)
 
 
 async def _create_cache(provider: Provider, request: web.Request) -> web.StreamResponse:
@@ -347,11 +347,11 @@ def _cache_name(request: web.Request) -> str:
     return f"cachedContents/{request.match_info['id']}"
 
 
-def _response(answer: HttpAnswer) -> web.Response:
+def _response(answer: HttpAnswer, limits: Mapping[str, str] | None = None) -> web.Response:
     return web.Response(
         status=answer.status,
         body=json.dumps(answer.body, ensure_ascii=False).encode(),
-        headers=answer.headers,
+        headers={**(limits or {}), **answer.headers},
         content_type="application/json",
     )
 

@@ -112,7 +112,7 @@ class StrategyCatalog:
     """Registered names. The module-level `catalog` is the one that `@strategy` fills.
 
     Args:
-        builtins: module whose `register_builtins(catalog)` is called before the first use.
+        builtins: module whose `builtin_registrations()` are added before the first use.
     """
 
     def __init__(self, builtins: str | None = None) -> None:
@@ -121,9 +121,13 @@ class StrategyCatalog:
 
     @property
     def _known(self) -> dict[str, Registration]:
-        builtins, self._builtins = self._builtins, None
+        builtins = self._builtins
         if builtins is not None:
-            importlib.import_module(builtins).register_builtins(self)
+            # Threads may get here at once, as a worker's and its event loop's do. Each adds the
+            # same names, and none may see the catalog without them.
+            for registration in importlib.import_module(builtins).builtin_registrations():
+                self._registrations.setdefault(registration.name, registration)
+            self._builtins = None
         return self._registrations
 
     def register(self, registration: Registration) -> None:
@@ -158,7 +162,7 @@ class StrategyCatalog:
             ) from None
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._known)
+        return iter(tuple(self._known))
 
     def __contains__(self, name: object) -> bool:
         return name in self._known

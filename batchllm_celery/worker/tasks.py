@@ -42,8 +42,8 @@ from batchllm_celery.worker.pool import watchdog
 from batchllm_celery.worker.pool.bad_messages import MOST_ITEMS, dropped, guarded
 from batchllm_celery.worker.pool.task_events import gather_task_events
 from batchllm_celery.worker.pool.transport import fetch_together, use_in
+from batchllm_celery.worker.process import Runtime
 from batchllm_celery.worker.retry_events import RetryEvents
-from batchllm_celery.worker.runtime import Runtime
 from batchllm_celery.worker.startup import touch_forever, wait_for_redis
 
 logger = logging.getLogger("batchllm_celery")
@@ -184,7 +184,7 @@ class _Process:
             tally = await runtime.run_items(
                 batch_id,
                 indexes,
-                offered=task_id.startswith(OFFERED),
+                requeued=task_id.startswith(OFFERED),
                 time_limit=self._time_limit(),
             )
         if tally.unknown:
@@ -240,9 +240,9 @@ class _Process:
         )
         runtime.dropped_messages = lambda: dropped.count
         if self._pool is not None:
-            runtime.on_room = self._pool.look_again
-        watchdog.events.listen(runtime.events.emit)
-        revive_when_lost(runtime.events)
+            runtime.admission.on_room = self._pool.look_again
+        watchdog.events.listen(runtime.services.events.emit)
+        revive_when_lost(runtime.services.events)
         return runtime
 
     def _open_listeners(self) -> Iterator[Listener]:
@@ -339,7 +339,7 @@ class _Process:
         gather_task_events(sender)
         if hasattr(pool, "admit"):
             self._pool, self._slots = pool, pool.limit
-            pool.admit = lambda in_hand: self._current().room_for_messages(in_hand)
+            pool.admit = lambda in_hand: self._current().admission.room_for_messages(in_hand)
             if has_only_our_tasks(self._app):
                 fetch_together(lambda: int(pool.room), self._seen)
             # What has been imported stays: a full collection that looks at it stops all calls' loop
@@ -359,7 +359,7 @@ class _Process:
     def _seen(self, headers: dict[str, Any]) -> None:
         items = headers.get(ITEMS_HEADER)
         if headers.get("task") == RUN_ITEMS and type(items) is int:
-            self._current().expect(min(items, MOST_ITEMS))
+            self._current().admission.expect(min(items, MOST_ITEMS))
 
     def _on_process_init(self, **_: Any) -> None:
         if not self._is_worker:

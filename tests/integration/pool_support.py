@@ -90,6 +90,7 @@ class PoolLab:
         self.app = pool_app.make_app(self.url, self.namespace)
         self._client = redis.Redis.from_url(self.url, decode_responses=True)
         self._workers: list[PoolWorker] = []
+        self._results: list[AsyncResult[Any]] = []
 
     def __enter__(self) -> PoolLab:
         return self
@@ -97,6 +98,9 @@ class PoolLab:
     def __exit__(self, *_: object) -> None:
         for worker in self._workers:
             worker.stop()
+        for result in self._results:
+            # One that is collected later would look for the stopped server for 20 seconds.
+            result.backend = None  # type: ignore[assignment]
         self.app.close()
         self._client.close()
 
@@ -109,7 +113,9 @@ class PoolLab:
         return self.start(*options, **how).ready()
 
     def send(self, task: str, *args: Any, **options: Any) -> AsyncResult[Any]:
-        return self.app.send_task(f"tests.integration.pool_app.{task}", args, **options)
+        result = self.app.send_task(f"tests.integration.pool_app.{task}", args, **options)
+        self._results.append(result)
+        return result
 
     def send_many(self, task: str, arguments: list[tuple[Any, ...]]) -> None:
         with self.app.producer_pool.acquire(block=True) as producer:

@@ -33,7 +33,7 @@ from batchllm_celery.models import (
     WorkItemResult,
 )
 from batchllm_celery.settings import Settings
-from batchllm_celery.worker.runtime import Runtime
+from batchllm_celery.worker.process import Runtime
 from tests.support import ValkeyServer
 from tests.unit.test_item_runner import FakeLimiter
 
@@ -202,7 +202,7 @@ async def runtime(redis_url: str, namespace: str) -> AsyncIterator[Runtime]:
     opened = Runtime(settings, redis_url, lambda *_: None, slots=4)
     await opened.open()
     # The real one waits for minutes while nobody succeeds.
-    opened.runner.limiter = cast(Limiter, FakeLimiter())
+    opened.items.runner.limiter = cast(Limiter, FakeLimiter())
     yield opened
     await opened.close()
 
@@ -212,7 +212,7 @@ async def run(
 ) -> list[WorkItemResult[Any, Any]]:
     """Bring the items again and again, as messages do, until each has its outcome."""
     calls.clear()
-    url, namespace = str(runtime.settings.redis_url), runtime.settings.namespace
+    url, namespace = str(runtime.services.settings.redis_url), runtime.services.settings.namespace
     with Producer(redis_url=url, namespace=namespace) as producer:
 
         def submit() -> Batch:
@@ -222,7 +222,7 @@ async def run(
         batch = await asyncio.to_thread(submit)
         for _ in range(100):
             await runtime.run_items(batch.id, range(len(items)))
-            if (await runtime.ledger.batches.progress(batch.id)).is_over:
+            if (await runtime.services.ledger.batches.progress(batch.id)).is_over:
                 break
         return await asyncio.to_thread(lambda: list(batch.results()))
 
@@ -276,7 +276,7 @@ async def test_what_would_go_on_for_ever_ends_as_exhausted(runtime: Runtime, how
     quick = Quota(name="quick", limits=QuotaLimits(requests_per_minute=1_000_000))
     results = await run(runtime, ["a"], how, config=config, quota=quick)
     [result] = results
-    settings = runtime.settings
+    settings = runtime.services.settings
     assert calls["a"] <= 3 + 3 + MAX_OVERLOADS + 1 + settings.max_deliveries
     assert not result.success
     assert "told so" in (result.error or "")
@@ -289,18 +289,18 @@ async def test_an_answer_that_can_not_be_recorded_is_not_paid_for_ever(
     """Whatever fails behind the call: the next call does not begin once the item had its share."""
 
     async def broken(*_: Any, **__: Any) -> bool:
-        for claim in list(runtime.ledger.claims.holding):
+        for claim in list(runtime.services.ledger.claims.holding):
             claim.settled = False
         raise OSError("the outcome is lost")
 
-    record = runtime.ledger.claims.record
+    record = runtime.services.ledger.claims.record
 
     async def record_failures(claim: Any, result: Any, **values: Any) -> bool:
         if result.error_kind is FailureKind.EXHAUSTED:
             return await record(claim, result, **values)
         return await broken()
 
-    monkeypatch.setattr(runtime.ledger.claims, "record", record_failures)
+    monkeypatch.setattr(runtime.services.ledger.claims, "record", record_failures)
     run_items = runtime.run_items
 
     async def run_quietly(*arguments: Any) -> Any:
@@ -311,7 +311,7 @@ async def test_an_answer_that_can_not_be_recorded_is_not_paid_for_ever(
 
     monkeypatch.setattr(runtime, "run_items", run_quietly)
     [result] = await run(runtime, ["a"], "a set", config=FAST)
-    most = FAST.most_calls + runtime.settings.max_deliveries + 1
+    most = FAST.most_calls + runtime.services.settings.max_deliveries + 1
     assert result.error_kind in (FailureKind.EXHAUSTED, FailureKind.CUT_OFF)
     assert calls["a"] <= most
 

@@ -20,7 +20,7 @@ from batchllm_celery.keys import Keys
 from batchllm_celery.ledger import Beat, Heartbeat, Ledger, new_process_id
 from batchllm_celery.models import BatchSpec, BatchState, Quota, QuotaLimits, StrategySpec
 from batchllm_celery.settings import Settings
-from batchllm_celery.worker.runtime import Runtime
+from batchllm_celery.worker.process import Runtime
 from tests.integration.ledger_support import rows
 from tests.support import wait_until_async
 
@@ -274,7 +274,7 @@ async def test_what_a_worker_can_not_read_goes_back(
         assert client.zcard(keys.batch("newer").ready) == 3
         ready: Any = client.zrange(keys.batch("newer").ready, 0, 0, withscores=True)
         assert float(ready[0][1]) > time.time() * 1000 - 5000
-        assert runtime._presence().unreadable == "newer"
+        assert runtime.presence().unreadable == "newer"
         await runtime.close()
     assert caplog.text.count("redis.broken_entry") == 1
     await asyncio.sleep(0)

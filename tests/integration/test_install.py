@@ -97,11 +97,12 @@ def resolve(pip: Path, index: Path, lock: str, folder: Path) -> subprocess.Compl
         env=clean | {"PIP_CONFIG_FILE": os.devnull, "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=280,
         check=False,
     )
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("pip", bundled_pips(), ids=lambda path: path.name.split("-py3")[0])
 def test_the_lock_installs_although_newer_releases_exist(
     pip: Path, newer_index: tuple[Path, str], tmp_path: Path

@@ -22,8 +22,7 @@ from batchllm_celery.ledger.claims import Claims
 from batchllm_celery.models import Quota, QuotaLimits
 from batchllm_celery.queue import ITEMS_HEADER, RUN_ITEMS, make_app
 from batchllm_celery.settings import Settings
-from batchllm_celery.worker.runtime import Runtime
-from batchllm_celery.worker.slots import Slots
+from batchllm_celery.worker.process import Runtime
 from tests.integration import worker_app  # noqa: F401 - registers its strategy here too
 from tests.support import ValkeyServer, wait_until, wait_until_async
 
@@ -104,42 +103,6 @@ def _calling(url: str, namespace: str, batch: Batch) -> int:
     return sum(holder.startswith(b"p ") for holder in holders)
 
 
-async def test_urgent_items_take_the_next_free_slot() -> None:
-    """The highest priority goes first, and first come first served within one."""
-    slots, order = Slots(1), []
-
-    async def use(name: str, priority: int) -> None:
-        await slots.take(priority)
-        order.append(name)
-        await asyncio.sleep(0)
-        slots.give()
-
-    await slots.take()
-    waiting = [
-        asyncio.create_task(use(name, priority))
-        for name, priority in (("usual", 0), ("later", 0), ("urgent", 9))
-    ]
-    await asyncio.sleep(0)
-    slots.give()
-    await asyncio.gather(*waiting)
-    assert order == ["urgent", "usual", "later"]
-
-
-async def test_about_four_items_a_slot_are_admitted(redis_url: str, namespace: str) -> None:
-    """A process takes messages until four times its slots are admitted, not more; before it has
-    seen one it takes each to be large."""
-    settings = Settings(redis_url=redis_url, namespace=namespace)
-    runtime = Runtime(settings, redis_url, lambda *_: None, slots=50)
-    assert [runtime.room_for_messages(n) for n in (0, 1, 2)] == [2, 1, 0]  # of a hundred items each
-    async with runtime._admission(50):
-        # One is known; those that are on their way are of fifty, too.
-        assert [runtime.room_for_messages(n) for n in (1, 3, 4)] == [3, 1, 0]
-        runtime.draining = True
-        assert runtime.room_for_messages(1) == 0
-        runtime.draining = False
-    assert runtime.room_for_messages(3) == 1
-
-
 async def test_items_handed_back_before_they_began_are_given_back(
     producer: Producer, redis_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,14 +110,14 @@ async def test_items_handed_back_before_they_began_are_given_back(
     batch = await asyncio.to_thread(_submit, producer, 10, 0.01)
     settings = Settings(redis_url=redis_url, namespace=namespace)
     runtime = Runtime(settings, redis_url, lambda *_: None, slots=50)
-    begin = runtime._start
+    start = runtime.items.start
 
-    def begin_and_hand_back(*arguments: Any) -> Any:
-        task = begin(*arguments)
-        runtime._hand_back(lambda running: True)
+    def start_and_hand_back(*arguments: Any) -> Any:
+        task = start(*arguments)
+        runtime.items.hand_back(lambda item: True)
         return task
 
-    monkeypatch.setattr(runtime, "_start", begin_and_hand_back)
+    monkeypatch.setattr(runtime.items, "start", start_and_hand_back)
     tally = await runtime.run_items(batch.id, range(10))
     assert (tally.returned, tally.succeeded, tally.failed) == (10, 0, 0)
     with redis.Redis.from_url(redis_url) as client:
@@ -173,14 +136,14 @@ async def test_what_a_claim_brings_to_a_draining_worker_goes_back(
     settings = Settings(redis_url=redis_url, namespace=namespace)
     runtime = Runtime(settings, redis_url, lambda *_: None, slots=50)
     await runtime.open()
-    claim = runtime.ledger.claims.claim
+    claim = runtime.services.ledger.claims.claim
 
     async def claim_and_drain(*arguments: Any) -> Any:
         reply = await claim(*arguments)
         runtime.drain()
         return reply
 
-    monkeypatch.setattr(runtime.ledger.claims, "claim", claim_and_drain)
+    monkeypatch.setattr(runtime.services.ledger.claims, "claim", claim_and_drain)
     async with asyncio.timeout(10):
         tally = await runtime.run_items(batch.id, range(10))
     assert tally.returned == 10
@@ -212,7 +175,7 @@ async def test_a_days_end_leaves_nothing_held(
     with redis.Redis.from_url(redis_url) as client:
         held = Keys(namespace).batch(batch.id).held
         await asyncio.to_thread(wait_until, lambda: not client.exists(held))
-    assert not len(runtime.ledger.claims.holding)
+    assert not len(runtime.services.ledger.claims.holding)
     await runtime.close()
 
 
@@ -230,7 +193,7 @@ async def test_a_failed_look_for_lost_work_is_not_the_last(
         looks += 1
         raise redis.ConnectionError("gone for a moment")
 
-    monkeypatch.setattr(runtime.ledger.recovery, "requeue", offer)
+    monkeypatch.setattr(runtime.services.ledger.recovery, "requeue", offer)
     await wait_until_async(lambda: looks >= 2)
     await runtime.close()
 

@@ -16,9 +16,10 @@ from batchllm_celery.connection import Script
 PRELUDE = """
 local real, clock, run_id = redis, tonumber(ARGV[#ARGV - 1]), ARGV[#ARGV]
 ARGV[#ARGV], ARGV[#ARGV - 1] = nil, nil
-local redis = {}
+local redis, published = {}, {}
 function redis.call(name, ...)
   if name == 'TIME' then return {math.floor(clock / 1000000), clock % 1000000} end
+  if name == 'PUBLISH' then published[#published + 1] = {...} end
   return real.call(name, ...)
 end
 function redis.pcall(name, ...)
@@ -26,7 +27,9 @@ function redis.pcall(name, ...)
   if name == 'INFO' then return 'run_id:' .. run_id .. '\\r\\n' end
   return real.pcall(name, ...)
 end
+local function script()
 """
+END = "\nend\nreturn {script(), published}\n"
 
 
 class VirtualRedis:
@@ -37,11 +40,17 @@ class VirtualRedis:
         self.now = start
         self.run_id = "first"
         self._loaded: dict[str, str] = {}
+        self.published: list[list[bytes]] = []
+        """Channel and message of what the latest script published."""
 
     def call(self, script: Script, keys: list[str], args: Sequence[Any] = ()) -> Any:
         """Run a script at the present virtual moment."""
         sha = self._loaded.get(script.sha)
         if sha is None:
-            sha = self._loaded[script.sha] = self.client.script_load(PRELUDE + script.text)
+            sha = self._loaded[script.sha] = self.client.script_load(PRELUDE + script.text + END)
         arguments = [*args, round(self.now * 1e6), self.run_id]
-        return self.client.execute_command("EVALSHA", sha, len(keys), *keys, *arguments)
+        called = self.client.execute_command("EVALSHA", sha, len(keys), *keys, *arguments)
+        reply, self.published = called
+        if isinstance(reply, Exception):  # a script's own error, which Redis nests
+            raise reply
+        return reply

@@ -7,7 +7,10 @@ import importlib
 import inspect
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -116,6 +119,46 @@ async def test_an_unknown_name_or_parameter_is_named(names: StrategyCatalog) -> 
         await registry.get(StrategySpec(name="nope"))
     with pytest.raises(UsageError, match=r"'x'; it takes model, delay, failures"):
         await registry.get(StrategySpec(name="counting", params={"x": 1}))
+
+
+def test_threads_that_use_the_catalog_first_all_see_the_built_in_names(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One thread is still adding them while another one looks up, lists, asks and registers."""
+    entered, release = threading.Event(), threading.Event()
+
+    def builtin_registrations() -> tuple[Registration, ...]:
+        if not entered.is_set():
+            entered.set()
+            assert release.wait(30)
+        return (Registration("built-in", Counting),)
+
+    builtins = ModuleType("slow_builtins")
+    builtins.builtin_registrations = builtin_registrations  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "slow_builtins", builtins)
+    names = StrategyCatalog(builtins="slow_builtins")
+    with ThreadPoolExecutor() as threads:
+        first = threads.submit(names.lookup, "built-in")
+        try:
+            assert entered.wait(30)
+            assert names.lookup("built-in").factory is Counting
+            assert set(names) == {"built-in"}
+            assert "built-in" in names
+            names.register(Registration("own", Counting))
+            with pytest.raises(UsageError, match="already registered"):
+                names.register(Registration("built-in", lambda: Counting()))
+        finally:
+            release.set()
+        assert first.result(30).factory is Counting
+    assert set(names) == {"built-in", "own"}
+
+
+def test_builtins_that_can_t_be_imported_say_so_each_time() -> None:
+    """A second look does not find an empty catalog."""
+    names = StrategyCatalog(builtins="no_such_builtins")
+    for _ in range(2):
+        with pytest.raises(ModuleNotFoundError, match="no_such_builtins"):
+            names.lookup("gemini")
 
 
 async def test_a_factory_must_give_a_strategy() -> None:

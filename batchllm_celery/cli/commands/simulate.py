@@ -29,6 +29,15 @@ _HELP = {
     "block_rate": "Share of prompts that the safety filter blocks.",
     "window": "How limits are counted: bucket, fixed or sliding.",
     "retry_hint": "What a 429 says: retry-info, retry-after or none.",
+    "rate_limit_headers": "Tell the limits in each answer's headers: openai or anthropic.",
+    "other_users": "Share of each limit a minute that others take.",
+    "refuse_beyond": "Calls in flight beyond which it answers 503 (--overload-status).",
+    "overload_status": "503 or 529.",
+    "decode_slots": "Calls that decode together, and slow each other down; others queue.",
+    "decode_queue": "Calls that may queue before it answers 503.",
+    "input_seconds": "Seconds that 1,000 tokens of the prompt add.",
+    "burst_every": "Seconds from one burst of overload to the next.",
+    "burst_share": "Share of calls refused in a burst of --burst-seconds.",
     "log_file": "One JSON line for each arrival.",
 }
 

@@ -43,9 +43,11 @@
 --          5 report (a record: latencies, tokens, the provider's headers), or empty; not read yet
 -- returns  reply (a record), then each start in microseconds after `reply.now_us`, as uint32
 --
--- Records are tables of numbers. Their fields stand once, with units: `request`, `report` and
--- `reply` in limiter/protocol.py, `setup` and `live` in limiter/quota_state.py. limiter/scripts.py
--- puts their `read_NAME` and `pack_NAME` before this text, with the constants that Python knows too.
+-- The fields of records stand once, with units: `request`, `report` and `reply` in
+-- limiter/protocol.py, `setup` and `live` in limiter/quota_state.py. A line `--#read RECORD ...`
+-- makes each field a local, RECORD_FIELD; `--#pack RECORD` makes RECORD_packed of them. (With tables
+-- the script took five microseconds more.) limiter/scripts.py puts these lines in place, and before
+-- this text `pack_reply` and the constants that Python knows too.
 --
 -- A request that is repeated (same process and sequence) gets the same reply: nothing is done twice.
 --
@@ -59,7 +61,7 @@ end
 --#include constants.lua
 local QUOTA, PROCESSES, WAITING, CHANNEL = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local process, estimates = ARGV[2], ARGV[4]
-local request = read_request(ARGV[3])
+--#read request ARGV[3]
 local max, min, ceil = math.max, math.min, math.ceil
 
 local PROCESS = '<ddI4'           -- sequence of its last request, lease clock then, permits held
@@ -69,27 +71,28 @@ local known_process = redis.call('HGET', PROCESSES, process)
 local permits_before = 0          -- permits that it held at its last request
 if known_process then
   local sequence, _, permits, reply_at = struct.unpack(PROCESS, known_process)
-  if sequence == request.sequence then return string.sub(known_process, reply_at) end
+  if sequence == request_sequence then return string.sub(known_process, reply_at) end
   permits_before = permits
 end
 
 local stored = redis.call('HMGET', QUOTA, 'setup', 'live')
-local setup, live = read_setup(stored[1]), read_live(stored[2])
-if not stored[2] and (setup.full_speed == 1 or request.full_speed == 1) then
-  live.search_rate = FULL_SPEED
+--#read setup stored[1]
+--#read live stored[2]
+if not stored[2] and (setup_full_speed == 1 or request_full_speed == 1) then
+  live_search_rate = FULL_SPEED
 end
 
 -- Dimensions, wherever they are numbered: 1 requests, 2 tokens, 3 input tokens, 4 output tokens.
 local rates = {
-  setup.requests_per_second, setup.tokens_per_second,
-  setup.input_tokens_per_second, setup.output_tokens_per_second,
+  setup_requests_per_second, setup_tokens_per_second,
+  setup_input_tokens_per_second, setup_output_tokens_per_second,
 }
-local tat_us = {live.tat_requests_us, live.tat_tokens_us, live.tat_input_us, live.tat_output_us}
+local tat_us = {live_tat_requests_us, live_tat_tokens_us, live_tat_input_us, live_tat_output_us}
 local rates_known = rates[1] + rates[2] + rates[3] + rates[4] > 0
 local tokens_limited = rates[2] + rates[3] + rates[4] > 0
-local slots_limited = setup.max_concurrency > 0
-local lookahead_us = min(setup.horizon_us, LOOKAHEAD_US)
-local was_failing = live.failures_in_a_row > 0
+local slots_limited = setup_max_concurrency > 0
+local lookahead_us = min(setup_horizon_us, LOOKAHEAD_US)
+local was_failing = live_failures_in_a_row > 0
 local new_epoch = false           -- this request has begun one
 
 --#include steps/clock.lua
@@ -100,11 +103,11 @@ local new_epoch = false           -- this request has begun one
 --#include steps/grant.lua
 
 -- Notify. A slot that this process frees, or has no use for, goes to the first that waits.
-if new_epoch then redis.call('PUBLISH', CHANNEL, string.format('epoch:%.0f', live.epoch)) end
-local frees_slot = slots_limited and live.in_flight < setup.max_concurrency
-  and (permits < permits_before + granted or has_its_share and request.wanted > 0)
-local frees_probe = breaker_open and live.probing_process == ''
-local breaker_closed = was_failing and live.failures_in_a_row == 0
+if new_epoch then redis.call('PUBLISH', CHANNEL, string.format('epoch:%.0f', live_epoch)) end
+local frees_slot = slots_limited and live_in_flight < setup_max_concurrency
+  and (permits < permits_before + granted or has_its_share and request_wanted > 0)
+local frees_probe = breaker_open and live_probing_process == ''
+local breaker_closed = was_failing and live_failures_in_a_row == 0
 if frees_slot or frees_probe or breaker_closed then
   local first = redis.call('ZRANGE', WAITING, 0, 0)[1]
   if first and first ~= process then redis.call('PUBLISH', CHANNEL, 'slot:' .. first) end
@@ -112,28 +115,29 @@ end
 
 -- Reply and remember.
 local reply = pack_reply({
-  epoch = live.epoch,
+  epoch = live_epoch,
   now_us = now_us,
-  cooldown_until_us = live.cooldown_until_us,
+  cooldown_until_us = live_cooldown_until_us,
   ask_again_us = max(min(ask_again_us, LONGEST_WAIT_US), 1000),
   exhausted_until_us = exhausted_until_us,
-  consecutive_cooldowns = live.consecutive_cooldowns,
+  consecutive_cooldowns = live_consecutive_cooldowns,
   tokens_limited = tokens_limited and 1 or 0,
   slots_limited = slots_limited and 1 or 0,
   probing = breaker_open and 1 or 0,
-  may_prefetch = (slots_limited or setup.requests_per_day > 0 or breaker_open or spacings_us
-    or live.cooldown_until_us > now_us) and 0 or 1,
+  may_prefetch = (slots_limited or setup_requests_per_day > 0 or breaker_open or spacings_us
+    or live_cooldown_until_us > now_us) and 0 or 1,
   oversize = oversize and 1 or 0,
-  held_up = served < request.wanted and 1 or 0,
+  held_up = served < request_wanted and 1 or 0,
 }) .. struct.pack('<' .. string.rep('I4', granted), unpack(starts))
 
 local is_new = redis.call('HSET', PROCESSES, process,
-  struct.pack(PROCESS, request.sequence, live.lease_clock_us, permits) .. reply)
-live.tat_requests_us, live.tat_tokens_us = tat_us[1], tat_us[2]
-live.tat_input_us, live.tat_output_us = tat_us[3], tat_us[4]
-redis.call('HSET', QUOTA, 'live', pack_live(live))
+  struct.pack(PROCESS, request_sequence, live_lease_clock_us, permits) .. reply)
+live_tat_requests_us, live_tat_tokens_us = tat_us[1], tat_us[2]
+live_tat_input_us, live_tat_output_us = tat_us[3], tat_us[4]
+--#pack live
+redis.call('HSET', QUOTA, 'live', live_packed)
 if leases_checked or is_new == 1 or joins_waiting then
-  local kept_s = KEYS_KEPT_S + max(ceil((live.exhausted_until_us - now_us) / 1000000), 0)
+  local kept_s = KEYS_KEPT_S + max(ceil((live_exhausted_until_us - now_us) / 1000000), 0)
   redis.call('EXPIRE', QUOTA, kept_s)
   redis.call('EXPIRE', PROCESSES, kept_s)
   redis.call('EXPIRE', WAITING, kept_s)

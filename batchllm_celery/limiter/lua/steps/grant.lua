@@ -19,36 +19,36 @@ do
   for i = 1, #limited do
     if tat_us[limited[i]] > now_us then without_debt = false end
   end
-  if without_debt or live.cooldown_until_us > now_us then
-    live.busy_since_us = max(now_us, live.cooldown_until_us)
+  if without_debt or live_cooldown_until_us > now_us then
+    live_busy_since_us = max(now_us, live_cooldown_until_us)
   end
-  if without_debt and live.curve_time_s > K_S then live.curve_time_s = K_S end
+  if without_debt and live_curve_time_s > K_S then live_curve_time_s = K_S end
 end
 
 -- How many starts does everything but the rate leave? And what holds the waiters up?
-local room = request.wanted + request.prefetch
+local room = request_wanted + request_prefetch
 local held_up_by                  -- 'rate', 'slots', 'day' or 'cooldown' (or the breaker)
 local ask_again_us, exhausted_until_us = LONGEST_WAIT_US, 0
 local has_its_share = false       -- this process has its share of the slots: others come first
 
-if setup.requests_per_day > 0 and setup.requests_per_day - live.day_used < room then
-  room, held_up_by = max(setup.requests_per_day - live.day_used, 0), 'day'
-  if room == 0 and request.wanted > 0 then exhausted_until_us = live.day_resets_at_us end
+if setup_requests_per_day > 0 and setup_requests_per_day - live_day_used < room then
+  room, held_up_by = max(setup_requests_per_day - live_day_used, 0), 'day'
+  if room == 0 and request_wanted > 0 then exhausted_until_us = live_day_resets_at_us end
 end
-if live.exhausted_until_us > now_us then
-  room, held_up_by, exhausted_until_us = 0, 'day', live.exhausted_until_us
+if live_exhausted_until_us > now_us then
+  room, held_up_by, exhausted_until_us = 0, 'day', live_exhausted_until_us
 end
 if #estimates == 0 and tokens_limited
-    and (request.wanted > 0 or request.known_epoch ~= live.epoch) then
+    and (request_wanted > 0 or request_known_epoch ~= live_epoch) then
   room, held_up_by, ask_again_us = 0, 'cooldown', 0   -- it does not know that tokens are limited
 end
 
-local permits = request.in_flight + request.reserved
+local permits = request_in_flight + request_reserved
 if slots_limited then
-  local free = setup.max_concurrency - live.in_flight - permits
+  local free = setup_max_concurrency - live_in_flight - permits
   if waiting > 1 then             -- a slot is left for each process that waits for longer
     local ahead = is_queued and redis.call('ZRANK', WAITING, process) or waiting - 1
-    local share = max(ceil(setup.max_concurrency / waiting), 1) - permits
+    local share = max(ceil(setup_max_concurrency / waiting), 1) - permits
     has_its_share = share <= 0
     free = min(free - min(ahead, free), share)
   end
@@ -56,11 +56,11 @@ if slots_limited then
 end
 
 -- Nothing starts before `earliest_us`. Nobody overtakes a slow start either.
-local earliest_us = max(now_us, live.cooldown_until_us, live.ramp_previous_us)
-local breaker_open = live.failures_in_a_row >= BREAKER_FAILURES
+local earliest_us = max(now_us, live_cooldown_until_us, live_ramp_previous_us)
+local breaker_open = live_failures_in_a_row >= BREAKER_FAILURES
 if breaker_open then
-  earliest_us = max(earliest_us, live.probe_from_us)
-  if live.probing_process ~= '' or earliest_us > now_us + lookahead_us then
+  earliest_us = max(earliest_us, live_probe_from_us)
+  if live_probing_process ~= '' or earliest_us > now_us + lookahead_us then
     room, held_up_by = 0, 'cooldown'
   else
     room = min(room, 1)
@@ -68,8 +68,8 @@ if breaker_open then
 end
 
 local spacings_us                 -- between the starts of a slow start, if one is under way
-if live.ramp_position >= 0 and setup.adaptive == 0 and setup.ramp_length > 0
-    and (live.ramp_position < setup.ramp_length or setup.ramp_repeats ~= 0) then
+if live_ramp_position >= 0 and setup_adaptive == 0 and setup_ramp_length > 0
+    and (live_ramp_position < setup_ramp_length or setup_ramp_repeats ~= 0) then
   spacings_us = {}
   for seconds in string.gmatch(redis.call('HGET', QUOTA, 'ramp') or '', '[^,]+') do
     spacings_us[#spacings_us + 1] = tonumber(seconds) * 1000000
@@ -80,9 +80,9 @@ end
 -- itself. (The one hot loop: comparisons take the place of calls of min and max.)
 local starts, granted, last_us, spent_us, oversize = {}, 0, now_us, 0, false
 do
-  local burst_us, dimensions = setup.burst_us, #limited
+  local burst_us, dimensions = setup_burst_us, #limited
   local longest_burst_us, costs_us = max(burst_us, SHORT_WINDOW_US), {}
-  local wanted, reserved = request.wanted, request.reserved
+  local wanted, reserved = request_wanted, request_reserved
   -- Processes take turns with the last share of the lookahead. Without it, the process nearest to
   -- Redis would be the first whenever there is room. So much is kept that the next one may be some
   -- way off.
@@ -92,7 +92,7 @@ do
       and not (is_queued and redis.call('ZRANK', WAITING, process) == 0) then
     frontier_us = horizon_us - max(share_us, min(FAIRNESS_WINDOW_US, lookahead_us / 2))
   end
-  local tokens, input, output = nil, request.prefetch_input, request.prefetch_output
+  local tokens, input, output = nil, request_prefetch_input, request_prefetch_output
   if #estimates > 0 then
     tokens = {struct.unpack('<' .. string.rep('I4', #estimates / 4), estimates)}
   end
@@ -101,7 +101,7 @@ do
       if granted < wanted then
         input, output = tokens[2 * granted + 1], tokens[2 * granted + 2]
       else
-        input, output = request.prefetch_input, request.prefetch_output
+        input, output = request_prefetch_input, request_prefetch_output
       end
     end
 
@@ -117,12 +117,12 @@ do
       if d > 1 and cost > OVERSIZE_US then is_oversize = true end
     end
     if spacings_us then
-      if live.ramp_position >= setup.ramp_length and setup.ramp_repeats == 0 then
-        spacings_us, earliest_us = nil, max(earliest_us, live.ramp_previous_us)   -- it is over
+      if live_ramp_position >= setup_ramp_length and setup_ramp_repeats == 0 then
+        spacings_us, earliest_us = nil, max(earliest_us, live_ramp_previous_us)   -- it is over
         start_us = max(start_us, earliest_us)
-      elseif live.ramp_position > 0 then
-        local spacing_us = spacings_us[min(live.ramp_position + 1, #spacings_us)]
-        start_us = max(start_us, live.ramp_previous_us + spacing_us)
+      elseif live_ramp_position > 0 then
+        local spacing_us = spacings_us[min(live_ramp_position + 1, #spacings_us)]
+        start_us = max(start_us, live_ramp_previous_us + spacing_us)
       end
     end
 
@@ -155,22 +155,22 @@ do
       tat_us[d] = tat + cost
     end
     if spacings_us then
-      live.ramp_position, live.ramp_previous_us = live.ramp_position + 1, start_us
+      live_ramp_position, live_ramp_previous_us = live_ramp_position + 1, start_us
     end
     granted = granted + 1
     starts[granted] = start_us - now_us + 1   -- in whole microseconds, and never early
     if granted <= wanted then last_us = start_us end
   end
 end
-if breaker_open and granted > 0 then live.probing_process = process end
-if setup.requests_per_day > 0 then live.day_used = live.day_used + granted end
+if breaker_open and granted > 0 then live_probing_process = process end
+if setup_requests_per_day > 0 then live_day_used = live_day_used + granted end
 permits = permits + granted
-live.in_flight = live.in_flight + permits
-local served = min(granted, request.wanted)
+live_in_flight = live_in_flight + permits
+local served = min(granted, request_wanted)
 
 -- A process whose waiters are all served leaves WAITING; one that got something goes to its end.
-local joins_waiting = served < request.wanted and not is_queued
-if served == request.wanted then
+local joins_waiting = served < request_wanted and not is_queued
+if served == request_wanted then
   if is_queued then redis.call('ZREM', WAITING, process) end
 elseif joins_waiting or has_its_share or served > 0 then
   redis.call('ZADD', WAITING, now_us, process)
@@ -180,17 +180,17 @@ end
 -- that came together are no sign of it. Until then CUBIC's time passes (step 1), and a search goes
 -- on (step 2).
 if served > 0 and last_us <= now_us + 1000 and held_up_by ~= 'rate' then
-  live.busy_since_us = now_us
+  live_busy_since_us = now_us
 end
-if request.wanted > 0
-    and now_us - live.busy_since_us >= max(250000, 4 * spent_us / max(granted, 1)) then
-  local held_until_us = live.rate_limited_until_us
+if request_wanted > 0
+    and now_us - live_busy_since_us >= max(250000, 4 * spent_us / max(granted, 1)) then
+  local held_until_us = live_rate_limited_until_us
   if not rates_known and held_until_us > 0 and now_us > held_until_us then
     local left = max(1 - (now_us - held_until_us) / LULL_US, 0)
-    live.curve_time_s = min(live.curve_time_s, K_S * left)
+    live_curve_time_s = min(live_curve_time_s, K_S * left)
   end
   for i = 1, #limited do
-    live.rate_limited_until_us = max(live.rate_limited_until_us, tat_us[limited[i]])
+    live_rate_limited_until_us = max(live_rate_limited_until_us, tat_us[limited[i]])
   end
 end
 

@@ -8,16 +8,16 @@ local CALLS_LEASE_US = 10000000   -- how long the calls in flight of a silent pr
 local WAITING_LEASE_US = 3000000  -- how long a silent process counts as waiting
 local REPLY_KEPT_US = 600000000   -- how long a silent process may ask for its last reply again
 
-local leases_checked = live.lease_clock_us - live.leases_checked_us >= 1000000   -- once a second
-live.in_flight = live.in_flight - permits_before
+local leases_checked = live_lease_clock_us - live_leases_checked_us >= 1000000   -- once a second
+live_in_flight = live_in_flight - permits_before
 if leases_checked then
-  live.leases_checked_us, live.in_flight = live.lease_clock_us, 0
+  live_leases_checked_us, live_in_flight = live_lease_clock_us, 0
   local all = redis.call('HGETALL', PROCESSES)
   for i = 1, #all, 2 do
     local other, stored = all[i], all[i + 1]
     if other ~= process then
       local sequence, seen_us, permits, reply_at = struct.unpack(PROCESS, stored)
-      local silent_us = live.lease_clock_us - seen_us
+      local silent_us = live_lease_clock_us - seen_us
       if silent_us > CALLS_LEASE_US then
         if silent_us > REPLY_KEPT_US then
           redis.call('HDEL', PROCESSES, other)
@@ -25,18 +25,18 @@ if leases_checked then
           redis.call('HSET', PROCESSES, other,
             struct.pack(PROCESS, sequence, seen_us, 0) .. string.sub(stored, reply_at))
         end
-        if live.probing_process == other then live.probing_process = '' end
+        if live_probing_process == other then live_probing_process = '' end
       else
-        live.in_flight = live.in_flight + permits
+        live_in_flight = live_in_flight + permits
       end
       if silent_us > WAITING_LEASE_US then redis.call('ZREM', WAITING, other) end
     end
   end
 end
-live.in_flight = max(live.in_flight, 0)       -- calls in flight and reservations of the others
+live_in_flight = max(live_in_flight, 0)       -- calls in flight and reservations of the others
 
 local waiting, is_queued = 1, false
-if request.wanted > 0 then
+if request_wanted > 0 then
   waiting = redis.call('ZCARD', WAITING)      -- mostly nobody waits, and one call is enough
   is_queued = waiting > 0 and redis.call('ZSCORE', WAITING, process) and true
   if not is_queued then waiting = waiting + 1 end

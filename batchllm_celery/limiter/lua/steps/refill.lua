@@ -10,15 +10,15 @@ local HEADROOM = 0.995
 local limited, unit_us = {}, {}
 do
   local pace = allowed_pace()
-  live.pace = pace
+  live_pace = pace
   if not rates_known then rates[1] = pace end
   local share = rates_known and pace * HEADROOM or 1
 
   -- Reservations that nobody used and whose start lies ahead can be given to others, unless a new
   -- epoch has voided them: then they are returned already.
-  local starts, input, output = request.reusable, request.reusable_input, request.reusable_output
-  if request.known_epoch ~= live.epoch or new_epoch then starts, input, output = 0, 0, 0 end
-  local debt_input, debt_output = request.debt_input - input, request.debt_output - output
+  local starts, input, output = request_reusable, request_reusable_input, request_reusable_output
+  if request_known_epoch ~= live_epoch or new_epoch then starts, input, output = 0, 0, 0 end
+  local debt_input, debt_output = request_debt_input - input, request_debt_output - output
   local debts = {-starts, debt_input + debt_output, debt_input, debt_output}
 
   -- Forfeited tokens (negative) were reserved by first guesses, or for starts that came too late.
@@ -26,14 +26,14 @@ do
   -- returned at once, they would be refused. So they come back only beyond the reserved starts and
   -- a second.
   local forfeited = {
-    0, request.forfeited_input + request.forfeited_output,
-    request.forfeited_input, request.forfeited_output,
+    0, request_forfeited_input + request_forfeited_output,
+    request_forfeited_input, request_forfeited_output,
   }
   local far_us = now_us + lookahead_us + 1000000
 
   for d = 1, 4 do
     if rates[d] > 0 then
-      local unit, earliest_us = 1000000 / (rates[d] * share), now_us - setup.burst_us
+      local unit, earliest_us = 1000000 / (rates[d] * share), now_us - setup_burst_us
       limited[#limited + 1], unit_us[d] = d, unit
       local tat = tat_us[d]
       tat = max(tat > 0 and tat or now_us, earliest_us)

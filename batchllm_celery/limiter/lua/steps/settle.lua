@@ -10,44 +10,44 @@ local SLICE_US = 5000000          -- the shortest length of a slice
 local SEARCH_GAIN = 0.25          -- starts per second that a success adds to the search
 local SEARCH_PAUSE_US = 1000000   -- how long the search goes on after the rate held somebody up
 
-local successes, late_successes = request.successes, request.late_successes
-if request.known_epoch ~= live.epoch then   -- all of them began before the present epoch
+local successes, late_successes = request_successes, request_late_successes
+if request_known_epoch ~= live_epoch then   -- all of them began before the present epoch
   successes, late_successes = 0, successes + late_successes
 end
 
 -- The breaker's probe is leased to one process: it ends with its call, or with the process' last
 -- permit.
-if live.probing_process == process
-    and (request.probe_ended == 1 or request.in_flight + request.reserved == 0) then
-  live.probing_process = ''
+if live_probing_process == process
+    and (request_probe_ended == 1 or request_in_flight + request_reserved == 0) then
+  live_probing_process = ''
 end
 
 -- Only a success of the present epoch shows that the provider takes calls again.
 if successes > 0 then
-  live.consecutive_cooldowns, live.failures_in_a_row, live.success_since_cut = 0, 0, 1
+  live_consecutive_cooldowns, live_failures_in_a_row, live_success_since_cut = 0, 0, 1
 end
 
 if successes + late_successes > 0 then
-  live.successes_since_cut = live.successes_since_cut + successes + late_successes
-  live.slice_successes = live.slice_successes + successes + late_successes
-  if now_us - live.slice_since_us > SLICE_US then   -- the newest slice comes first
+  live_successes_since_cut = live_successes_since_cut + successes + late_successes
+  live_slice_successes = live_slice_successes + successes + late_successes
+  if now_us - live_slice_since_us > SLICE_US then   -- the newest slice comes first
     local history = redis.call('HGET', QUOTA, 'history') or ''
     redis.call('HSET', QUOTA, 'history',
-      struct.pack(SLICE, live.slice_since_us, live.slice_successes)
+      struct.pack(SLICE, live_slice_since_us, live_slice_successes)
       .. string.sub(history, 1, (SLICES_KEPT - 1) * SLICE_BYTES))
-    live.slice_since_us, live.slice_successes = now_us, 0
+    live_slice_since_us, live_slice_successes = now_us, 0
   end
   -- A quota whose rate nobody knows is searched for upwards, while the rate holds somebody up.
-  if setup.adaptive == 1 and live.w_max == 0 and not rates_known
-      and now_us - live.rate_limited_until_us < SEARCH_PAUSE_US then
-    live.search_rate = min(
-      live.search_rate + SEARCH_GAIN * (successes + late_successes), live.search_rate * 2)
+  if setup_adaptive == 1 and live_w_max == 0 and not rates_known
+      and now_us - live_rate_limited_until_us < SEARCH_PAUSE_US then
+    live_search_rate = min(
+      live_search_rate + SEARCH_GAIN * (successes + late_successes), live_search_rate * 2)
   end
 end
 
-if setup.requests_per_day > 0 then
-  if now_us >= live.day_resets_at_us then
-    live.day_used, live.day_resets_at_us = 0, now_us - now_us % DAY_US + DAY_US
+if setup_requests_per_day > 0 then
+  if now_us >= live_day_resets_at_us then
+    live_day_used, live_day_resets_at_us = 0, now_us - now_us % DAY_US + DAY_US
   end
-  live.day_used = max(live.day_used - request.unused, 0)
+  live_day_used = max(live_day_used - request_unused, 0)
 end
