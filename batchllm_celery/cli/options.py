@@ -106,9 +106,18 @@ rows = group(
         "--format",
         type=click.Choice(FORMATS),
         default="auto",
-        help="Format of the input; auto: by its name, then by its first line.",
+        help="Format of the input; auto: by its name, then by its first bytes.",
     ),
+    option("--limit", type=click.IntRange(min=1), help="Only the first so many rows."),
+    option("--sample", type=click.IntRange(min=1), help="Only so many rows, chosen at random."),
+    option("--sample-seed", type=int, default=0, help="Another one chooses other rows."),
+    option("--id-column", metavar="FIELD", help="Holds the row's id.  [default: item_id]"),
+    option("--text-column", metavar="FIELD", help="Is the prompt, as it stands."),
+    option("--delimiter", metavar="CHAR", help="Of CSV; default: found by the first lines."),
+    option("--encoding", metavar="NAME", help="Of text, as cp1252.  [default: UTF-8]"),
 )
+
+inputs = click.argument("sources", metavar="INPUT", nargs=-1, required=True)
 
 model = group(
     option(

@@ -14,6 +14,7 @@ import secrets
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,13 @@ class CommandRequest:
     # The input.
     prompt: str | None = None
     format: Format = "auto"
+    limit: int | None = None
+    sample: int | None = None
+    sample_seed: int = 0
+    id_column: str | None = None
+    text_column: str | None = None
+    delimiter: str | None = None
+    encoding: str | None = None
     strict: bool = False
     rerun: tuple[str, ...] = ()
     retry_failed: bool = False
@@ -162,7 +170,7 @@ def strategy_of(request: CommandRequest) -> StrategySpec:
 
 def _strategy_extras(request: CommandRequest) -> dict[str, Any]:
     extras = {
-        "system": request.system,
+        "system": text_of(request.system, "--system") if request.system else None,
         "temperature": request.temperature,
         "max_output_tokens": request.max_output_tokens,
         "schema": read_schema(request.schema),
@@ -476,24 +484,62 @@ def rerun_words(request: CommandRequest) -> tuple[str, ...]:
 # -- over which rows
 
 
-def rows_of(request: CommandRequest, source: str, strategy: StrategySpec) -> Rows:
+def rows_of(request: CommandRequest, sources: Sequence[str], strategy: StrategySpec) -> Rows:
     """The opened input.
 
     Raises:
         InputError: it can't be read, or it has no row.
     """
     template = request.prompt
+    if template and request.text_column:
+        raise UsageError("--prompt and --text-column exclude each other; give one of them")
+    if request.limit and request.sample:
+        raise UsageError("--limit and --sample exclude each other; give one of them")
     return Rows(
-        source,
+        sources,
         strategy,
-        template=PromptTemplate(template) if template else None,
+        template=PromptTemplate(text_of(template, "--prompt")) if template else None,
         format=request.format,
         tunable=strategy.name in PROVIDER_KEYS,
+        limit=request.limit,
+        sample=request.sample,
+        seed=request.sample_seed,
+        id_column=request.id_column,
+        text_column=request.text_column,
+        delimiter=_delimiter(request.delimiter),
+        encoding=request.encoding,
     )
 
 
+def _delimiter(given: str | None) -> str | None:
+    names = {"\\t": "\t", "tab": "\t", "comma": ",", "semicolon": ";", "bar": "|", "pipe": "|"}
+    delimiter = names.get(given.lower(), given) if given else given
+    if delimiter is not None and (len(delimiter) != 1 or delimiter in '"\r\n'):
+        raise UsageError(f"--delimiter {given!r}: one character, or tab")
+    return delimiter
+
+
+def text_of(value: str, option: str) -> str:
+    """The text of an option, or of the file that `@FILE` names.
+
+    Raises:
+        UsageError: the file can't be read as UTF-8.
+    """
+    if not value.startswith("@"):
+        return value
+    try:
+        return Path(value[1:]).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UsageError(f"{option} {value}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{option} {value} is not UTF-8") from None
+
+
 def open_rows(
-    request: CommandRequest, source: str, strategy: StrategySpec, stack: contextlib.ExitStack
+    request: CommandRequest,
+    sources: Sequence[str],
+    strategy: StrategySpec,
+    stack: contextlib.ExitStack,
 ) -> Rows:
     """The input, closed by `stack`.
 
@@ -502,15 +548,16 @@ def open_rows(
     Raises:
         InputError: the input can't be read, has no row, or has a bad one (`--strict`).
     """
-    if request.strict or (source == STDIN and request.batch_id):
+    if request.strict or (STDIN in sources and request.batch_id):
         # It is read more than once: to check it, or to compare it with what is known.
-        path = spooled(source)
-        if path != source:
-            stack.callback(Path(path).unlink, missing_ok=True)
-        source = path
+        paths = [spooled(source) for source in sources]
+        for path, source in zip(paths, sources, strict=True):
+            if path != source:
+                stack.callback(Path(path).unlink, missing_ok=True)
+        sources = paths
     if request.strict:
-        check_all(rows_of(request, source, strategy))
-    rows = rows_of(request, source, strategy)
+        check_all(rows_of(request, sources, strategy))
+    rows = rows_of(request, sources, strategy)
     stack.callback(rows.close)
     return rows
 

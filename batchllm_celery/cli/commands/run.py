@@ -74,7 +74,7 @@ class CheckedRun:
 
 
 @click.command()
-@click.argument("source", metavar="INPUT")
+@options.inputs
 @options.model
 @options.base_url
 @options.rows
@@ -91,11 +91,12 @@ class CheckedRun:
 @options.quiet
 @options.as_json
 @options.verbose
-def run(source: str, workers: int, simulation: str | None, **shared: Any) -> int:
+def run(sources: tuple[str, ...], workers: int, simulation: str | None, **shared: Any) -> int:
     """Answer every row of INPUT, write the results and print a summary.
 
-    INPUT is JSONL, CSV, plain text (a prompt a line), Parquet, an OpenAI batch file, or - for
-    standard input. The results go to INPUT.results.jsonl unless -o says otherwise.
+    INPUT is JSONL, a JSON array, CSV, plain text (a prompt a line), Parquet, Excel, an OpenAI batch
+    file, each also as .gz or .zst, a folder (one item a file), several of them, or - for standard
+    input. The results go to INPUT.results.jsonl unless -o says otherwise.
 
     Exit code: 0 all succeeded, 1 some failed, 2 bad usage or input, 3 stopped early,
     130 interrupted.
@@ -105,7 +106,7 @@ def run(source: str, workers: int, simulation: str | None, **shared: Any) -> int
     log_to(console, verbose=request.verbose)
     started = time.monotonic()
     with contextlib.ExitStack() as stack, Interrupts().counted() as interrupts:
-        checked = _check(source, request, workers, simulation, stack)
+        checked = _check(sources, request, workers, simulation, stack)
         end, logs, total_time = _run(checked, console, interrupts, stack, started)
         summary = _summary(checked, end, total_time, logs)
     _report(summary, end, request)
@@ -116,7 +117,7 @@ def run(source: str, workers: int, simulation: str | None, **shared: Any) -> int
 
 
 def _check(
-    source: str,
+    sources: tuple[str, ...],
     request: CommandRequest,
     workers: int,
     simulation: str | None,
@@ -126,9 +127,13 @@ def _check(
 
     settings = settings_of(request)
     strategy = strategy_of(request)
+    source = sources[0]
+    if len(sources) > 1 and request.out is None:
+        raise UsageError("several inputs: say where the results go with -o OUT.jsonl")
     out = request.out or default_out(source, dry_run=request.dry_run)
-    _refuse_same_file(source, out)
-    rows = open_rows(request, source, strategy, stack)
+    for one in sources:
+        _refuse_same_file(one, out)
+    rows = open_rows(request, sources, strategy, stack)
     instance = check_strategy(strategy, settings)
     if not request.dry_run and workers:
         check_key(strategy, settings)
@@ -149,7 +154,7 @@ def _check(
 def default_out(source: str, *, dry_run: bool = False) -> str:
     """INPUT.results.jsonl beside the input; INPUT.dry-run.jsonl for a dry run."""
     name = "dry-run" if dry_run else "results"
-    return f"{'stdin' if source == STDIN else source}.{name}.jsonl"
+    return f"{'stdin' if source == STDIN else source.rstrip('/')}.{name}.jsonl"
 
 
 def _overwrites(request: CommandRequest) -> bool:
@@ -201,7 +206,7 @@ def _run(
     stack.callback(fleet.kill)
     display = open_display(console, quiet=request.quiet)
     display.say(f"Batch {batch.id}" + (", resumed" if batch.resumed else ""))
-    for words in beginning.words:
+    for words in (f"Reading {checked.rows.words}", *beginning.words):
         display.say(words)
     follower = BatchFollower(
         producer, batch, checked.rows, sink, fleet, display, feed=beginning.feed(checked.rows),

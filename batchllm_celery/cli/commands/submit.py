@@ -36,7 +36,7 @@ from batchllm_celery.settings import Settings
 
 
 @click.command()
-@click.argument("source", metavar="INPUT")
+@options.inputs
 @options.model
 @options.rows
 @options.quota
@@ -45,7 +45,7 @@ from batchllm_celery.settings import Settings
 @options.connection
 @options.quiet
 @options.verbose
-def submit(source: str, **shared: Any) -> int:
+def submit(sources: tuple[str, ...], **shared: Any) -> int:
     """Enqueue every row of INPUT for the workers of a fleet; print the batch's id.
 
     The id is printed as soon as the batch is in Redis, so that `batchllm results ID --follow` can
@@ -56,11 +56,11 @@ def submit(source: str, **shared: Any) -> int:
     with contextlib.ExitStack() as stack, Interrupts().counted() as interrupts:
         settings = settings_of(request)
         strategy = strategy_of(request)
-        rows = open_rows(request, source, strategy, stack)
+        rows = open_rows(request, sources, strategy, stack)
         instance = None
         if request.model or settings.app:
             instance = check_strategy(strategy, settings)
-        spec = spec_of(request, strategy, source=source, queue="default", keep_results=True)
+        spec = spec_of(request, strategy, source=sources[0], queue="default", keep_results=True)
         if instance is not None:
             check_price(spec, instance, settings)
         quota = quota_of(request, default_quota_name(strategy))
