@@ -17,7 +17,7 @@ ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
 .PHONY: $(STAMP)
 endif
 
-.PHONY: help setup demo test test-server check format bench chaos wheel dist check-wheel lock clean
+.PHONY: help setup demo test test-server check format bench boundary chaos wheel dist check-wheel lock clean
 
 help:
 	@echo "make demo    the main job on real text, with the simulated provider: demo/results.jsonl"
@@ -25,6 +25,7 @@ help:
 	@echo "make test-server SERVER=/path/to/redis-server  ledger, limiter and main job on it"
 	@echo "make check   format, lint, types, import rules"
 	@echo "make bench   prints the figures"
+	@echo "make boundary  thousands of generated cases; SEED=... others, CASES=AREA:NUMBER one again"
 	@echo "make chaos   kills, freezes and starves for minutes"
 	@echo "make format  puts the code in order"
 	@echo "make lock    pins requirements.lock anew (needs uv)"
@@ -63,6 +64,7 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/basedpyright
 	$(BIN)/lint-imports
 
 format: $(STAMP)
@@ -71,6 +73,14 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks
+
+# Odd answers, calls and rows by the thousands. What fails prints the line that runs it again.
+SEED ?= $(shell date +%s)
+boundary: SEED := $(SEED)
+boundary: $(STAMP)
+	BOUNDARY_SEED=$(SEED) BOUNDARY_COUNT=$(COUNT) BOUNDARY_CASES=$(CASES) \
+		$(BIN)/python -m pytest -q -m boundary -n 2 tests/boundary
+	@echo "Seed $(SEED)"
 
 chaos: $(STAMP)
 	$(BIN)/python -m pytest -q -s -m chaos

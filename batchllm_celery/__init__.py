@@ -26,15 +26,23 @@ if TYPE_CHECKING:
         FixedDelayStrategy,
         RateLimitStrategy,
     )
+    from batchllm_celery.connection import BrokenEntry
     from batchllm_celery.errors import (
         BatchLLMError,
         FailureKind,
         FrameworkTimeoutError,
         ProviderError,
+        QuotaUnavailableError,
         UsageError,
     )
+    from batchllm_celery.events import Event, Events, Listener
+    from batchllm_celery.limiter import QuotaState
     from batchllm_celery.models import (
+        BadRow,
+        BatchProgress,
         BatchResult,
+        BatchSpec,
+        BatchState,
         Completion,
         Failure,
         LLMWorkItem,
@@ -44,21 +52,38 @@ if TYPE_CHECKING:
         RateLimitConfig,
         RetryConfig,
         RetryState,
+        StrategySpec,
+        Timing,
         TokenUsage,
         WorkItemResult,
     )
-    from batchllm_celery.producer import Batch, Producer
+    from batchllm_celery.producer import (
+        AsyncBatch,
+        AsyncProducer,
+        Batch,
+        BlockingCallWarning,
+        Delivered,
+        Producer,
+        Results,
+        Row,
+        RowWith,
+        SubmitOptions,
+        WorkerInfo,
+    )
     from batchllm_celery.providers import (
         GeminiCachedStrategy,
         GeminiStrategy,
         OpenAICompatibleStrategy,
         PydanticAIStrategy,
     )
+    from batchllm_celery.quotas import QuotaPermit, quota
     from batchllm_celery.settings import Settings
     from batchllm_celery.strategies import (
         CallableStrategy,
         EscalatingStrategy,
         LLMCallStrategy,
+        RegisteredStrategy,
+        TypedStrategy,
         strategy,
     )
     from batchllm_celery.worker import install
@@ -66,11 +91,16 @@ if TYPE_CHECKING:
 __all__ = [
     # work and its outcome
     "LLMWorkItem",
+    "BadRow",
     "WorkItemResult",
     "BatchResult",
+    "Timing",
     "TokenUsage",
     # strategies
     "strategy",
+    "RegisteredStrategy",
+    "TypedStrategy",
+    "StrategySpec",
     "LLMCallStrategy",
     "Completion",
     "RetryState",
@@ -82,7 +112,23 @@ __all__ = [
     "EscalatingStrategy",
     # a fleet
     "Producer",
+    "AsyncProducer",
+    "SubmitOptions",
+    "Row",
+    "RowWith",
     "Batch",
+    "AsyncBatch",
+    "Results",
+    "Delivered",
+    "BatchSpec",
+    "BatchProgress",
+    "BatchState",
+    "QuotaState",
+    "WorkerInfo",
+    "BrokenEntry",
+    "Events",
+    "Event",
+    "Listener",
     "install",
     "Settings",
     # one process
@@ -97,6 +143,9 @@ __all__ = [
     "FixedDelayStrategy",
     "Quota",
     "QuotaLimits",
+    # code that makes its own calls
+    "quota",
+    "QuotaPermit",
     # errors
     "BatchLLMError",
     "UsageError",
@@ -104,12 +153,17 @@ __all__ = [
     "Failure",
     "FailureKind",
     "FrameworkTimeoutError",
+    "QuotaUnavailableError",
+    "BlockingCallWarning",
     "__version__",
 ]
 
 #: Where each public name lives. Imported on first use, so that `import batchllm_celery` is quick
 #: and a provider's SDK is loaded only by those who call it.
 _HOMES = {
+    "connection": ("BrokenEntry",),
+    "events": ("Event", "Events", "Listener"),
+    "limiter": ("QuotaState",),
     "compat.metrics": ("MetricsObserver",),
     "compat.processor": ("ParallelBatchProcessor",),
     "compat.rate_limits": (
@@ -122,10 +176,15 @@ _HOMES = {
         "FailureKind",
         "FrameworkTimeoutError",
         "ProviderError",
+        "QuotaUnavailableError",
         "UsageError",
     ),
     "models": (
+        "BadRow",
+        "BatchProgress",
         "BatchResult",
+        "BatchSpec",
+        "BatchState",
         "Completion",
         "Failure",
         "LLMWorkItem",
@@ -135,18 +194,40 @@ _HOMES = {
         "RateLimitConfig",
         "RetryConfig",
         "RetryState",
+        "StrategySpec",
+        "Timing",
         "TokenUsage",
         "WorkItemResult",
     ),
-    "producer": ("Batch", "Producer"),
+    "producer": (
+        "AsyncBatch",
+        "AsyncProducer",
+        "Batch",
+        "BlockingCallWarning",
+        "Delivered",
+        "Producer",
+        "Results",
+        "Row",
+        "RowWith",
+        "SubmitOptions",
+        "WorkerInfo",
+    ),
     "providers": (
         "GeminiCachedStrategy",
         "GeminiStrategy",
         "OpenAICompatibleStrategy",
         "PydanticAIStrategy",
     ),
+    "quotas": ("QuotaPermit", "quota"),
     "settings": ("Settings",),
-    "strategies": ("CallableStrategy", "EscalatingStrategy", "LLMCallStrategy", "strategy"),
+    "strategies": (
+        "CallableStrategy",
+        "EscalatingStrategy",
+        "LLMCallStrategy",
+        "RegisteredStrategy",
+        "TypedStrategy",
+        "strategy",
+    ),
     "worker": ("install",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

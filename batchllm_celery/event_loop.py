@@ -39,6 +39,7 @@ class _LoopThread:
     def __init__(self) -> None:
         self.loop = _new_loop()
         self._running = threading.Event()
+        self._stopped = False
         self._thread = threading.Thread(target=self._main, name="batchllm-loop", daemon=True)
         self._thread.start()
         self._running.wait()
@@ -49,6 +50,7 @@ class _LoopThread:
 
     def stop(self) -> None:
         """End what still runs and close the loop; gives up after a few seconds."""
+        self._stopped = True
         with contextlib.suppress(RuntimeError):  # the loop is closed already
             self.loop.call_soon_threadsafe(self.loop.stop)
         if not self.is_current:
@@ -65,10 +67,14 @@ class _LoopThread:
             self.loop.close()
 
     def _run(self) -> None:
-        """Run until `stop`: a task that calls `sys.exit` ends itself, and not everybody's loop."""
+        """Run until `stop`: a task that calls `sys.exit` ends itself, and not everybody's loop. Nor
+        does one that stops the loop, as code does that takes it for its own."""
         while True:
             try:
-                return self.loop.run_forever()
+                self.loop.run_forever()
+                if self._stopped:
+                    return
+                logger.error("event_loop.stop_ignored: a task of a strategy stopped the loop")
             except (SystemExit, KeyboardInterrupt) as error:
                 logger.error(
                     "event_loop.exit_ignored error=%s: a task of a strategy raised it\n%s",
@@ -140,6 +146,12 @@ def _started() -> _LoopThread:
 def loop() -> asyncio.AbstractEventLoop:
     """This process's loop; its thread starts with the first call. Never call it before a fork."""
     return _started().loop
+
+
+def current() -> asyncio.AbstractEventLoop | None:
+    """This process's loop if its thread is running; starts nothing."""
+    thread = _thread
+    return None if thread is None else thread.loop
 
 
 def use_bridge(bridge: Bridge | None) -> None:

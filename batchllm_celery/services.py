@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from functools import cached_property
 from typing import TYPE_CHECKING, Self, TypeVar
@@ -52,6 +53,8 @@ class Services:
         self.events = Events() if events is None else events
         self.process_id = process_id or new_process_id()
         self._denied_seconds = denied_seconds
+        self._opening = asyncio.Lock()
+        self._limiter_is_open = False
         self.stack = AsyncExitStack()
         """What is pushed here is closed with the parts: before those that were made earlier."""
 
@@ -91,6 +94,15 @@ class Services:
     def limiter(self) -> Limiter:
         """Whoever asks it for permits enters it first: `await services.enter(services.limiter)`."""
         return Limiter(self.connection, self.keys, process_id=self.process_id, events=self.events)
+
+    async def open_limiter(self) -> Limiter:
+        """The limiter, ready to be asked for permits; it is entered once, however many call this.
+        (A worker enters it itself, when it opens its parts.)"""
+        async with self._opening:
+            if not self._limiter_is_open:
+                await self.enter(self.limiter)
+                self._limiter_is_open = True
+        return self.limiter
 
     @cached_property
     def resources(self) -> ProcessResources:

@@ -134,10 +134,13 @@ class ItemRunner:
         run = _Run(self, job)
         try:
             outcome = await run.within_item_timeout()
-        except Exception as error:
+        except BaseException as error:
             if isinstance(error, RedisError | OSError | BatchLLMError):
                 raise
-            # A fault of ours: it would come again each time, and each time be paid.
+            if ends(error, asyncio.current_task()):
+                raise
+            # A fault of ours, or an object of the strategy's that exits when it is looked at: it
+            # would come again each time, and each time be paid.
             outcome = run.broken(error)
         finally:
             await _clean_up(job)
@@ -450,8 +453,7 @@ class _Run:
         try:
             await from_user(self.job.strategy.on_error, error, attempt, self.job.state)
         except Exception as raised:
-            item_id = self.job.item_id
-            logger.warning("on_error_failed item_id=%s error=%s", item_id, describe(raised))
+            self.runner.report(self.job, "on_error_failed", raised)
 
     def _delay(self, failure: Failure) -> float | None:
         job = self.job
@@ -516,7 +518,7 @@ class _Run:
             self.cost = cost + (self.cost or 0.0)
 
     def _price(self, usage: TokenUsage, model: Any = None) -> float | None:
-        if not model or not isinstance(model, str):
+        if not isinstance(model, str) or not model:
             model = self.job.strategy.model_name
         name = model if isinstance(model, str) else None
         given = self.job.prices.get(name or "") or self.job.prices.get("")
@@ -539,10 +541,10 @@ class _Run:
             decision, f"CallsExhausted: no further call of this item; last error: {last}"
         )
 
-    def broken(self, error: Exception) -> Failure:
+    def broken(self, error: BaseException) -> Failure:
         """The outcome of an item that a fault of ours ended."""
         self.runner.report(self.job, "internal_error", error)
-        self.job.error = error
+        self.job.error = error if isinstance(error, Exception) else stand_in(error)
         return Failure(FailureKind.LOGIC_ERROR, f"InternalError: {describe(error)}")
 
     def result(self, outcome: Completion[Any] | Failure) -> WorkItemResult[Any, Any]:
@@ -551,7 +553,7 @@ class _Run:
             if isinstance(outcome, Completion) and self.runner.json_output:
                 outcome = self._as_json(outcome)
             return self._result(outcome)
-        except Exception as error:
+        except BaseException as error:  # an object of the user's may even exit
             self.runner.report(self.job, "unrecordable", error)
             what = f"{type(error).__name__}: the answer can't be recorded"
             return self._result(Failure(FailureKind.LOGIC_ERROR, what))
@@ -559,7 +561,7 @@ class _Run:
     def _as_json(self, completion: Completion[Any]) -> Completion[Any] | Failure:
         try:
             output = json_form(completion.output)
-        except Exception as error:  # also what a model's own serialiser raises
+        except BaseException as error:  # also what a model's own serialiser raises
             self.runner.report(self.job, "unwritable_output", error)
             name = type(completion.output).__name__
             return Failure(
@@ -571,7 +573,7 @@ class _Run:
         if metadata:
             try:
                 metadata = plain_metadata(metadata)
-            except Exception as error:  # the answer is worth more
+            except BaseException as error:  # the answer is worth more
                 self.runner.report(self.job, "unwritable_metadata", error)
                 metadata = {"metadata_dropped": type(error).__name__}
         return Completion(output, completion.usage, metadata)

@@ -65,4 +65,6 @@ class Estimator:
 
 def plain_tokens(prompt: str) -> int:
     """UTF-8 bytes / 3, at least 1: closer than characters / 4 on Chinese and on JSON."""
-    return max((len(prompt) if prompt.isascii() else len(prompt.encode())) // 3, 1)
+    if not prompt.isascii():
+        return max(len(prompt.encode("utf-8", "surrogatepass")) // 3, 1)
+    return max(len(prompt) // 3, 1)

@@ -23,6 +23,9 @@ TInput = TypeVar("TInput", default=Any)
 TOutput = TypeVar("TOutput", default=Any)
 TContext = TypeVar("TContext", default=Any)
 
+#: The output of a failure, and the context where none was given, whatever their types say.
+NOTHING: Any = None
+
 LARGE_PROMPT_CHARACTERS = 1_000_000
 
 
@@ -63,7 +66,7 @@ class LLMWorkItem(Generic[TInput, TOutput, TContext]):
     item_id: str
     strategy: Any
     prompt: str = ""
-    context: Any = None
+    context: TContext = NOTHING
     key: bytes | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -136,16 +139,17 @@ class WorkItemResult(Model, Generic[TOutput, TContext]):
 
     `error` is `Type: message`, `error_kind` what kind of failure that is; both None on success.
     `cost` is in US dollars, None where the model's price is unknown. `output` is the strategy's
-    own object in process, its JSON form when read back from Redis or a file.
+    own object in process, and where the batch was submitted to a typed strategy; else its JSON form
+    when read back from Redis or a file. It is None on a failure, whatever its type says.
     """
 
     item_id: str
     index: int = 0
     success: bool
-    output: Any = None
+    output: TOutput = NOTHING
     error: str | None = None
     error_kind: FailureKind | None = None
-    context: Any = None
+    context: TContext = NOTHING
     token_usage: TokenUsage = Field(default_factory=TokenUsage)
     attempts: int = 0
     cost: float | None = None

@@ -1,7 +1,29 @@
 """Submit batches to a fleet, follow and steer them."""
 
 from batchllm_celery.ledger import WorkerInfo
-from batchllm_celery.producer.batch import Batch, Delivered, Results
-from batchllm_celery.producer.producer import Producer, new_batch_id
+from batchllm_celery.producer.batch import AsyncBatch, Batch, Delivered, Results
+from batchllm_celery.producer.producer import (
+    AsyncProducer,
+    Producer,
+    SubmitOptions,
+    default_producer,
+    new_batch_id,
+)
+from batchllm_celery.producer.rows import Row, RowWith
+from batchllm_celery.producer.steps import BlockingCallWarning
 
-__all__ = ["Batch", "Delivered", "Producer", "Results", "WorkerInfo", "new_batch_id"]
+__all__ = [
+    "AsyncBatch",
+    "AsyncProducer",
+    "Batch",
+    "BlockingCallWarning",
+    "Delivered",
+    "Producer",
+    "Results",
+    "Row",
+    "RowWith",
+    "SubmitOptions",
+    "WorkerInfo",
+    "default_producer",
+    "new_batch_id",
+]

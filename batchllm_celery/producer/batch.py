@@ -9,15 +9,23 @@ import logging
 import math
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+)
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from batchllm_celery.connection import Reminder
-from batchllm_celery.errors import FailureKind, InputError
+from batchllm_celery.errors import FailureKind, InputError, UsageError, describe
 from batchllm_celery.files.item_ids import SeenIds
 from batchllm_celery.ledger import Ledger, Outcome
 from batchllm_celery.ledger import Row as Stored
@@ -25,7 +33,10 @@ from batchllm_celery.ledger.workers import list_workers
 from batchllm_celery.models import (
     BadRow,
     BatchProgress,
+    BatchResult,
     BatchSpec,
+    TContext,
+    TOutput,
     WorkItemResult,
 )
 from batchllm_celery.producer.continuing import (
@@ -35,9 +46,22 @@ from batchllm_celery.producer.continuing import (
     key_of,
     known_of,
 )
+from batchllm_celery.producer.outputs import Outputs
 from batchllm_celery.producer.rows import Row, as_payload, refuse_single
 from batchllm_celery.producer.session import Session
+from batchllm_celery.producer.steps import (
+    Blocking,
+    NextRows,
+    Sleep,
+    Step,
+    aiterate,
+    awaitable,
+    blocking,
+    iterate,
+    warn_on_loop,
+)
 from batchllm_celery.queue import items_per_task
+from batchllm_celery.redaction import printable
 
 logger = logging.getLogger("batchllm_celery")
 
@@ -68,11 +92,8 @@ class Delivered:
 GIVE_UP_SECONDS = 5.0
 
 
-class Batch:
-    """A batch in Redis. Get one from `Producer.submit`, `Producer.open` or `Producer.attach`.
-
-    Its methods may be called from any thread, from a coroutine by `asyncio.to_thread`.
-    """
+class BatchSteps(Generic[TOutput, TContext]):
+    """What a batch's handle does, as coroutines of steps: `Batch` blocks, `AsyncBatch` awaits."""
 
     def __init__(
         self,
@@ -87,6 +108,7 @@ class Batch:
         self.resumed = resumed
         """Whether it existed before it was opened here."""
         self._session = session
+        self._outputs = Outputs()
         self._feeding = feeding  # the right to feed, given back when all is fed
         self._cursor = "0"
         # A Redis that is away is waited for until no call may start any more.
@@ -94,11 +116,19 @@ class Batch:
         self._locked = False
         self._questions = Questions(spec, session.settings.openai_base_url)
 
+    def type_outputs(self, output_type: Any) -> None:
+        """Say what the results' outputs are to be; `Any`: their JSON form."""
+        self._outputs = Outputs(output_type)
+
+    def result_of(self, line: Mapping[str, Any]) -> WorkItemResult[TOutput, TContext]:
+        """A `Delivered.line` as a result."""
+        return self._outputs.read(line)
+
     # -- feeding ----------------------------------------------------------------------------------
 
-    def feed(
+    async def _feed(
         self,
-        rows: Iterable[Row | Answered],
+        rows: Iterable[Row | Answered] | AsyncIterable[Row | Answered],
         *,
         stop: threading.Event | None = None,
         on_fed: Callable[[int], None] | None = None,
@@ -110,7 +140,8 @@ class Batch:
         unread). Feeding the same rows again is harmless: finished ones are not run again.
 
         Args:
-            rows: strings, mappings with `prompt`, `LLMWorkItem`s, or rows that were bad already.
+            rows: strings, mappings with `prompt`, `LLMWorkItem`s, or rows that were bad already;
+                an `AsyncBatch` takes an async iterable too.
             stop: set it to end the feeding early, within about 0.2 s.
             on_fed: told the number of rows fed so far, after each chunk.
             max_outstanding: default `settings.max_outstanding`.
@@ -124,41 +155,52 @@ class Batch:
             BatchConflictError: another process feeds this batch.
         """
         try:
-            return self._feed_all(rows, stop or threading.Event(), on_fed, max_outstanding)
+            return await self._feed_all(rows, stop or threading.Event(), on_fed, max_outstanding)
         finally:
             if (feeding := self._feeding) is not None:
-                self._session.run(lambda _: _give_back(feeding))
+                await self._session.step(lambda _: _give_back(feeding))
 
-    def _feed_all(
+    async def _feed_all(
         self,
-        rows: Iterable[Row | Answered],
+        rows: Iterable[Row | Answered] | AsyncIterable[Row | Answered],
         stop: threading.Event,
         on_fed: Callable[[int], None] | None,
         max_outstanding: int | None,
     ) -> int | None:
         refuse_single(rows)
-        fed, seen = 0, SeenIds()
-        for chunk in _chunked(rows, stop):
+        iterator = rows.__aiter__() if isinstance(rows, AsyncIterable) else iter(rows)
+        fed, size, seen = 0, FIRST_CHUNK, SeenIds()
+        while not stop.is_set():
+            # Chunks grow, and are cut short when the rows come slowly.
+            chunk: list[Row | Answered] = await NextRows(iterator, size, CHUNK_SECONDS)
+            if not chunk:
+                break
+            size = min(CHUNK, size * 2)
             stored = [self._stored(row, fed + n, seen) for n, row in enumerate(chunk)]
-            wake = self._until(stop, self._feed(fed, stored, max_outstanding))
-            if wake is None or not self._enqueue(wake, stop):
+            wake = await self._until(stop, fed, stored, max_outstanding)
+            if wake is None or not await Blocking(partial(self._enqueue, wake, stop)):
                 return None
             fed += len(chunk)
             if on_fed is not None:
                 on_fed(fed)
         if stop.is_set():
             return None
-        self._on_ledger(lambda ledger: ledger.feeding.seal(self.id, fed))
+        await self._on_ledger(lambda ledger: ledger.feeding.seal(self.id, fed))
         return fed
 
-    async def _feed(self, first: int, rows: list[Any], max_outstanding: int | None) -> list[int]:
+    async def _store(self, first: int, rows: list[Any], max_outstanding: int | None) -> list[int]:
         return await self._session.services.ledger.feeding.feed(
             self.id, first, rows, max_outstanding=max_outstanding
         )
 
     def _stored(self, row: Row | Answered, index: int, seen: SeenIds) -> Stored:
         answered, row = (row, row.row) if isinstance(row, Answered) else (None, row)
-        payload = as_payload(row, index, self.spec.strategy)
+        try:
+            payload = as_payload(row, index, self.spec.strategy)
+        except UsageError:
+            raise
+        except Exception as error:  # a mapping of the program's own, say
+            raise InputError(f"item {index} can't be read: {describe(error)}") from error
         if isinstance(payload, BadRow):
             bad = _bad(payload, index)
             return bad if answered is None else known_of(answered, bad.metadata["row"])
@@ -168,9 +210,11 @@ class Batch:
         payload.identity = self._questions.identity(payload, key_of(row))
         return payload if answered is None else known_of(answered, payload.identity)
 
-    def _until(self, stop: threading.Event, work: Coroutine[Any, Any, T]) -> T | None:
-        async def watched(_: Session) -> T | None:
-            task = asyncio.ensure_future(work)
+    def _until(
+        self, stop: threading.Event, first: int, rows: list[Any], max_outstanding: int | None
+    ) -> Step[list[int] | None]:
+        async def watched(_: Session) -> list[int] | None:
+            task = asyncio.ensure_future(self._store(first, rows, max_outstanding))
             while not task.done():
                 await asyncio.wait([task], timeout=0.1)
                 late = (
@@ -184,7 +228,7 @@ class Batch:
                     return None
             return task.result()
 
-        return self._session.run(watched)
+        return self._session.step(watched)
 
     def _enqueue(self, indexes: list[int], stop: threading.Event | None = None) -> bool:
         """Send the messages; False when it was stopped before all were sent."""
@@ -205,15 +249,15 @@ class Batch:
 
     # -- following --------------------------------------------------------------------------------
 
-    def progress(self) -> BatchProgress:
+    async def _progress(self) -> BatchProgress:
         """The batch's counters at this moment.
 
         Raises:
             BatchNotFoundError: its keys have expired.
         """
-        return self._on_ledger(lambda ledger: ledger.batches.progress(self.id))
+        return await self._on_ledger(lambda ledger: ledger.batches.progress(self.id))
 
-    def wait(self, timeout: float | None = None) -> BatchProgress:
+    async def _wait(self, timeout: float | None = None) -> BatchProgress:
         """Return when every item has its outcome. A wait without any worker is said in the log.
 
         Raises:
@@ -224,16 +268,18 @@ class Batch:
         seen = "Redis has not answered"
         while True:
             try:
-                progress = self._session.run(lambda _: self._progress_by(give_up))
+                progress = await self._session.step(lambda _: self._progress_by(give_up))
             except TimeoutError:
                 break
             if progress.is_over:
                 return progress
             seen = f"{progress.finished} of {progress.total} items finished"
-            self._session.run(lambda session: _say_what_is_missing(session, self.spec, reminder))
+            await self._session.step(
+                lambda session: _say_what_is_missing(session, self.spec, reminder)
+            )
             if time.monotonic() >= give_up:
                 break
-            time.sleep(min(pause, max(give_up - time.monotonic(), 0.0)))
+            await Sleep(min(pause, max(give_up - time.monotonic(), 0.0)))
             pause = min(pause * 1.5, 0.5)
         raise TimeoutError(f"batch {self.id!r}: {seen} within {timeout:g} s")
 
@@ -242,58 +288,89 @@ class Batch:
         async with asyncio.timeout(left):
             return await self._session.services.ledger.batches.progress(self.id)
 
-    def results(self, *, follow: bool = True) -> Results:
-        """Results in completion order, by `for` or by `async for`; reading takes nothing away.
+    async def _collect(self, timeout: float | None = None) -> BatchResult[TOutput, TContext]:
+        """Wait until every item has its outcome, and return all of them with their sums; for
+        batches whose results fit into memory.
 
-        Args:
-            follow: wait for those that are still to come; False: what there is now.
+        Raises:
+            TimeoutError: after `timeout` seconds.
         """
-        return Results(self, follow)
+        await self._wait(timeout)
+        found = [result async for result in self._results(False, Reminder())]
+        return BatchResult(found)
 
-    def read(
+    async def _results(
+        self, follow: bool, reminder: Reminder
+    ) -> AsyncGenerator[WorkItemResult[TOutput, TContext], None]:
+        after = "0"
+        while True:
+            found, over = await self._session.step(partial(self._next, after, follow, reminder))
+            for outcome in found:
+                yield self._outputs.read(outcome.line)
+            if found:
+                after = found[-1].stream_id
+            elif over:
+                return
+
+    async def _next(
+        self, after: str, follow: bool, reminder: Reminder, session: Session
+    ) -> tuple[list[Outcome], bool]:
+        """The next outcomes, and whether there can be no more after them.
+
+        The counters are read before the stream: an outcome and its count are written in one step.
+        """
+        batches = session.services.ledger.batches
+        over = not follow or (await batches.progress(self.id)).is_over
+        if not over:
+            await _say_what_is_missing(session, self.spec, reminder)
+        block = 0.0 if over else READ_BLOCK
+        return await batches.results(self.id, after, READ_COUNT, block), over
+
+    async def _read(
         self, after: str = "0", max: int = READ_COUNT, timeout: float = 0.0
     ) -> list[Delivered]:
         """Outcomes after the receipt `after`; a look that changes nothing."""
-        return self._on_ledger(lambda ledger: _read(ledger, self.id, after, max, timeout))
+        return await self._on_ledger(lambda ledger: _read(ledger, self.id, after, max, timeout))
 
-    def consume(self) -> None:
+    async def _consume(self) -> None:
         """Become the batch's one consumer, as the first `take` does.
 
         Raises:
             BatchConflictError: another process is consuming this batch.
         """
         if not self._locked:
-            self._session.run(
+            await self._session.step(
                 lambda s: s.services.enter(
                     s.services.ledger.batches.lock(self.id, "consumer", wait=1.0)
                 )
             )
             self._locked = True
 
-    def take(self, max: int = READ_COUNT, timeout: float = 0.25) -> list[Delivered]:
+    async def _take(self, max: int = READ_COUNT, timeout: float = 0.25) -> list[Delivered]:
         """The next outcomes, as the batch's one consumer; [] when none came in `timeout` seconds.
 
         Raises:
             BatchConflictError: another process is consuming this batch.
         """
-        self.consume()
-        taken = self.read(self._cursor, max, timeout)
+        await self._consume()
+        taken = await self._read(self._cursor, max, timeout)
         if taken:
             self._cursor = taken[-1].receipt
         return taken
 
-    def acknowledge(self, receipt: str) -> None:
+    async def _acknowledge(self, receipt: str) -> None:
         """Say that everything up to and including `receipt` is safe with the consumer; without
         `keep_results` it leaves Redis now."""
-        self._on_ledger(lambda ledger: ledger.batches.trim(self.id, receipt))
+        await self._on_ledger(lambda ledger: ledger.batches.trim(self.id, receipt))
 
     # -- steering ---------------------------------------------------------------------------------
 
-    def cancel(self) -> BatchProgress:
+    async def _cancel(self) -> BatchProgress:
         """Start no further call; what waits becomes a failure of kind `cancelled`."""
-        return self._steered(lambda ledger: ledger.batches.cancel(self.id))
+        await self._on_ledger(lambda ledger: ledger.batches.cancel(self.id))
+        return await self._progress()
 
-    def give_up(self) -> None:
+    async def _give_up(self) -> None:
         """Cancel a batch whose rows did not all come: what was fed is all that it has. Says
         nothing where Redis can't be told within `GIVE_UP_SECONDS`."""
 
@@ -303,79 +380,100 @@ class Batch:
                 await ledger.feeding.seal(self.id, 0)
 
         with contextlib.suppress(Exception):
-            self._on_ledger(end)
+            await self._on_ledger(end)
 
-    def pause(self) -> BatchProgress:
+    async def _pause(self) -> BatchProgress:
         """Start no further call until `resume`."""
-        return self._steered(lambda ledger: ledger.batches.pause(self.id))
+        await self._on_ledger(lambda ledger: ledger.batches.pause(self.id))
+        return await self._progress()
 
-    def resume(self) -> BatchProgress:
+    async def _resume(self) -> BatchProgress:
         """Go on after a pause, a parking or a stop; items that a stop ended run again.
 
         Raises:
             UsageError: the budget is spent.
         """
-        return self._steered(lambda ledger: ledger.batches.resume(self.id, self._republish))
+        await self._on_ledger(lambda ledger: ledger.batches.resume(self.id, self._republish))
+        return await self._progress()
 
-    def retry_failed(self) -> int:
+    async def _retry_failed(self) -> int:
         """Run the failed items again; how many."""
-        return self._on_ledger(lambda ledger: ledger.batches.retry(self.id, self._republish)).items
+        reopened = await self._on_ledger(
+            lambda ledger: ledger.batches.retry(self.id, self._republish)
+        )
+        return reopened.items
 
     async def _republish(self, indexes: list[int]) -> None:
         await asyncio.to_thread(self._enqueue, indexes)
 
-    def _steered(self, act: Callable[[Ledger], Coroutine[Any, Any, Any]]) -> BatchProgress:
-        self._on_ledger(act)
-        return self.progress()
-
-    def _on_ledger(self, work: Callable[[Ledger], Coroutine[Any, Any, T]]) -> T:
-        return self._session.run(lambda session: work(session.services.ledger))
+    def _on_ledger(self, work: Callable[[Ledger], Coroutine[Any, Any, T]]) -> Step[T]:
+        return self._session.step(lambda session: work(session.services.ledger))
 
 
-class Results:
+class Batch(BatchSteps[TOutput, TContext]):
+    """A batch in Redis. Get one from `Producer.submit`, `Producer.open` or `Producer.attach`.
+
+    Its methods block, and may be called from any thread. On an event loop use `AsyncBatch`.
+    """
+
+    feed = blocking(BatchSteps._feed)
+    progress = blocking(BatchSteps._progress)
+    wait = blocking(BatchSteps._wait)
+    collect = blocking(BatchSteps[TOutput, TContext]._collect)
+    read = blocking(BatchSteps._read)
+    consume = blocking(BatchSteps._consume)
+    take = blocking(BatchSteps._take)
+    acknowledge = blocking(BatchSteps._acknowledge)
+    cancel = blocking(BatchSteps._cancel)
+    give_up = blocking(BatchSteps._give_up)
+    pause = blocking(BatchSteps._pause)
+    resume = blocking(BatchSteps._resume)
+    retry_failed = blocking(BatchSteps._retry_failed)
+
+    def results(self, *, follow: bool = True) -> Results[TOutput, TContext]:
+        """Results in completion order, by `for` or by `async for`; reading takes nothing away.
+
+        Args:
+            follow: wait for those that are still to come; False: what there is now.
+        """
+        return Results(self, follow)
+
+
+class AsyncBatch(BatchSteps[TOutput, TContext]):
+    """A batch in Redis, for event loops. Get one from an `AsyncProducer`."""
+
+    feed = awaitable(BatchSteps._feed)
+    progress = awaitable(BatchSteps._progress)
+    wait = awaitable(BatchSteps._wait)
+    collect = awaitable(BatchSteps[TOutput, TContext]._collect)
+    cancel = awaitable(BatchSteps._cancel)
+    pause = awaitable(BatchSteps._pause)
+    resume = awaitable(BatchSteps._resume)
+    retry_failed = awaitable(BatchSteps._retry_failed)
+
+    def results(self, *, follow: bool = True) -> AsyncIterator[WorkItemResult[TOutput, TContext]]:
+        """Results in completion order, by `async for`; reading takes nothing away.
+
+        Args:
+            follow: wait for those that are still to come; False: what there is now.
+        """
+        return aiterate(self._results(follow, Reminder()))
+
+
+class Results(Generic[TOutput, TContext]):
     """The results of a batch as they come. Iterate once, by `for` or by `async for`."""
 
-    def __init__(self, batch: Batch, follow: bool) -> None:
+    def __init__(self, batch: BatchSteps[TOutput, TContext], follow: bool) -> None:
         self._batch = batch
         self._follow = follow
         self._reminder = Reminder()
 
-    def __iter__(self) -> Iterator[WorkItemResult[Any, Any]]:
-        after = "0"
-        while True:
-            found, over = self._batch._session.run(partial(self._next, after))
-            yield from map(_result, found)
-            if found:
-                after = found[-1].stream_id
-            elif over:
-                return
+    def __iter__(self) -> Iterator[WorkItemResult[TOutput, TContext]]:
+        warn_on_loop("results")
+        return iterate(self._batch._results(self._follow, self._reminder))
 
-    async def __aiter__(self) -> AsyncIterator[WorkItemResult[Any, Any]]:
-        after, run = "0", self._batch._session.run_async
-        while True:
-            found, over = await run(partial(self._next, after))
-            for outcome in found:
-                yield _result(outcome)
-            if found:
-                after = found[-1].stream_id
-            elif over:
-                return
-
-    async def _next(self, after: str, session: Session) -> tuple[list[Outcome], bool]:
-        """The next outcomes, and whether there can be no more after them.
-
-        The counters are read before the stream: an outcome and its count are written in one step.
-        """
-        over = (
-            not self._follow
-            or (await session.services.ledger.batches.progress(self._batch.id)).is_over
-        )
-        if not over:
-            await _say_what_is_missing(session, self._batch.spec, self._reminder)
-        block = 0.0 if over else READ_BLOCK
-        return await session.services.ledger.batches.results(
-            self._batch.id, after, READ_COUNT, block
-        ), over
+    def __aiter__(self) -> AsyncIterator[WorkItemResult[TOutput, TContext]]:
+        return aiterate(self._batch._results(self._follow, self._reminder))
 
 
 async def _give_back(feeding: AsyncExitStack) -> None:
@@ -406,10 +504,6 @@ async def _say_what_is_missing(session: Session, spec: BatchSpec, reminder: Remi
         )  # fmt: skip
 
 
-def _result(outcome: Outcome) -> WorkItemResult[Any, Any]:
-    return WorkItemResult.from_json(json.loads(outcome.line))
-
-
 async def _read(
     ledger: Ledger, batch_id: str, after: str, count: int, timeout: float
 ) -> list[Delivered]:
@@ -422,25 +516,7 @@ def _bad(row: BadRow, index: int) -> WorkItemResult[Any, Any]:
         item_id=row.item_id,
         index=index,
         success=False,
-        error=f"InputError: {row.message}",
+        error=f"InputError: {printable(row.message)}",
         error_kind=FailureKind.INVALID_INPUT,
         metadata={"row": identity_of_bad(row)},
     )
-
-
-def _chunked(
-    rows: Iterable[Row | Answered], stop: threading.Event
-) -> Iterator[list[Row | Answered]]:
-    """Rows in chunks that grow, cut short when the rows come slowly."""
-    iterator, size = iter(rows), FIRST_CHUNK
-    while not stop.is_set():
-        chunk: list[Row | Answered] = []
-        give_up = time.monotonic() + CHUNK_SECONDS
-        for row in islice(iterator, size):
-            chunk.append(row)
-            if time.monotonic() >= give_up:
-                break
-        if not chunk:
-            return
-        yield chunk
-        size = min(CHUNK, size * 2)

@@ -35,6 +35,8 @@ from batchllm_celery.producer.rows import Row, as_payload
 _STOPS = frozenset(
     {FailureKind.CANCELLED, FailureKind.DEADLINE, FailureKind.BUDGET, FailureKind.ABORTED}
 )
+#: Added to the places of results that stand elsewhere than the present ones.
+ELSEWHERE = 2**40
 _NO_QUESTION = bytes(8)
 #: A key that no row has: an outcome that does not say which row it belongs to.
 _NO_KEY = bytes(9)

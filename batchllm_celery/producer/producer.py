@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import difflib
 import json
 import secrets
 import threading
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+)
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import Any, Self
+from functools import cache
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, overload
+
+from typing_extensions import TypedDict, Unpack
 
 from batchllm_celery.connection import BrokenEntry
 from batchllm_celery.errors import (
@@ -30,11 +42,14 @@ from batchllm_celery.models import (
     ProcessorConfig,
     Quota,
     StrategySpec,
+    TContext,
+    TOutput,
     WorkItemResult,
 )
 from batchllm_celery.models.names import check_batch_id
-from batchllm_celery.producer.batch import Batch, late_words
+from batchllm_celery.producer.batch import AsyncBatch, Batch, BatchSteps, late_words
 from batchllm_celery.producer.continuing import (
+    ELSEWHERE,
     Answered,
     ChangedRowsError,
     Outcomes,
@@ -44,35 +59,135 @@ from batchllm_celery.producer.continuing import (
     refusal,
     rerun_of,
 )
-from batchllm_celery.producer.rows import Row, default_strategy
+from batchllm_celery.producer.rows import (
+    Row,
+    RowWith,
+    default_strategy,
+    output_type_of,
+    with_params,
+)
 from batchllm_celery.producer.session import Session
+from batchllm_celery.producer.steps import (
+    Beside,
+    NextRows,
+    aiterate,
+    awaitable,
+    block,
+    blocking,
+    iterate,
+    wait,
+    warn_on_loop,
+)
 from batchllm_celery.queue import App
 from batchllm_celery.settings import Settings
 
-#: Added to the places of results that are being replaced.
-_ELSEWHERE = 2**40
+if TYPE_CHECKING:
+    from batchllm_celery.strategies.registered import TypedStrategy
+
 #: How long, in seconds, a submission looks for workers that know its strategy.
 LOOK_SECONDS = 3.0
+
+B = TypeVar("B", bound=BatchSteps[Any, Any])
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A batch that is there: what it runs with, its counters, 8 bytes for each row that was fed."""
+    """A batch that is there: what it runs with, its counters, 8 bytes for each row that was fed,
+    and the last of its results that a new generation supersedes."""
 
     spec: BatchSpec
     progress: BatchProgress
     fed: bytes
+    superseded: str | None
 
 
-class Producer:
-    """Submits batches to a fleet. A context manager; every method may be called from any thread.
+class SubmitOptions(TypedDict, total=False):
+    """What `submit` and `stream` take besides rows and strategy.
 
-        with Producer() as producer:
-            batch = producer.submit(["First text", "Second text"], strategy="summarise")
-            for result in batch.results():
-                ...
+    Args:
+        params: parameters of the strategy's factory.
+        batch_id: the same id goes on with a batch: rows are recognised by their ids, else by what
+            stands in them, wherever they stand now. New rows run, finished ones do not.
+        quota: name or `Quota` to draw on; default: the strategy's own.
+        quota_update: change a quota whose limits differ, in place of refusing.
+        config: attempts and time limits.
+        queue: a queue of the fleet.
+        priority: 0 (usual) to 9 (urgent).
+        items_per_task: item indexes that one Celery message carries.
+        deadline: seconds after which no call starts.
+        max_cost: US dollars after which no call starts.
+        token_budget: tokens after which no call starts.
+        fail_fast: failure kinds that abort the batch.
+        max_outstanding: items unfinished or unread at most; default `settings.max_outstanding`.
+        rerun: what becomes of finished rows of a batch that goes on: `changed` runs those that ask
+            another question now, `none` keeps their answers, `failed` runs failed rows again, `all`
+            everything.
+        known: results that need not be paid for again; default: those that Redis has kept.
+    """
 
-    From a coroutine: `await asyncio.to_thread(producer.submit, ...)`, then `async for`.
+    params: dict[str, Any] | None
+    batch_id: str | None
+    quota: Quota | str | None
+    quota_update: bool
+    config: ProcessorConfig | None
+    queue: str
+    priority: int
+    items_per_task: int | None
+    deadline: float | None
+    max_cost: float | None
+    token_budget: int | None
+    fail_fast: Iterable[FailureKind | str]
+    max_outstanding: int | None
+    rerun: str | Collection[str] | None
+    known: Iterable[WorkItemResult[Any, Any] | Mapping[str, Any]] | None
+
+
+class _Submission:
+    """The options of one `submit` or `stream`, checked."""
+
+    def __init__(
+        self,
+        strategy: StrategySpec,
+        keep_results: bool,
+        params: dict[str, Any] | None = None,
+        batch_id: str | None = None,
+        quota: Quota | str | None = None,
+        quota_update: bool = False,
+        config: ProcessorConfig | None = None,
+        queue: str = "default",
+        priority: int = 0,
+        items_per_task: int | None = None,
+        deadline: float | None = None,
+        max_cost: float | None = None,
+        token_budget: int | None = None,
+        fail_fast: Iterable[FailureKind | str] = (),
+        max_outstanding: int | None = None,
+        rerun: str | Collection[str] | None = None,
+        known: Iterable[WorkItemResult[Any, Any] | Mapping[str, Any]] | None = None,
+    ) -> None:
+        self.rerun, self.known = rerun, known
+        self.goes_on = batch_id is not None or known is not None
+        self.quota = quota if isinstance(quota, Quota) else None
+        self.quota_update = quota_update
+        self.max_outstanding = max_outstanding
+        self.spec = BatchSpec(
+            batch_id=new_batch_id() if batch_id is None else check_batch_id(batch_id),
+            strategy=with_params(strategy, params),
+            quota=quota.name if isinstance(quota, Quota) else quota,
+            config=config or ProcessorConfig(),
+            queue=queue,
+            priority=priority,
+            items_per_task=items_per_task,
+            deadline=deadline,
+            max_cost=max_cost,
+            token_budget=token_budget,
+            fail_fast=tuple(FailureKind(kind) for kind in fail_fast),
+            keep_results=keep_results,
+        )
+
+
+class ProducerSteps(Generic[B]):
+    """What a producer does, as coroutines of steps: `Producer` blocks, `AsyncProducer` awaits.
 
     Args:
         settings: default: from the environment.
@@ -82,6 +197,8 @@ class Producer:
         app: an existing Celery app (see `install`) to send the messages with.
         events: hears of a Redis that is lost and found again.
     """
+
+    _batch_class: type[B]
 
     def __init__(
         self,
@@ -106,147 +223,135 @@ class Producer:
         """
         return self._session.url
 
-    def check(self) -> None:
+    async def _check(self) -> None:
         """Return if Redis answers, within about 3 s.
 
         Raises:
             RedisUnavailableError: in one clear line.
         """
-        self._session.run(lambda session: session.services.connection.ping())
+        await self._session.step(lambda session: session.services.connection.ping())
 
     # -- submitting -------------------------------------------------------------------------------
 
-    def submit(
-        self,
-        items: Iterable[Row],
-        *,
-        strategy: str | StrategySpec | None = None,
-        params: dict[str, Any] | None = None,
-        batch_id: str | None = None,
-        quota: Quota | str | None = None,
-        quota_update: bool = False,
-        config: ProcessorConfig | None = None,
-        queue: str = "default",
-        priority: int = 0,
-        items_per_task: int | None = None,
-        deadline: float | None = None,
-        max_cost: float | None = None,
-        token_budget: int | None = None,
-        fail_fast: Iterable[FailureKind | str] = (),
-        max_outstanding: int | None = None,
-        rerun: str | Collection[str] | None = None,
-        known: Iterable[WorkItemResult[Any, Any] | Mapping[str, Any]] | None = None,
-    ) -> Batch:
-        """Store and enqueue all items, and return the batch; its results stay readable for
-        `settings.result_ttl_seconds`.
-
-        Blocks while more than `max_outstanding` items are unfinished; `stream` does not. Where it
-        raises, the batch is cancelled; the same id goes on with it.
-
-        Args:
-            items: strings, mappings with `prompt` (and `item_id`, `context`), or `LLMWorkItem`s;
-                any iterable, consumed lazily.
-            strategy: a registered name; default: the first item's own.
-            params: parameters of the strategy's factory.
-            batch_id: the same id goes on with a batch: rows are recognised by their ids, else by
-                what stands in them, wherever they stand now. New rows run, finished ones do not.
-            quota: name or `Quota` to draw on; default: the strategy's own.
-            quota_update: change a quota whose limits differ, in place of refusing.
-            config: attempts and time limits.
-            queue: a queue of the fleet.
-            priority: 0 (usual) to 9 (urgent).
-            items_per_task: item indexes that one Celery message carries.
-            deadline: seconds after which no call starts.
-            max_cost: US dollars after which no call starts.
-            token_budget: tokens after which no call starts.
-            fail_fast: failure kinds that abort the batch.
-            max_outstanding: default `settings.max_outstanding`.
-            rerun: what becomes of finished rows: `changed` runs those that ask another question
-                now, `none` keeps their answers, `failed` runs failed rows again, `all` everything.
-            known: results that need not be paid for again; default: those that Redis has kept.
-
-        Raises:
-            ChangedRowsError: finished rows ask another question now, and `rerun` does not say
-                what becomes of them; nothing has changed.
-            UsageError: an item can't be taken (its place and id are named), or a strategy is
-                missing.
-            StrategyNotFoundError: live workers serve the lane, and none of them knows the strategy.
-            BatchConflictError: the id belongs to another job that is still running.
-            QuotaConflictError: the quota exists with other limits.
-            RedisDeniedError: Redis denies a right, or the password.
-            TimeoutError: Redis or the broker was away until the `deadline`.
-        """
-        spec_of_strategy, rows = default_strategy(items, strategy)
-        if params:
-            spec_of_strategy = StrategySpec(name=spec_of_strategy.name, params=params)
-        spec = BatchSpec(
-            batch_id=new_batch_id() if batch_id is None else check_batch_id(batch_id),
-            strategy=spec_of_strategy,
-            quota=quota.name if isinstance(quota, Quota) else quota,
-            config=config or ProcessorConfig(),
-            queue=queue,
-            priority=priority,
-            items_per_task=items_per_task,
-            deadline=deadline,
-            max_cost=max_cost,
-            token_budget=token_budget,
-            fail_fast=tuple(FailureKind(kind) for kind in fail_fast),
+    async def _submit(
+        self, items: Any, strategy: Any = None, options: SubmitOptions | None = None
+    ) -> B:
+        chosen, rows = await default_strategy(items, strategy)
+        submission = _Submission(chosen, True, **(options or {}))
+        await self._check_runnable(submission.spec)
+        spec, renew = submission.spec, False
+        feed: Iterable[Row | Answered] | AsyncIterable[Row | Answered] = rows
+        if submission.goes_on:
+            found = await self._find(spec.batch_id)
+            if found is not None or submission.known is not None:
+                spec, renew, feed = await self._prepare(
+                    spec, found, rows, rerun=submission.rerun, known=submission.known
+                )
+        batch = await self._open(
+            spec, quota=submission.quota, quota_update=submission.quota_update, renew=renew
         )
-        self.check_runnable(spec)
-        limits = quota if isinstance(quota, Quota) else None
-        renew = False
-        feed: Iterable[Row | Answered] = rows
-        found = self.find(spec.batch_id) if batch_id is not None else None
-        if found is not None or known is not None:
-            spec, renew, feed = self.prepare(spec, found, rows, rerun=rerun, known=known)
-        batch = self.open(spec, quota=limits, quota_update=quota_update, renew=renew)
+        batch.type_outputs(output_type_of(strategy))
         try:
-            batch.feed(feed, max_outstanding=max_outstanding)
+            await batch._feed(feed, max_outstanding=submission.max_outstanding)
         except BaseException:
             # Nobody has the batch: what was fed of it must not be paid for.
-            batch.give_up()
+            await batch._give_up()
             raise
         return batch
 
-    def prepare(
+    async def _stream(
+        self, items: Any, strategy: Any, spec: BatchSpec | None, options: SubmitOptions
+    ) -> AsyncGenerator[WorkItemResult[Any, Any], None]:
+        chosen, rows = await default_strategy(items, spec.strategy if spec else strategy)
+        most, quota, update = options.get("max_outstanding"), None, False
+        if spec is None:
+            submission = _Submission(chosen, False, **options)
+            spec, quota, update = submission.spec, submission.quota, submission.quota_update
+        await self._check_runnable(spec)
+        batch = await self._open(spec, quota=quota, quota_update=update)
+        batch.type_outputs(output_type_of(strategy))
+        stop, failure = threading.Event(), []
+
+        async def feed() -> None:
+            try:
+                await batch._feed(rows, stop=stop, max_outstanding=most)
+            except BaseException as error:
+                failure.append(error)
+                await batch._cancel()
+
+        feeder = await Beside(feed, "batchllm-feeder")
+        try:
+            while True:
+                fed_all = feeder.is_over()
+                over = fed_all and (progress := await batch._progress()).finished >= progress.fed
+                taken = await batch._take(timeout=0.0 if over else 0.5)
+                for delivered in taken:
+                    yield batch.result_of(delivered.line)
+                if taken:
+                    await batch._acknowledge(taken[-1].receipt)
+                elif over:
+                    break
+        finally:
+            stop.set()
+            await feeder.joined()
+        if failure:
+            raise failure[0]
+
+    async def _find(self, batch_id: str) -> Found | None:
+        """What Redis knows of a batch; None where there is none."""
+
+        async def find(session: Session) -> Found | None:
+            batches = session.services.ledger.batches
+            try:
+                spec, progress = await batches.spec(batch_id), await batches.progress(batch_id)
+            except BatchNotFoundError:
+                return None
+            fed, until = await batches.fingerprints(batch_id), await batches.superseded(batch_id)
+            return Found(spec, progress, fed, until)
+
+        return await self._session.step(find)
+
+    async def _quiesce(self, batch_id: str) -> None:
+        """Pause a batch, and return when no living worker holds items of it.
+
+        Raises:
+            BatchConflictError: workers go on holding some.
+        """
+        await self._session.step(lambda session: session.services.ledger.feeding.quiesce(batch_id))
+
+    async def _prepare(
         self,
         spec: BatchSpec,
         found: Found | None,
-        rows: Iterable[Row],
+        rows: Iterable[Row] | AsyncIterable[Row],
         *,
         rerun: str | Collection[str] | None = None,
         known: Iterable[WorkItemResult[Any, Any] | Mapping[str, Any]] | None = None,
-    ) -> tuple[BatchSpec, bool, Iterator[Row | Answered]]:
+    ) -> tuple[BatchSpec, bool, Iterable[Row | Answered]]:
         """How to go on with a batch whose results Redis keeps: the specification and `renew` for
         `open`, and the rows for `feed`. See `submit`.
 
         Raises:
             ChangedRowsError: finished rows ask another question now.
         """
-        """What to open and feed, where the batch or some of its results are there already."""
-        rows = list(rows)  # it is looked at before anything changes
+        given = await _all(rows)  # they are looked at before anything changes
         if found is not None and found.spec.config.dry_run != spec.config.dry_run:
-            return spec, False, iter(rows)  # `open` says why not
+            return spec, False, given  # `open` says why not
         lines: list[bytes] = []
         outcomes = Outcomes()
-        for line in self._lines(found, spec.batch_id) if known is None else map(_as_line, known):
+        for line in await self._kept(found) if known is None else map(_as_line, known):
             outcomes.add(line, len(lines))
             lines.append(json.dumps(line).encode())
         questions = Questions(spec, self.settings.openai_base_url)
-        seen = look(
-            rows,
-            outcomes,
-            questions,
-            spec.strategy,
-            found.fed if found is not None else b"",
-            rerun_of(rerun),
-        )
+        fed = found.fed if found is not None else b""
+        seen = look(given, outcomes, questions, spec.strategy, fed, rerun_of(rerun))
         if seen.refused:
-            cost = sum(json.loads(lines[number])["cost"] or 0.0 for _, number in seen.changed)
-            raise ChangedRowsError(refusal(len(seen.changed), cost) + "rerun='changed' or 'none'")
+            changed = [json.loads(lines[outcomes[number][6]]) for _, number in seen.changed]
+            cost = sum(line.get("cost") or 0.0 for line in changed)
+            raise ChangedRowsError(refusal(len(changed), cost) + "rerun='changed' or 'none'")
         if found is not None and not seen.renews and known is None:
-            return spec.model_copy(update={"generation": found.spec.generation}), False, iter(rows)
-        if found is not None and known is None and found.progress.finished > len(outcomes):
+            return spec.model_copy(update={"generation": found.spec.generation}), False, given
+        if found is not None and known is None and found.progress.finished > len(lines):
             raise BatchConflictError(
                 f"batch {spec.batch_id!r}: its rows differ from those that it has, and its results "
                 "are with whoever took them: give them as known=..., or take another batch id"
@@ -255,112 +360,42 @@ class Producer:
         spec = spec.model_copy(update={"generation": before + 1})
 
         def delivered(place: int, row: Row, number: int) -> bytes:
-            line = moved(json.loads(lines[number]), place, row, questions, spec.strategy)
-            return json.dumps(line).encode()
+            old = json.loads(lines[outcomes[number][6]])
+            return json.dumps(moved(old, place, row, questions, spec.strategy)).encode()
 
-        return spec, found is not None, seen.feed(rows, delivered)
+        return spec, found is not None, seen.feed(given, delivered)
 
-    def _lines(self, found: Found | None, batch_id: str) -> Iterator[dict[str, Any]]:
+    async def _kept(self, found: Found | None) -> list[dict[str, Any]]:
         """The kept results of a batch. Those of a generation that was being replaced when its
         producer ended have places that no row has."""
+        lines: list[dict[str, Any]] = []
         if found is None:
-            return
-        until = self._session.run(lambda s: s.services.ledger.batches.superseded(batch_id))
-        batch = Batch(self._session, found.spec, resumed=True)
-        after, old = "0", until is not None
-        while taken := batch.read(after):
+            return lines
+        batch = self._batch_class(self._session, found.spec, resumed=True)
+        after, old = "0", found.superseded is not None
+        while taken := await batch._read(after):
             for one in taken:
                 line = dict(one.line)
                 if old:
-                    line["index"] = one.index + _ELSEWHERE
-                    old = one.receipt != until
-                yield line
+                    line["index"] = one.index + ELSEWHERE
+                    old = one.receipt != found.superseded
+                lines.append(line)
             after = taken[-1].receipt
+        return lines
 
-    def stream(
-        self, items: Iterable[Row], *, spec: BatchSpec | None = None, **options: Any
-    ) -> Iterator[WorkItemResult[Any, Any]]:
-        """Feed `items` and yield their results at the same time, in bounded memory: results leave
-        Redis when they have been yielded.
-
-        Args:
-            items: as for `submit`.
-            spec: the whole batch, in place of `options`.
-            options: as for `submit`.
-        """
-        batch, rows = self._open_stream(items, spec, options)
-        stop, failure = threading.Event(), []
-
-        def feed() -> None:
-            try:
-                batch.feed(rows, stop=stop, max_outstanding=options.get("max_outstanding"))
-            except BaseException as error:
-                failure.append(error)
-                batch.cancel()
-
-        feeder = threading.Thread(target=feed, name="batchllm-feeder", daemon=True)
-        feeder.start()
-        try:
-            yield from self._until_over(batch, feeder)
-        finally:
-            stop.set()
-            feeder.join()
-        if failure:
-            raise failure[0]
-
-    def _open_stream(
-        self, items: Iterable[Row], spec: BatchSpec | None, options: dict[str, Any]
-    ) -> tuple[Batch, Iterable[Row]]:
-        options = {name: value for name, value in options.items() if name != "max_outstanding"}
-        chosen, rows = default_strategy(
-            items, spec.strategy if spec else options.pop("strategy", None)
-        )
-        params, quota = options.pop("params", None), options.pop("quota", None)
-        update, batch_id = options.pop("quota_update", False), options.pop("batch_id", None)
-        if spec is None:
-            spec = BatchSpec(
-                batch_id=new_batch_id() if batch_id is None else check_batch_id(batch_id),
-                strategy=StrategySpec(name=chosen.name, params=params) if params else chosen,
-                quota=quota.name if isinstance(quota, Quota) else quota,
-                keep_results=False,
-                **options,
-            )
-        self.check_runnable(spec)
-        limits = quota if isinstance(quota, Quota) else None
-        return self.open(spec, quota=limits, quota_update=update), rows
-
-    def _until_over(
-        self, batch: Batch, feeder: threading.Thread
-    ) -> Iterator[WorkItemResult[Any, Any]]:
-        while True:
-            fed_all = not feeder.is_alive()
-            over = fed_all and (progress := batch.progress()).finished >= progress.fed
-            taken = batch.take(timeout=0.0 if over else 0.5)
-            for delivered in taken:
-                yield WorkItemResult.from_json(delivered.line)
-            if taken:
-                batch.acknowledge(taken[-1].receipt)
-            elif over:
-                return
-
-    def open(
+    async def _open(
         self,
         spec: BatchSpec,
         *,
         quota: Quota | None = None,
         quota_update: bool = False,
         renew: bool = False,
-    ) -> Batch:
+    ) -> B:
         """Make a batch without rows yet, or continue the one of this id; then `feed` it.
 
         A batch that was stopped goes on in a new round: items that the stop ended run again,
-        failed ones do not (see `Batch.retry_failed`).
-
-        Args:
-            spec: what it runs with.
-            quota: limits to set first.
-            quota_update: change a quota whose limits differ.
-            renew: forget the rows of a batch that is there: a new generation of its input follows.
+        failed ones do not (see `Batch.retry_failed`). With `renew` the rows of a batch that is
+        there are forgotten: a new generation of its input follows.
 
         Raises:
             BatchConflictError: another process feeds it, it runs with another strategy, or one
@@ -399,13 +434,13 @@ class Producer:
                 raise TimeoutError(late_words(spec)) from error
 
         feeding = AsyncExitStack()
-        resumed = self._session.run(create_in_time)
-        batch = Batch(self._session, spec, resumed=resumed, feeding=feeding)
-        if resumed and batch.progress().state in ("paused", "parked"):
-            batch.resume()
+        resumed = await self._session.step(create_in_time)
+        batch = self._batch_class(self._session, spec, resumed=resumed, feeding=feeding)
+        if resumed and (await batch._progress()).state in ("paused", "parked"):
+            await batch._resume()
         return batch
 
-    def check_runnable(self, spec: BatchSpec) -> None:
+    async def _check_runnable(self, spec: BatchSpec) -> None:
         """Return if a live worker of the batch's queue knows its strategy. Return, too, if there is
         no worker yet, or if Redis does not answer within `LOOK_SECONDS`.
 
@@ -418,7 +453,7 @@ class Producer:
                 return await list_workers(session.services.connection, session.services.keys)
 
         try:
-            found = self._session.run(look)
+            found = await self._session.step(look)
         except TimeoutError:
             return
         workers = [one for one in found if spec.queue in one.queues.split(",")]
@@ -435,84 +470,320 @@ class Producer:
 
     # -- looking ----------------------------------------------------------------------------------
 
-    def attach(self, batch_id: str) -> Batch:
-        """A batch that somebody submitted.
+    async def _attach(self, batch_id: str, strategy: Any = None) -> B:
+        """A batch that somebody submitted; results are typed as `strategy` says.
 
         Raises:
             UsageError: for what can't be an id.
             BatchNotFoundError: for an unknown id.
         """
         check_batch_id(batch_id)
-        spec = self._session.run(lambda session: session.services.ledger.batches.spec(batch_id))
-        return Batch(self._session, spec, resumed=True)
+        spec = await self._session.step(
+            lambda session: session.services.ledger.batches.spec(batch_id)
+        )
+        batch = self._batch_class(self._session, spec, resumed=True)
+        batch.type_outputs(output_type_of(strategy))
+        return batch
 
-    def find(self, batch_id: str) -> Found | None:
-        """What Redis knows of a batch; None where there is none."""
-
-        async def find(session: Session) -> Found | None:
-            batches = session.services.ledger.batches
-            try:
-                spec, progress = await batches.spec(batch_id), await batches.progress(batch_id)
-            except BatchNotFoundError:
-                return None
-            return Found(spec, progress, await batches.fingerprints(batch_id))
-
-        return self._session.run(find)
-
-    def quiesce(self, batch_id: str) -> None:
-        """Pause a batch, and return when no living worker holds items of it.
-
-        Raises:
-            BatchConflictError: workers go on holding some.
-        """
-        self._session.run(lambda session: session.services.ledger.feeding.quiesce(batch_id))
-
-    def batches(self) -> list[BatchProgress]:
+    async def _batches(self) -> list[BatchProgress]:
         """All batches of this namespace, the youngest first."""
-        return self._session.run(lambda session: session.services.ledger.batches.newest())
+        return await self._session.step(lambda session: session.services.ledger.batches.newest())
 
-    def workers(self) -> list[WorkerInfo]:
+    async def _workers(self) -> list[WorkerInfo]:
         """The worker processes seen within the last minute."""
-        return self._session.run(
+        return await self._session.step(
             lambda session: list_workers(session.services.connection, session.services.keys)
         )
 
-    def quotas(self) -> list[QuotaState]:
+    async def _quotas(self) -> list[QuotaState]:
         """The quotas in use, with their limiter's state."""
-        return self._session.run(lambda session: session.services.limiter.states())
+        return await self._session.step(lambda session: session.services.limiter.states())
 
-    def broken(self) -> list[BrokenEntry]:
+    async def _broken(self) -> list[BrokenEntry]:
         """What `batches`, `quotas` and `workers` have met so far and could not read."""
 
         async def found(session: Session) -> list[BrokenEntry]:
             return session.services.connection.broken.all()
 
-        return self._session.run(found)
+        return await self._session.step(found)
 
-    def quota(self, name: str) -> QuotaState | None:
+    async def _quota(self, name: str) -> QuotaState | None:
         """One quota's limiter state; None if nobody has used it."""
-        found = [state for state in self.quotas() if state.name == name]
+        found = [state for state in await self._quotas() if state.name == name]
         return found[0] if found else None
 
-    def set_quota(self, quota: Quota, *, update: bool = True) -> Quota:
+    async def _set_quota(self, quota: Quota, *, update: bool = True) -> Quota:
         """Configure a quota; a change reaches the whole fleet within a second.
 
         Raises:
             QuotaConflictError: it differs and `update` is false.
         """
-        return self._session.run(
+        return await self._session.step(
             lambda session: session.services.limiter.configure(quota, update=update)
         )
 
+    async def _close(self) -> None:
+        """Give back locks and connections; batches go on without us. Idempotent."""
+        await self._session.step_close()
+
+
+class Producer(ProducerSteps[Batch[Any, Any]]):
+    """Submits batches to a fleet. A context manager; every method may be called from any thread.
+
+        with Producer() as producer:
+            batch = producer.submit(["First text", "Second text"], strategy="summarise")
+            for result in batch.results():
+                ...
+
+    Its methods block. On an event loop use `AsyncProducer`: a `BlockingCallWarning` says where one
+    blocked it. A process that was forked opens connections of its own.
+
+    Args:
+        settings: default: from the environment.
+        redis_url: in place of the settings'; with neither, the broker of `app`, else the embedded
+            Valkey.
+        namespace: in place of the settings'.
+        app: an existing Celery app (see `install`) to send the messages with.
+        events: hears of a Redis that is lost and found again.
+    """
+
+    _batch_class = Batch
+
+    @overload
+    def submit(
+        self,
+        items: Iterable[RowWith[TContext]],
+        *,
+        strategy: TypedStrategy[TOutput],
+        **options: Unpack[SubmitOptions],
+    ) -> Batch[TOutput, TContext]: ...
+    @overload
+    def submit(
+        self,
+        items: Iterable[Row],
+        *,
+        strategy: str | StrategySpec | None = None,
+        **options: Unpack[SubmitOptions],
+    ) -> Batch[Any, Any]: ...
+    def submit(
+        self, items: Iterable[Any], *, strategy: Any = None, **options: Unpack[SubmitOptions]
+    ) -> Batch[Any, Any]:
+        """Store and enqueue all items, and return the batch; its results stay readable for
+        `settings.result_ttl_seconds`.
+
+        Blocks while more than `max_outstanding` items are unfinished; `stream` does not. Where it
+        raises, the batch is cancelled; the same id goes on with it.
+
+        Args:
+            items: strings, mappings with `prompt` (and `item_id`, `context`), or `LLMWorkItem`s;
+                any iterable, consumed lazily.
+            strategy: what `@strategy` made (its results are typed), or a registered name; default:
+                the first item's own.
+            options: see `SubmitOptions`.
+
+        Raises:
+            UsageError: an item can't be taken (its place and id are named), or a strategy is
+                missing.
+            StrategyNotFoundError: live workers serve the queue, and none of them knows the
+                strategy.
+            ChangedRowsError: finished rows ask another question now, and `rerun` does not say
+                what becomes of them; nothing has changed.
+            BatchConflictError: the id belongs to another job that is still running.
+            QuotaConflictError: the quota exists with other limits.
+            RedisDeniedError: Redis denies a right, or the password.
+            TimeoutError: Redis or the broker was away until the `deadline`.
+        """
+        warn_on_loop("submit")
+        return block(self._submit(items, strategy, options))
+
+    @overload
+    def stream(
+        self,
+        items: Iterable[RowWith[TContext]],
+        *,
+        strategy: TypedStrategy[TOutput],
+        **options: Unpack[SubmitOptions],
+    ) -> Iterator[WorkItemResult[TOutput, TContext]]: ...
+    @overload
+    def stream(
+        self,
+        items: Iterable[Row],
+        *,
+        strategy: str | StrategySpec | None = None,
+        spec: BatchSpec | None = None,
+        **options: Unpack[SubmitOptions],
+    ) -> Iterator[WorkItemResult[Any, Any]]: ...
+    def stream(
+        self,
+        items: Iterable[Any],
+        *,
+        strategy: Any = None,
+        spec: BatchSpec | None = None,
+        **options: Unpack[SubmitOptions],
+    ) -> Iterator[WorkItemResult[Any, Any]]:
+        """Feed `items` and yield their results at the same time, in bounded memory: results leave
+        Redis when they have been yielded.
+
+        Args:
+            items: as for `submit`.
+            strategy: as for `submit`.
+            spec: the whole batch, in place of `options`.
+            options: as for `submit`.
+        """
+        warn_on_loop("stream")
+        return iterate(self._stream(items, strategy, spec, options))
+
+    @overload
+    def attach(self, batch_id: str, strategy: TypedStrategy[TOutput]) -> Batch[TOutput, Any]: ...
+    @overload
+    def attach(self, batch_id: str) -> Batch[Any, Any]: ...
+    def attach(self, batch_id: str, strategy: Any = None) -> Batch[Any, Any]:
+        """A batch that somebody submitted; results are typed as `strategy` says.
+
+        Raises:
+            UsageError: for what can't be an id.
+            BatchNotFoundError: for an unknown id.
+        """
+        warn_on_loop("attach")
+        return block(self._attach(batch_id, strategy))
+
+    check = blocking(ProducerSteps._check)
+    open = blocking(ProducerSteps[Batch[Any, Any]]._open)
+    find = blocking(ProducerSteps._find)
+    prepare = blocking(ProducerSteps._prepare)
+    quiesce = blocking(ProducerSteps._quiesce)
+    check_runnable = blocking(ProducerSteps._check_runnable)
+    batches = blocking(ProducerSteps._batches)
+    workers = blocking(ProducerSteps._workers)
+    quotas = blocking(ProducerSteps._quotas)
+    broken = blocking(ProducerSteps._broken)
+    quota = blocking(ProducerSteps._quota)
+    set_quota = blocking(ProducerSteps._set_quota)
+
     def close(self) -> None:
         """Give back locks and connections; batches go on without us. Idempotent."""
-        self._session.close()
+        block(self._close())
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+class AsyncProducer(ProducerSteps[AsyncBatch[Any, Any]]):
+    """Submits batches to a fleet from an event loop. An async context manager.
+
+        async with AsyncProducer() as producer:
+            batch = await producer.submit(texts, strategy="summarise")
+            async for result in batch.results():
+                ...
+
+    One may be used from several loops. Rows come from any iterable, also an asynchronous one; a
+    plain one is read on your loop, so it must not block.
+
+    Args:
+        settings: default: from the environment.
+        redis_url: in place of the settings'; with neither, the broker of `app`, else the embedded
+            Valkey.
+        namespace: in place of the settings'.
+        app: an existing Celery app (see `install`) to send the messages with.
+        events: hears of a Redis that is lost and found again.
+    """
+
+    _batch_class = AsyncBatch
+
+    @overload
+    async def submit(
+        self,
+        items: Iterable[RowWith[TContext]] | AsyncIterable[RowWith[TContext]],
+        *,
+        strategy: TypedStrategy[TOutput],
+        **options: Unpack[SubmitOptions],
+    ) -> AsyncBatch[TOutput, TContext]: ...
+    @overload
+    async def submit(
+        self,
+        items: Iterable[Row] | AsyncIterable[Row],
+        *,
+        strategy: str | StrategySpec | None = None,
+        **options: Unpack[SubmitOptions],
+    ) -> AsyncBatch[Any, Any]: ...
+    async def submit(
+        self, items: Any, *, strategy: Any = None, **options: Unpack[SubmitOptions]
+    ) -> AsyncBatch[Any, Any]:
+        """As `Producer.submit`; `items` may be an async iterable too."""
+        return await wait(self._submit(items, strategy, options))
+
+    @overload
+    def stream(
+        self,
+        items: Iterable[RowWith[TContext]] | AsyncIterable[RowWith[TContext]],
+        *,
+        strategy: TypedStrategy[TOutput],
+        **options: Unpack[SubmitOptions],
+    ) -> AsyncIterator[WorkItemResult[TOutput, TContext]]: ...
+    @overload
+    def stream(
+        self,
+        items: Iterable[Row] | AsyncIterable[Row],
+        *,
+        strategy: str | StrategySpec | None = None,
+        spec: BatchSpec | None = None,
+        **options: Unpack[SubmitOptions],
+    ) -> AsyncIterator[WorkItemResult[Any, Any]]: ...
+    def stream(
+        self,
+        items: Any,
+        *,
+        strategy: Any = None,
+        spec: BatchSpec | None = None,
+        **options: Unpack[SubmitOptions],
+    ) -> AsyncIterator[WorkItemResult[Any, Any]]:
+        """As `Producer.stream`, by `async for`."""
+        return aiterate(self._stream(items, strategy, spec, options))
+
+    @overload
+    async def attach(
+        self, batch_id: str, strategy: TypedStrategy[TOutput]
+    ) -> AsyncBatch[TOutput, Any]: ...
+    @overload
+    async def attach(self, batch_id: str) -> AsyncBatch[Any, Any]: ...
+    async def attach(self, batch_id: str, strategy: Any = None) -> AsyncBatch[Any, Any]:
+        """As `Producer.attach`."""
+        return await wait(self._attach(batch_id, strategy))
+
+    check = awaitable(ProducerSteps._check)
+    batches = awaitable(ProducerSteps._batches)
+    workers = awaitable(ProducerSteps._workers)
+    quotas = awaitable(ProducerSteps._quotas)
+    broken = awaitable(ProducerSteps._broken)
+    quota = awaitable(ProducerSteps._quota)
+    set_quota = awaitable(ProducerSteps._set_quota)
+    close = awaitable(ProducerSteps._close)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()
+
+
+@cache
+def default_producer() -> Producer:
+    """The process's own, with settings from the environment: what `summarise.submit` uses."""
+    producer = Producer()
+    atexit.register(producer.close)  # before the loop ends: what is still to be said goes out
+    return producer
+
+
+async def _all(rows: Iterable[Row] | AsyncIterable[Row]) -> list[Row]:
+    """All rows; a coroutine of steps."""
+    iterator = rows.__aiter__() if isinstance(rows, AsyncIterable) else iter(rows)
+    found: list[Row] = []
+    while some := await NextRows(iterator, 1000, 1.0):
+        found += some
+    return found
 
 
 def _as_line(result: WorkItemResult[Any, Any] | Mapping[str, Any]) -> Mapping[str, Any]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping
+from typing import Any, TypeAlias
 
 from batchllm_celery.errors import InputError, UsageError
 from batchllm_celery.ledger import Payload
-from batchllm_celery.models import BadRow, LLMWorkItem, StrategySpec
+from batchllm_celery.models import BadRow, LLMWorkItem, StrategySpec, TContext
+from batchllm_celery.producer.steps import NextRows
 
-Row = LLMWorkItem[Any, Any, Any] | BadRow | Mapping[str, Any] | str
+RowWith: TypeAlias = LLMWorkItem[Any, Any, TContext] | BadRow | Mapping[str, Any] | str
+"""What a batch is made of; the items' contexts have one type."""
+Row: TypeAlias = RowWith[Any]
 
 
 def spec_of(strategy: Any) -> StrategySpec:
@@ -23,6 +26,9 @@ def spec_of(strategy: Any) -> StrategySpec:
         return strategy
     if isinstance(strategy, str):
         return StrategySpec(name=strategy)
+    spec = getattr(strategy, "spec", None)
+    if isinstance(spec, StrategySpec):  # what `@strategy` made; strategies are not imported here
+        return spec
     raise UsageError(
         f"a {type(strategy).__name__} instance can't travel to a worker: register a factory with "
         f'@strategy("name") in a module that the workers import (--app), and name it; '
@@ -50,7 +56,7 @@ def refuse_single(rows: object) -> None:
             f"a {name} iterates over its column names: make rows of it, "
             f"[{{'prompt': row['TEXT']}} for row in table.{way}]"
         )
-    if not isinstance(rows, Iterable):
+    if not isinstance(rows, Iterable | AsyncIterable):
         raise UsageError(f"rows must be an iterable of rows, as a list, not {name}")
 
 
@@ -65,6 +71,21 @@ def as_payload(row: Row, index: int, default: StrategySpec) -> Payload | BadRow:
     """
     if isinstance(row, BadRow):
         return row
+    payload = _payload(row, index, default)
+    if not _is_text(payload.prompt):
+        raise InputError(f"item {index}: half a surrogate pair in its prompt is not text")
+    return payload
+
+
+def _is_text(prompt: str) -> bool:
+    """Whether it can be sent: half a surrogate pair, as half an emoji is, has no encoding."""
+    try:
+        return prompt.isascii() or bool(prompt.encode())
+    except UnicodeEncodeError:
+        return False
+
+
+def _payload(row: Any, index: int, default: StrategySpec) -> Payload:
     if isinstance(row, str):
         return Payload(item_id=str(index), prompt=row, context=None, strategy=None)
     if isinstance(row, LLMWorkItem):
@@ -97,8 +118,20 @@ def as_payload(row: Row, index: int, default: StrategySpec) -> Payload | BadRow:
     )
 
 
-def default_strategy(rows: Iterable[Row], chosen: Any) -> tuple[StrategySpec, Iterable[Row]]:
-    """The batch's strategy: the one asked for, else the first row's own.
+def output_type_of(strategy: Any) -> Any:
+    """What outputs are made again in this process: a typed strategy's type, else their JSON."""
+    return getattr(strategy, "output_type", Any) if hasattr(strategy, "spec") else Any
+
+
+def with_params(strategy: StrategySpec, params: Mapping[str, Any] | None) -> StrategySpec:
+    """The strategy with `params` in place of its own, where there are any."""
+    return StrategySpec(name=strategy.name, params=dict(params)) if params else strategy
+
+
+async def default_strategy(
+    rows: Iterable[Row] | AsyncIterable[Row], chosen: Any
+) -> tuple[StrategySpec, Iterable[Row] | AsyncIterable[Row]]:
+    """The batch's strategy: the one asked for, else the first row's own. A coroutine of steps.
 
     Raises:
         UsageError: if there is neither.
@@ -106,13 +139,22 @@ def default_strategy(rows: Iterable[Row], chosen: Any) -> tuple[StrategySpec, It
     refuse_single(rows)
     if chosen is not None:
         return spec_of(chosen), rows
-    remaining: Iterator[Row] = iter(rows)
-    first = next(remaining, None)
+    remaining = rows.__aiter__() if isinstance(rows, AsyncIterable) else iter(rows)
+    head: list[Row] = await NextRows(remaining, 1, 0.0)
+    first = head[0] if head else None
     if not isinstance(first, LLMWorkItem):
         raise UsageError("name a strategy: submit(items, strategy='...')")
+    if isinstance(remaining, AsyncIterator):
+        return spec_of(first.strategy), _achain(first, remaining)
     return spec_of(first.strategy), _chain(first, remaining)
 
 
 def _chain(first: Row, rest: Iterator[Row]) -> Iterator[Row]:
     yield first
     yield from rest
+
+
+async def _achain(first: Row, rest: AsyncIterator[Row]) -> AsyncIterator[Row]:
+    yield first
+    async for row in rest:
+        yield row

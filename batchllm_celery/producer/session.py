@@ -8,9 +8,9 @@ import threading
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
-from batchllm_celery import event_loop
 from batchllm_celery.embedded import resolve_url, revive_when_lost
 from batchllm_celery.events import Events
+from batchllm_celery.producer.steps import Blocking, OnLoop, Step
 from batchllm_celery.queue import App, make_app, publish, redis_of
 from batchllm_celery.services import Services
 from batchllm_celery.settings import Settings
@@ -21,13 +21,14 @@ T = TypeVar("T")
 class Session:
     """The parts of one producer, opened at first use and closed in reverse order.
 
-    All I/O runs on the process's loop thread; `run` crosses over from any thread.
+    All I/O runs on the process's loop thread; a `step` crosses over from any thread or loop.
     """
 
     def __init__(self, settings: Settings, app: App | None, events: Events) -> None:
         self.settings = settings
         self._events = events
         self._app = app
+        self._own_app: App | None = None
         self._url: str | None = None
         self._lock = threading.Lock()
         self._pid = os.getpid()
@@ -38,6 +39,7 @@ class Session:
     @property
     def url(self) -> str:
         """Redis; starts or attaches to the embedded server where none is configured."""
+        self._forget_after_fork()
         with self._lock:
             if self._url is None:
                 app, settings = self._app, self.settings
@@ -47,26 +49,25 @@ class Session:
     @property
     def app(self) -> App:
         """The Celery app that messages are sent with."""
-        if self._app is None:
-            self._app = make_app(self.settings, self.url)
-        return self._app
+        self._forget_after_fork()
+        if self._app is not None:
+            return self._app
+        if self._own_app is None:
+            self._own_app = make_app(self.settings, self.url)
+        return self._own_app
 
-    def run(self, work: Callable[[Session], Coroutine[Any, Any, T]]) -> T:
-        """Run `work(session)` on the loop thread, opening what it needs first."""
-        return event_loop.run(self.do(work))
-
-    async def run_async(self, work: Callable[[Session], Coroutine[Any, Any, T]]) -> T:
-        """The same from a coroutine of any event loop, which goes on meanwhile."""
-        return await event_loop.run_async(self.do(work))
+    def step(self, work: Callable[[Session], Coroutine[Any, Any, T]]) -> Step[T]:
+        """`work(session)` on the loop thread, after what it needs has been opened."""
+        return OnLoop(lambda: self.do(work))
 
     async def do(self, work: Callable[[Session], Coroutine[Any, Any, T]]) -> T:
-        """The same from a coroutine on our own loop."""
+        """Run `work(session)`; on our own loop only."""
         await self._open()
         return await work(self)
 
     @property
     def services(self) -> Services:
-        """Redis, the ledger, the limiter; only inside `run`, `run_async` and `do`."""
+        """Redis, the ledger, the limiter; only on the loop thread, inside `step` and `do`."""
         assert self._services is not None
         return self._services
 
@@ -86,9 +87,15 @@ class Session:
         closed: closing it here would unregister descriptors that parent and child share."""
         if self._pid != os.getpid():
             self._pid = os.getpid()
+            self._lock = threading.Lock()  # another thread of the parent may have held it
             if self._services is not None:
                 self._inherited.append(self._services)
             self._services = None
+            if self._own_app is not None:
+                self._own_app = None  # its sockets are the parent's
+            elif self._app is not None:
+                after_fork: Any = self._app
+                after_fork._after_fork()  # as Celery does it in the children that it forks
 
     async def _open(self) -> None:
         self._forget_after_fork()
@@ -97,9 +104,13 @@ class Session:
             if self._services is None:  # nobody was faster
                 self._services = Services(self.settings, url, events=self._events)
 
-    def close(self) -> None:
-        """Release locks and connections; repeating it is harmless."""
+    def step_close(self) -> Step[None]:
+        """`close`, from anywhere; starts no loop where nothing was opened."""
+        return OnLoop(self.close) if self._services is not None else Blocking(lambda: None)
+
+    async def close(self) -> None:
+        """Release locks and connections; repeating it is harmless. On our own loop only."""
         self._forget_after_fork()
         services, self._services = self._services, None
         if services is not None:
-            event_loop.run(services.close())
+            await services.close()

@@ -18,6 +18,7 @@ from batchllm_celery.strategies.failures import (
     extract_token_usage,
     stamp_usage,
 )
+from batchllm_celery.strategies.registered import RegisteredStrategy, TypedStrategy
 from batchllm_celery.strategies.registry import (
     Registration,
     Registry,
@@ -49,11 +50,13 @@ __all__ = [
     "OutputSchema",
     "ProcessResources",
     "PydanticAIStrategy",
+    "RegisteredStrategy",
     "Registration",
     "Registry",
     "SimulatedStrategy",
     "StrategyCatalog",
     "StructuredStrategy",
+    "TypedStrategy",
     "as_completion",
     "catalog",
     "classify",

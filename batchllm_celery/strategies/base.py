@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
+from batchllm_celery.errors import describe
 from batchllm_celery.events import Events
 from batchllm_celery.keys import Keys
 from batchllm_celery.models import (
@@ -21,7 +22,7 @@ from batchllm_celery.models import (
     TOutput,
 )
 from batchllm_celery.settings import Settings
-from batchllm_celery.strategies.failures import stamp_usage
+from batchllm_celery.strategies.failures import charged
 from batchllm_celery.strategies.usage import Reading, understand
 
 if TYPE_CHECKING:
@@ -178,8 +179,18 @@ def as_completion(answer: Any) -> Completion[Any]:
 
     Raises:
         TypeError: for an answer that is neither a `Completion` nor an `(output, usage)` pair, a
-            usage without tokens, or metadata that is no mapping. The error carries the tokens.
+            usage without tokens, metadata that is no mapping, or for what fails when it is looked
+            at. The error carries the tokens.
     """
+    try:
+        return _completion(answer)
+    except TypeError:
+        raise
+    except Exception as error:  # else the call would be taken for failed, and paid again
+        raise TypeError(f"execute() returned what can't be read: {describe(error)}") from error
+
+
+def _completion(answer: Any) -> Completion[Any]:
     if isinstance(answer, Completion):
         output, usage, metadata = answer.output, answer.usage, answer.metadata
     elif isinstance(answer, tuple) and len(answer) == 2:
@@ -195,7 +206,8 @@ def as_completion(answer: Any) -> Completion[Any]:
     reading = usage_in(usage)
     if reading is None:
         raise TypeError(f"no tokens can be read from a usage of type {type(usage).__name__}")
-    notes = _metadata(metadata, reading.usage)
+    with charged(reading.usage):
+        notes = _metadata(metadata)
     if reading.guessed:
         notes = {**notes, "usage_guessed": True}
     return Completion(output, reading.usage, notes)
@@ -208,12 +220,11 @@ def usage_in(usage: Any) -> Reading | None:
     return understand(usage)
 
 
-def _metadata(given: Any, usage: TokenUsage) -> Mapping[str, Any]:
+def _metadata(given: Any) -> Mapping[str, Any]:
     if given is None:
         return {}
     if not isinstance(given, Mapping):
-        wrong = TypeError(f"metadata must be a mapping, not {type(given).__name__}")
-        raise stamp_usage(wrong, usage)
+        raise TypeError(f"metadata must be a mapping, not {type(given).__name__}")
     return (
         given
         if all(type(name) is str for name in given)

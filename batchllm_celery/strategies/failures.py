@@ -26,6 +26,7 @@ from batchllm_celery.errors import (
     TokenTrackingError,
     causes_of,
     describe,
+    shown_message,
     stack_of,
     text_of,
 )
@@ -172,11 +173,11 @@ _TEXTS = (
 
 def classify(exception: BaseException) -> Failure:
     """Turn any exception into a `Failure` by the general rules; never raises."""
-    if isinstance(exception, TokenTrackingError) and exception.__cause__ is not None:
-        failure = classify(exception.__cause__)
-        return Failure(
-            failure.kind, failure.message, failure.retry_after, read_usage(exception.usage)
-        )
+    if isinstance(exception, TokenTrackingError):
+        causes = causes_of(exception)
+        carried = next((one for one in causes if not isinstance(one, TokenTrackingError)), None)
+        if carried is not None:
+            return replace(classify(carried), usage=extract_token_usage(exception))
     try:
         said = _said_by(exception)
         return Failure(
@@ -224,7 +225,7 @@ def classify_for(strategy: LLMCallStrategy[Any], exception: BaseException) -> Fa
         if failure is not None:
             failure = _checked(failure)
     except BaseException as error:
-        logger.warning("classify_failed error=%s", describe(error))
+        log_bug("strategy.classify_failed", error, strategy=type(strategy).__name__)
         failure = None
     if failure is None:
         return classify(exception)
@@ -423,7 +424,8 @@ def _is_broken_http(exception: BaseException) -> bool:
 def _message(exception: BaseException) -> str:
     if not isinstance(exception, ProviderError):
         return describe(exception)
-    shown = exception.error_type or type(exception.__cause__ or exception).__name__
+    shown = shown_message(str(exception.error_type or ""))[:_HEAD]
+    shown = shown or type(exception.__cause__ or exception).__name__
     text = text_of(exception)
     if _named_kind(exception) is None:
         text = f"no failure kind of a call is called {str(exception.kind)[:40]!r}; it said: {text}"
@@ -477,7 +479,7 @@ def _seconds_until(date: str) -> float | None:
 # -- tokens of failed attempts
 
 
-def stamp_usage(exception: Exception, usage: TokenUsage) -> Exception:
+def stamp_usage(exception: BaseException, usage: TokenUsage) -> BaseException:
     """Make `exception` carry the tokens its call has spent; raise what this returns.
 
     An exception that can hold no attribute comes back inside a `TokenTrackingError`.
@@ -508,7 +510,7 @@ def charged(usage: TokenUsage) -> Iterator[None]:
     """Make every exception from the block carry `usage`: the failed call was paid for."""
     try:
         yield
-    except Exception as error:
+    except BaseException as error:
         stamped = stamp_usage(error, usage)
         if stamped is error:
             raise

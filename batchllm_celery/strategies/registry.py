@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeAlias, TypeVar, overload
 
 from batchllm_celery.errors import (
     StrategyNotFoundError,
@@ -24,18 +24,20 @@ from batchllm_celery.errors import (
     describe,
 )
 from batchllm_celery.events import StrategyPrepared
-from batchllm_celery.models import StrategySpec
+from batchllm_celery.models import StrategySpec, TOutput
 from batchllm_celery.models.names import as_label, check_label
 from batchllm_celery.redaction import keep_secrets_of
 from batchllm_celery.strategies.base import LLMCallStrategy, ProcessResources, close_quietly
 from batchllm_celery.strategies.failures import log_bug
+from batchllm_celery.strategies.registered import RegisteredStrategy, parameters_of
 
 #: Number of strategies built from names that a process keeps open. A fleet has a handful, but each
 #: item may have its own parameters, so idle ones above this number are closed.
 MOST_KEPT = 200
 
 Factory: TypeAlias = Callable[..., LLMCallStrategy[Any]]
-F = TypeVar("F", bound=Factory)
+P = ParamSpec("P")
+Class = TypeVar("Class", bound=type[LLMCallStrategy[Any]])
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,7 @@ class Registration:
             inspect.signature(self.factory).bind(**spec.params)
         except TypeError as error:
             raise StrategyParametersError(
-                f"strategy {self.name!r}: {error}; it takes {_parameters(self.factory)}"
+                f"strategy {self.name!r}: {error}; it takes {parameters_of(self.factory)}"
             ) from error
         keep_secrets_of(spec.params)
         try:
@@ -101,11 +103,6 @@ def _check_async(name: str, strategy: Any) -> None:
             f"strategy {name!r}: its execute() must be `async def`; "
             f"run blocking code by `await asyncio.to_thread(...)`"
         )
-
-
-def _parameters(factory: Factory) -> str:
-    names = ", ".join(inspect.signature(factory).parameters)
-    return names or "no parameters"
 
 
 class StrategyCatalog:
@@ -187,32 +184,64 @@ def _file(factory: Factory) -> str | None:
 catalog = StrategyCatalog(builtins="batchllm_celery.providers")
 
 
-def strategy(name: str, *, quota: str | None = None) -> Callable[[F], F]:
+class _Register(Protocol):
+    """What `strategy(...)` returns. A class stays what it is: it may be subclassed."""
+
+    @overload
+    def __call__(  # type: ignore[overload-overlap]  # a class is a callable too: it comes first
+        self, factory: Class, /
+    ) -> Class: ...
+    @overload
+    def __call__(
+        self, factory: Callable[P, LLMCallStrategy[TOutput]], /
+    ) -> RegisteredStrategy[P, TOutput]: ...
+
+
+def strategy(name: str, *, quota: str | None = None) -> _Register:
     """Register a factory (a function or a strategy class) under a name that items can carry.
 
         @strategy("summarise", quota="gemini")
         def summarise(model: str = "gemini-2.5-flash") -> LLMCallStrategy[str]:
             return GeminiStrategy(model=model)
 
+    A function becomes a `RegisteredStrategy`, which calls it as before, and to which work can be
+    sent: `summarise.submit(texts)`. A class stays as it is.
+
     Args:
         name: what `submit(strategy=...)` and `--strategy` say. Workers import the same module.
         quota: the quota its calls draw on; None: PROVIDER:MODEL of the strategy.
 
     Raises:
-        UsageError: for a name or a quota that can't be one, if another factory has the name, or if
-            the class has an `execute` that is not async.
+        UsageError: for a name or a quota that can't be one, if another factory has the name, for
+            what is no factory, or if the class has an `execute` that is not async.
     """
     check_label(name, "strategy name")
     if quota is not None:
         check_label(quota, "quota name")
 
-    def register(factory: F) -> F:
-        if inspect.isclass(factory):
-            _check_async(name, factory)
+    def register(factory: Any) -> Any:
+        _check_factory(name, factory)
         catalog.register(Registration(name, factory, quota))
-        return factory
+        return factory if inspect.isclass(factory) else RegisteredStrategy(name, factory)
 
     return register
+
+
+def _check_factory(name: str, factory: Any) -> None:
+    if isinstance(factory, LLMCallStrategy):
+        raise UsageError(
+            f"strategy {name!r}: register what builds it, a function or a class, not an instance: "
+            f"each worker process builds its own"
+        )
+    if not callable(factory):
+        raise UsageError(f"strategy {name!r}: a {type(factory).__name__} is no factory")
+    if inspect.isclass(factory):
+        _check_async(name, factory)
+    elif inspect.iscoroutinefunction(factory) or inspect.isasyncgenfunction(factory):
+        raise UsageError(
+            f"strategy {name!r}: its factory must be a plain `def` that returns a strategy; "
+            f"what has to be awaited belongs into the strategy's prepare()"
+        )
 
 
 @dataclass(slots=True)

@@ -15,7 +15,7 @@ import regex
 from pydantic import BaseModel, ValidationError
 
 from batchllm_celery.errors import FailureKind, ProviderError, UsageError
-from batchllm_celery.models import Completion, RetryState
+from batchllm_celery.models import Completion, RetryState, TOutput
 from batchllm_celery.strategies.base import (
     LLMCallStrategy,
     ProcessResources,
@@ -24,7 +24,7 @@ from batchllm_celery.strategies.base import (
 from batchllm_celery.strategies.failures import charged, classify
 
 #: A pydantic model, or a JSON Schema.
-Schema: TypeAlias = type[BaseModel] | Mapping[str, Any]
+Schema: TypeAlias = type[TOutput] | Mapping[str, Any]
 
 #: Where `RetryState` keeps what was wrong with the previous answer.
 FEEDBACK = "validation_feedback"
@@ -49,7 +49,7 @@ class OutputSchema:
         UsageError: for something that is neither a pydantic model nor a valid JSON Schema.
     """
 
-    def __init__(self, schema: Schema) -> None:
+    def __init__(self, schema: Schema[Any]) -> None:
         self.model = schema if isinstance(schema, type) and issubclass(schema, BaseModel) else None
         self._patterns_until = 0.0
         if self.model is not None:
@@ -377,7 +377,7 @@ def with_feedback(prompt: str, state: RetryState | None) -> str:
     )
 
 
-class StructuredStrategy(LLMCallStrategy[Any]):
+class StructuredStrategy(LLMCallStrategy[TOutput]):
     """Makes any strategy that answers text answer a pydantic model or JSON.
 
     The schema goes into the prompt; `GeminiStrategy` and `OpenAICompatibleStrategy` have a
@@ -390,7 +390,7 @@ class StructuredStrategy(LLMCallStrategy[Any]):
         schema: a pydantic model or a JSON Schema.
     """
 
-    def __init__(self, inner: LLMCallStrategy[Any], schema: Schema) -> None:
+    def __init__(self, inner: LLMCallStrategy[Any], schema: Schema[TOutput]) -> None:
         self.inner = inner
         self.schema = OutputSchema(schema)
         self.quota = inner.quota

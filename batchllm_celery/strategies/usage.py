@@ -119,12 +119,19 @@ def understand(source: Any, depth: int = 0) -> Reading | None:
 
 
 def plausible(usage: TokenUsage) -> bool:
-    """Whether every figure is one that a call can have."""
+    """Whether every figure is one that a call can have, and a plain number."""
+    inputs, outputs, cached, total = (
+        usage.input_tokens,
+        usage.output_tokens,
+        usage.cached_input_tokens,
+        usage.total_tokens,
+    )
     return (
-        0 <= usage.input_tokens < MOST_TOKENS
-        and 0 <= usage.output_tokens < MOST_TOKENS
-        and 0 <= usage.cached_input_tokens < MOST_TOKENS
-        and 0 <= usage.total_tokens < 2 * MOST_TOKENS
+        type(inputs) is type(outputs) is type(cached) is type(total) is int
+        and 0 <= inputs < MOST_TOKENS
+        and 0 <= outputs < MOST_TOKENS
+        and 0 <= cached < MOST_TOKENS
+        and 0 <= total < 2 * MOST_TOKENS
     )
 
 

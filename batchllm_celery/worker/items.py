@@ -223,7 +223,9 @@ class Item:
             if self.handed_back:
                 return None
             raise
-        except Exception:
+        except GeneratorExit:  # the loop is closed: nothing can be awaited
+            raise
+        except BaseException:
             # A fault of ours or of Redis, not the item's: held any longer it would hang for ever.
             await asyncio.shield(self._release())
             raise

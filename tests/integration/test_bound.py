@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import pytest
 import redis
+from pydantic import BaseModel, model_serializer
 
 from batchllm_celery import (
     Batch,
@@ -60,6 +61,26 @@ class Sly(Exception):
         raise RuntimeError("no status")
 
 
+class Leaving:
+    """Exits wherever it is looked at."""
+
+    def __bool__(self) -> bool:
+        sys.exit(3)
+
+    __str__ = __repr__ = __len__ = __bool__  # type: ignore[assignment]
+
+
+class LeavingModel(BaseModel):
+    @model_serializer
+    def leave(self) -> Any:
+        sys.exit(3)
+
+
+class Broken(dict[str, int]):
+    def __contains__(self, name: object) -> bool:
+        raise OSError("its file is gone")
+
+
 def _raise(error: BaseException) -> Any:
     raise error
 
@@ -97,6 +118,10 @@ ANSWERS: dict[str, tuple[Callable[[], Any], bool, int]] = {
     "an impossible usage": (lambda: ("ok", {"input_tokens": 10**400}), True, 10_000_000),
     "a negative usage": (lambda: ("ok", {"input_tokens": -5, "output_tokens": 2}), True, 2),
     "no number": (lambda: ("ok", {"input_tokens": float("nan"), "output_tokens": 2}), True, 2),
+    "a model that exits": (lambda: Completion("ok", USAGE, {"model": Leaving()}), True, 5),  # type: ignore[arg-type]
+    "metadata that exits": (lambda: Completion("ok", USAGE, {"x": Leaving()}), True, 5),  # type: ignore[arg-type]
+    "an output that exits": (lambda: (LeavingModel(), USAGE), False, 5),
+    "a usage that fails": (lambda: ("ok", Broken(a=1)), False, 0),
     "no answer": (lambda: None, False, 0),
     "bytes": (lambda: (b"\xff\xfe", USAGE), False, 5),
     "a set": (lambda: ({1, 2}, USAGE), True, 5),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -76,6 +76,27 @@ def test_any_iterable_of_rows_is_taken(producer: Producer, rows: Any) -> None:
     assert producer.submit(rows, strategy="s").progress().total == 2
 
 
+class Unreadable(Mapping[str, Any]):
+    """Fails where it is read, as a lazy one does whose file is gone."""
+
+    def __init__(self, error: type[Exception]) -> None:
+        self.error = error
+
+    def __getitem__(self, name: str) -> Any:
+        raise self.error(name)
+
+    def __iter__(self) -> Iterator[str]:
+        raise self.error("names")
+
+    def __len__(self) -> int:
+        return 1
+
+
+class Unnamed:
+    def __str__(self) -> str:
+        return str(1 // 0)
+
+
 def circular() -> list[Any]:
     context: list[Any] = []
     context.append(context)
@@ -100,6 +121,12 @@ def row(**changes: Any) -> dict[str, Any]:
         (row(item_id="id-3"), r"item 250: an earlier row has its item_id 'id-3'"),
         (row(item_id=" "), r"item 250: its item_id is empty"),
         (row(prompt=5), r"item 250: a row is a string"),
+        (row(prompt="\ud83d"), r"item 250: half a surrogate pair"),
+        ("a \udfff", r"item 250: half a surrogate pair"),
+        (LLMWorkItem("odd", "s", "\ud800"), r"item 250: half a surrogate pair"),
+        (Unreadable(RuntimeError), r"item 250 can't be read: RuntimeError"),
+        (Unreadable(OSError), r"item 250 can't be read: OSError"),
+        (row(item_id=Unnamed()), r"item 250 can't be read: ZeroDivisionError"),
         (5, r"item 250: a row is a string"),
     ],
 )

@@ -208,3 +208,16 @@ def test_a_task_that_exits_ends_itself_and_not_the_loop(
     assert event_loop.run(await_it()) == type(error).__name__
     assert event_loop.run(_where())[1] == "batchllm-loop"
     assert "exit_ignored" in caplog.text
+
+
+def test_code_that_stops_the_loop_stops_nobody_else(caplog: pytest.LogCaptureFixture) -> None:
+    """A strategy that takes the loop for its own: everybody's goes on, and the log says so."""
+
+    async def stop() -> str:
+        asyncio.get_running_loop().stop()
+        await asyncio.sleep(0)
+        return "went on"
+
+    assert event_loop.run(stop()) == "went on"
+    assert event_loop.run(_where())[1] == "batchllm-loop"
+    assert "stop_ignored" in caplog.text

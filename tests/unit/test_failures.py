@@ -490,3 +490,46 @@ def test_a_message_of_megabytes_is_searched_in_no_time() -> None:
     started = time.process_time()
     assert classify(RuntimeError("x" * 50_000_000)).kind is K.UNKNOWN
     assert time.process_time() - started < 5
+
+
+def _in_a_circle(depth: int) -> TokenTrackingError:
+    errors = [TokenTrackingError("x", {"input_tokens": 5}) for _ in range(depth)]
+    for error, cause in zip(errors, [*errors[1:], errors[0]], strict=True):
+        error.__cause__ = cause
+    return errors[0]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 30])
+def test_a_stand_in_that_is_its_own_cause_ends(depth: int) -> None:
+    """It is one failure, with its tokens."""
+    failure = classify(_in_a_circle(depth))
+    assert failure.usage.total_tokens == 5
+
+
+@pytest.mark.parametrize("name", ["\x1b[31mred", "a\u202eb", "x" * 5000, 5, object()])
+def test_the_name_of_an_error_is_shown_safely(name: Any) -> None:
+    """A strategy may have it from the provider: no control characters, no end in sight."""
+    message = classify(ProviderError("it failed", error_type=name)).message
+    assert message.isprintable()
+    assert len(message) < 400
+    assert "it failed" in message
+
+
+@pytest.mark.parametrize("error", [ValueError, SystemExit, OSError])
+def test_a_classify_that_fails_leaves_its_place_in_the_log_and_not_its_text(
+    error: type[BaseException], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its text may quote the prompt."""
+
+    class Own(CallableStrategy[Any]):
+        def classify(self, exception: BaseException) -> Failure | None:
+            raise error(f"the prompt was: {exception}")
+
+    strategy = Own(_answer)
+    assert classify_for(strategy, ValueError("a secret")).kind is FailureKind.LOGIC_ERROR
+    assert "in classify" in caplog.text
+    assert "secret" not in caplog.text
+
+
+async def _answer(prompt: str) -> str:
+    return prompt

@@ -199,7 +199,8 @@ def test_the_decorator_registers_under_a_name() -> None:
         return Counting()
 
     found = catalog.lookup("test-decorated")
-    assert (found.factory, found.quota) == (decorated, "q")
+    assert (found.factory, found.quota) == (inspect.unwrap(decorated), "q")
+    assert isinstance(decorated(), Counting)
     assert {"gemini", "gemini-cached", "openai", "pydantic-ai", "simulated"} <= set(catalog)
 
 

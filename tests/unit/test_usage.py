@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from decimal import Decimal
+from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
 import pytest
 
+from batchllm_celery.errors import FailureKind
 from batchllm_celery.models import Completion, TokenUsage
-from batchllm_celery.strategies import CallableStrategy, as_completion
+from batchllm_celery.strategies import CallableStrategy, as_completion, classify
+from batchllm_celery.strategies.failures import extract_token_usage
 from batchllm_celery.strategies.usage import MOST_TOKENS, count, plausible, understand
 
 #: Usage -> input, output, cached.
@@ -201,6 +205,49 @@ def test_a_usage_of_our_own_with_impossible_figures_is_cut_too() -> None:
     assert not plausible(usage)
     usage = as_completion(Completion("x", TokenUsage(input_tokens=5, total_tokens=10**59))).usage
     assert usage.total_tokens == 5
+
+
+@pytest.mark.parametrize("figure", [Fraction(9, 2), True, "7"])
+def test_a_usage_of_our_own_with_other_numbers_becomes_plain(figure: Any) -> None:
+    """Built without validation it holds anything; Redis counts whole numbers."""
+    odd = TokenUsage.model_construct(input_tokens=figure, output_tokens=1, total_tokens=2)
+    usage = as_completion(Completion("x", odd)).usage
+    assert [type(usage[name]) for name in usage.keys()] == [int] * 4  # noqa: SIM118
+
+
+class Failing(Mapping[str, Any]):
+    """Fails, or exits, where it is read."""
+
+    def __init__(self, error: type[BaseException]) -> None:
+        self.error = error
+
+    def __getitem__(self, name: str) -> Any:
+        raise self.error("no")
+
+    def __iter__(self) -> Iterator[str]:
+        raise self.error("no")
+
+    def __len__(self) -> int:
+        return 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError, OSError, TimeoutError])
+def test_an_answer_that_fails_when_it_is_read_is_a_bug_and_no_failed_call(
+    error: type[Exception],
+) -> None:
+    """As a failed call it would be paid for again."""
+    for answer in (("x", Failing(error)), Completion("x", {"input_tokens": 5}, Failing(error))):  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="can't be read") as caught:
+            as_completion(answer)
+        assert classify(caught.value).kind is FailureKind.LOGIC_ERROR
+
+
+@pytest.mark.parametrize("error", [RuntimeError, SystemExit])
+def test_the_tokens_of_an_answer_with_metadata_that_fails_count(error: type[BaseException]) -> None:
+    """They were paid for, whatever is raised."""
+    with pytest.raises((TypeError, SystemExit)) as caught:
+        as_completion(Completion("x", {"input_tokens": 5}, Failing(error)))  # type: ignore[arg-type]
+    assert extract_token_usage(caught.value).total_tokens == 5
 
 
 class Named(NamedTuple):

@@ -109,7 +109,7 @@ class GeminiCachedStrategy(GeminiStrategy[TOutput]):
         cache_tags: Mapping[str, Any] | None = None,
         *,
         system: str | None = None,
-        schema: Schema | None = None,
+        schema: Schema[TOutput] | None = None,
         temperature: float | None = None,
         max_output_tokens: int | None = None,
         thinking_budget: int | None = None,

@@ -39,7 +39,7 @@ _UNREADABLE = (JSONDecodeError, UnicodeDecodeError, ValidationError)
 class GeminiResponse(Model, Generic[TOutput]):
     """The output with what came along, under `include_metadata=True`."""
 
-    output: Any
+    output: TOutput
     safety_ratings: dict[str, str] = Field(default_factory=dict)
     finish_reason: str | None = None
     token_usage: TokenUsage = NO_TOKENS
@@ -81,7 +81,7 @@ class GeminiStrategy(ProviderStrategy[TOutput]):
         include_metadata: bool = False,
         *,
         system: str | None = None,
-        schema: Schema | None = None,
+        schema: Schema[TOutput] | None = None,
         temperature: float | None = None,
         max_output_tokens: int | None = None,
         thinking_budget: int | None = None,

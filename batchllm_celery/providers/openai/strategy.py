@@ -59,7 +59,7 @@ class OpenAICompatibleStrategy(ProviderStrategy[TOutput]):
         base_url: str | None = None,
         api_key: str | None = None,
         system: str | None = None,
-        schema: Schema | None = None,
+        schema: Schema[TOutput] | None = None,
         temperature: float | None = None,
         max_output_tokens: int | None = None,
         extra: Mapping[str, Any] | None = None,
