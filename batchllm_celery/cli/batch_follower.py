@@ -9,6 +9,7 @@ Three threads talk to Redis, so that the main thread never waits for it and reac
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -95,6 +96,8 @@ class BatchFollower:
         interrupts: the signals that the command has received.
         redis: subscribed to the producer's events.
         drain_seconds: how long, in seconds, calls in flight may take after the first Ctrl-C.
+        rows_per_worker: rows for which one worker is enough: another one starts when more have
+            been read. Default: all start at once.
         check: called every `TICK_SECONDS`; an exception of it ends the run.
     """
 
@@ -111,6 +114,7 @@ class BatchFollower:
         interrupts: Interrupts,
         redis: RedisWatch,
         drain_seconds: float,
+        rows_per_worker: int | None = None,
         check: Callable[[], None] | None = None,
     ) -> None:
         self._producer = producer
@@ -123,6 +127,7 @@ class BatchFollower:
         self._interrupts = interrupts
         self._redis = redis
         self._drain_seconds = drain_seconds
+        self._rows_per_worker = rows_per_worker
         self._check = check
         self._progress: BatchProgress = batch.progress()
         self._quota: QuotaState | None = None
@@ -193,17 +198,18 @@ class BatchFollower:
                 raise thread.failure
         if self._check is not None:
             self._check()
-        if self._fleet.started or self._needs_workers():
+        # A batch that an earlier run has finished needs no worker.
+        if self._fleet.started or not (self._batch.resumed and self._progress.is_over):
+            self._fleet.start(self._workers_needed())
             self._fleet.poll()
         self._display.update(self._view())
         time.sleep(TICK_SECONDS)
 
-    def _needs_workers(self) -> bool:
-        """Start workers, unless an earlier run has finished this batch."""
-        if self._batch.resumed and self._progress.is_over:
-            return False
-        self._fleet.start()
-        return True
+    def _workers_needed(self) -> int | None:
+        """How many are to be started; None for all."""
+        if self._rows_per_worker is None:
+            return None
+        return max(1, math.ceil(self._progress.fed / self._rows_per_worker))
 
     def _view(self) -> View:
         progress = self._progress

@@ -6,6 +6,7 @@ Each runs in a session of its own, under the parent-death watch of `parent_death
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import select
 import signal
@@ -82,14 +83,6 @@ def environment_of(settings: Settings) -> dict[str, str]:
     return environment
 
 
-def worker_arguments(name: str, *, loglevel: str = "INFO") -> list[str]:
-    """The arguments of one Celery worker. Its queues, slots and pool come from the settings."""
-    return [
-        *("-A", "batchllm_celery", "worker", "-n", f"{name}@%h", "--loglevel", loglevel),
-        *("--without-mingle", "--without-gossip"),
-    ]
-
-
 def _open_private(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW, 0o600)
 
@@ -99,7 +92,8 @@ class _Worker:
     number: int
     process: subprocess.Popen[bytes] | None = None
     started: float = 0.0
-    restart_at: float = 0.0
+    restart_at: float = math.inf
+    """Monotonic time of the next start; infinity before the first one."""
     quick_deaths: int = 0
     log_start: int = 0
     has_lived: bool = False
@@ -149,21 +143,25 @@ class Fleet:
         started = [worker.process for worker in self._workers if worker.process is not None]
         return [process for process in started if process.poll() is None]
 
-    def start(self) -> None:
-        """Start all workers."""
+    def start(self, count: int | None = None) -> None:
+        """Start workers until `count` have been started; default all. Repeating it is harmless."""
         self.started = True
-        for worker in self._workers:
-            self._start(worker)
+        for worker in self._workers[:count]:
+            if worker.restart_at == math.inf:
+                self._start(worker)
 
     def _start(self, worker: _Worker) -> None:
         worker.started = self._clock()
         worker.restart_at = 0.0
-        arguments = worker_arguments(
-            f"{self._name}-{os.getpid()}-{worker.number}", loglevel=self._loglevel
-        )
+        # Queues, slots and pool come from the settings.
+        arguments = [f"{self._name}-{os.getpid()}-{worker.number}", self._loglevel]
         with self._log(worker) as log:
             worker.process = self._pipe.popen(
-                "celery", arguments, self._environment(worker.number), stdout=log, stderr=log
+                "batchllm_celery.worker",
+                arguments,
+                self._environment(worker.number),
+                stdout=log,
+                stderr=log,
             )
 
     @contextlib.contextmanager
@@ -278,9 +276,13 @@ class SimulatedProviderProcess:
         self._process = self._pipe.popen(
             "batchllm_celery.simulation", [config], os.environ, stdout=subprocess.PIPE
         )
-        self.url = self._read_url()
 
-    def _read_url(self, timeout: float = 10.0) -> str:
+    def wait_for_url(self, timeout: float = 10.0) -> str:
+        """Where it listens.
+
+        Raises:
+            UsageError: it did not start within `timeout` seconds.
+        """
         assert self._process.stdout is not None
         ready, _, _ = select.select([self._process.stdout], [], [], timeout)
         words = self._process.stdout.readline().decode().split() if ready else []

@@ -238,8 +238,9 @@ class _Run:
             return failure
         finally:
             self.ready = time.monotonic()
-        if self.job.strategy.model_name and not self.runner.prices.loaded:
-            await self.runner.prices.load()
+        model, prices = self.job.strategy.model_name, self.runner.prices
+        if model and not prices.loaded and model not in prices.known:
+            await prices.load(model)
         if self.job.needs_prices and (unknown := self._without_price()):
             return Failure(
                 FailureKind.INVALID_REQUEST,

@@ -23,6 +23,9 @@ _MILLION = Decimal(1_000_000)
 #: PROVIDER of `PROVIDER:MODEL` -> genai-prices' name, where they differ.
 _PROVIDERS = {"gemini": "google", "google-gla": "google", "google-vertex": "google"}
 
+#: What the names of models begin with that have no price.
+_SIMULATED = "simulated:"
+
 #: Some prices depend on the hour of the day, so what was looked up is good for so many seconds.
 _FRESH_SECONDS = 60.0
 
@@ -79,19 +82,22 @@ class Prices:
 
     def __init__(self, file: Path | None = None) -> None:
         self._overrides = {} if file is None else _read(file)
-        self._known: dict[str, tuple[float, ModelPrices | None]] = {}
+        self.known: dict[str, tuple[float, ModelPrices | None]] = {}
+        """Model -> until when (monotonic seconds) its prices are fresh, and the prices."""
         self.loaded = False
-        """Whether `load` was done."""
+        """Whether the table has been read."""
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Prices:
         """Prices with the overrides that this process's settings name."""
         return cls(settings.prices_file)
 
-    async def load(self) -> None:
-        """Read the table off the event loop: the first look-up would block it for a second."""
-        await asyncio.to_thread(_look_up, "")
-        self.loaded = True
+    async def load(self, model: str) -> None:
+        """Read the table for `model` off the event loop: the first look-up would block it for a
+        second. A simulated model has no price, so nothing is read for it."""
+        if not model.startswith(_SIMULATED):
+            await asyncio.to_thread(_look_up, "")
+            self.loaded = True
 
     def cost(self, model: str | None, usage: TokenUsage) -> float | None:
         """US dollars of a call with `usage`; None for an unknown model."""
@@ -104,10 +110,10 @@ class Prices:
         if override is not None:
             return override
         now = time.monotonic()
-        until, known = self._known.get(model, (0.0, None))
+        until, known = self.known.get(model, (0.0, None))
         if now >= until:
-            known = _look_up(model)
-            self._known[model] = (now + _FRESH_SECONDS, known)
+            known = None if model.startswith(_SIMULATED) else _look_up(model)
+            self.known[model] = (now + _FRESH_SECONDS, known)
         return known
 
 

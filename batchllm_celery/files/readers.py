@@ -6,6 +6,7 @@ A reader yields `(line number, fields)`, or a `BadLine` for a line that is not o
 from __future__ import annotations
 
 import codecs
+import contextlib
 import csv
 import datetime
 import gzip
@@ -183,8 +184,9 @@ class _Transcoded:
     def peek(self, _: int) -> bytes:
         return b""
 
-    def detach(self) -> None:
-        self._text.detach()
+    def __del__(self) -> None:
+        with contextlib.suppress(ValueError):
+            self._text.detach()  # whoever opened the stream closes it
 
 
 Line = tuple[int, bytes | None]

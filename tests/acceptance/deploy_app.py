@@ -2,6 +2,8 @@
 
 DEPLOY_FAULT   what is wrong with this worker: "no strategy", "no key", "no package", "wrong key",
                "no memory", "older parameters"; nothing if unset
+DEPLOY_PARAMETERS_AFTER
+               seconds until parameters that nobody takes fail their items; 30 if unset
 """
 
 from __future__ import annotations
@@ -11,8 +13,10 @@ import importlib
 import os
 
 from batchllm_celery import FailureKind, LLMCallStrategy, ProviderError, RetryState, strategy
+from batchllm_celery.worker import items
 
 FAULT = os.environ.get("DEPLOY_FAULT", "")
+items.PARAMETERS_AFTER = float(os.environ.get("DEPLOY_PARAMETERS_AFTER") or items.PARAMETERS_AFTER)
 
 
 class Summarise(LLMCallStrategy[str]):

@@ -32,8 +32,8 @@ def calls_per_prompt(provider: Any) -> Counter[str]:
 
 
 def worker_pids(folder: Path) -> list[int]:
-    """The Celery workers of a run in `folder`."""
-    return [p.pid for p in processes_of(folder) if "-A" in p.cmdline() and "worker" in p.cmdline()]
+    """The workers that a run in `folder` has started."""
+    return [p.pid for p in processes_of(folder) if "batchllm_celery.worker" in p.cmdline()]
 
 
 def test_run_answers_every_row_once_and_a_second_run_calls_nobody(

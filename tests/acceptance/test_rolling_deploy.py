@@ -121,8 +121,11 @@ def test_a_name_that_no_live_worker_knows_is_refused(
     assert "did you mean 'summarise'" in said.stderr
 
 
-def test_parameters_that_no_worker_takes_fail_soon(producer: Producer, deploy: Deploy) -> None:
+def test_parameters_that_no_worker_takes_fail_soon(
+    fleet: Fleet, producer: Producer, deploy: Deploy
+) -> None:
     """A typing error does not wait for `unrunnable_after`: its items fail as `invalid_request`."""
-    deploy(good=1)
+    fleet.env["DEPLOY_PARAMETERS_AFTER"] = "2"
+    deploy(good=1, unrunnable_after=600.0)
     results = run(producer, 20, params={"stile": "long"})
     assert {result.error_kind for result in results} == {FailureKind.INVALID_REQUEST}

@@ -103,7 +103,7 @@ async def test_the_table_is_read_off_the_event_loop() -> None:
     """Loading it twice is harmless, and look-ups are at hand afterwards."""
     prices = Prices()
     assert not prices.loaded
-    await prices.load()
+    await prices.load("openai:gpt-5")
     assert prices.loaded
     assert prices.of("openai:gpt-4o") is not None
 

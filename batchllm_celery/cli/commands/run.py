@@ -55,7 +55,8 @@ from batchllm_celery.settings import Settings
 if TYPE_CHECKING:
     from batchllm_celery.producer.plan import Rerun
 
-DEFAULT_WORKERS = 2
+#: Worker processes where the command line names no number.
+MOST_WORKERS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,8 @@ class CheckedRun:
     quota: Quota | None
     rows: Rows
     out: str
-    workers: int
+    workers: int | None
+    """None: as many as the rows need, `MOST_WORKERS` at most."""
     simulation: str | None
     rerun: frozenset[Rerun]
 
@@ -79,8 +81,9 @@ class CheckedRun:
 @options.base_url
 @options.rows
 @options.quota
-@options.option("--workers", type=click.IntRange(min=0), default=DEFAULT_WORKERS, show_default=True,
-                help="Worker processes; 0: use the workers of a running fleet.")  # fmt: skip
+@options.option("--workers", type=click.IntRange(min=0),
+                help="Worker processes; 0: use the workers of a running fleet.  "
+                     "[default: 2, or 1 that has a slot for each row]")  # fmt: skip
 @options.option("--slots", type=click.IntRange(min=1), help="Items in flight per worker.")
 @options.option("--simulation", metavar="JSON",
                 help="Settings of the simulated provider, as for `simulate`.")  # fmt: skip
@@ -91,7 +94,9 @@ class CheckedRun:
 @options.quiet
 @options.as_json
 @options.verbose
-def run(sources: tuple[str, ...], workers: int, simulation: str | None, **shared: Any) -> int:
+def run(
+    sources: tuple[str, ...], workers: int | None, simulation: str | None, **shared: Any
+) -> int:
     """Answer every row of INPUT, write the results and print a summary.
 
     INPUT is JSONL, a JSON array, CSV, plain text (a prompt a line), Parquet, Excel, an OpenAI batch
@@ -119,7 +124,7 @@ def run(sources: tuple[str, ...], workers: int, simulation: str | None, **shared
 def _check(
     sources: tuple[str, ...],
     request: CommandRequest,
-    workers: int,
+    workers: int | None,
     simulation: str | None,
     stack: contextlib.ExitStack,
 ) -> CheckedRun:
@@ -135,11 +140,11 @@ def _check(
         _refuse_same_file(one, out)
     rows = open_rows(request, sources, strategy, stack)
     instance = check_strategy(strategy, settings)
-    if not request.dry_run and workers:
+    if not request.dry_run and workers != 0:
         check_key(strategy, settings)
-    if workers:
+    if workers != 0:
         openers(settings)  # a missing extra is one error here, instead of one of each worker
-    queue = None if workers else "default"
+    queue = "default" if workers == 0 else None
     spec = spec_of(request, strategy, source=source, queue=queue, keep_results=False)
     check_price(spec, instance, settings)
     if request.dry_run:
@@ -178,14 +183,15 @@ def _run(
     stack: contextlib.ExitStack,
     started: float,
 ) -> tuple[End, str | None, float]:
+    request = checked.request
+    provider = _start_simulation(checked, stack)  # first: it starts while we look for Redis
     from batchllm_celery.producer import Producer
 
-    request = checked.request
     redis = RedisWatch()
     producer = Producer(checked.settings, events=Events(redis))
     stack.callback(_close_in_time, producer.close, interrupts)
     producer.check()
-    settings, provider = _with_simulation(checked, stack)
+    settings = _settings_of_workers(checked, provider)
     sink = open_sink(
         checked.out, checked.spec.batch_id, overwrite=_overwrites(request), ordered=request.ordered
     )
@@ -202,7 +208,8 @@ def _run(
         sink.abandon()
         raise
     logs = _new_log_folder(settings.state_dir, batch.id)
-    fleet = Fleet(checked.workers, lambda _: environment_of(settings), log_dir=logs)
+    workers = MOST_WORKERS if checked.workers is None else checked.workers
+    fleet = Fleet(workers, lambda _: environment_of(settings), log_dir=logs)
     stack.callback(fleet.kill)
     display = open_display(console, quiet=request.quiet)
     display.say(f"Batch {batch.id}" + (", resumed" if batch.resumed else ""))
@@ -211,6 +218,7 @@ def _run(
     follower = BatchFollower(
         producer, batch, checked.rows, sink, fleet, display, feed=beginning.feed(checked.rows),
         interrupts=interrupts, redis=redis, drain_seconds=settings.drain_seconds,
+        rows_per_worker=settings.slots if checked.workers is None else None,
         check=provider.check if provider is not None else None,
     )  # fmt: skip
     try:
@@ -224,17 +232,15 @@ def _run(
     return end, _kept_logs(logs, fleet, end), took
 
 
-def _with_simulation(
+def _start_simulation(
     checked: CheckedRun, stack: contextlib.ExitStack
-) -> tuple[Settings, SimulatedProviderProcess | None]:
-    """The workers' settings; for `--model simulated` with the URL of a provider started here."""
-    settings = checked.settings
-    if checked.workers and "unrunnable_after" not in settings.model_fields_set:
-        # These workers are all alike: what one of them can't run, none can.
-        settings = settings.model_copy(update={"unrunnable_after": 0.0})
-    needs_one = checked.spec.strategy.name == "simulated" and settings.simulated_url is None
-    if not needs_one or not checked.workers or checked.request.dry_run:
-        return settings, None
+) -> SimulatedProviderProcess | None:
+    """The provider of `--model simulated`, unless the settings name one that runs already."""
+    strategy, settings = checked.spec.strategy, checked.settings
+    if strategy.name != "simulated" or settings.simulated_url is not None:
+        return None
+    if checked.workers == 0 or checked.request.dry_run:
+        return None
     from batchllm_celery.simulation.config import SimulationConfig
 
     try:
@@ -243,7 +249,19 @@ def _with_simulation(
         raise UsageError(f"--simulation: {validation_message(error)}") from None
     provider = SimulatedProviderProcess(config.model_dump_json())
     stack.callback(provider.close)
-    return settings.model_copy(update={"simulated_url": provider.url}), provider
+    return provider
+
+
+def _settings_of_workers(
+    checked: CheckedRun, provider: SimulatedProviderProcess | None
+) -> Settings:
+    changes: dict[str, Any] = {}
+    if checked.workers != 0 and "unrunnable_after" not in checked.settings.model_fields_set:
+        # These workers are all alike: what one of them can't run, none can.
+        changes["unrunnable_after"] = 0.0
+    if provider is not None:
+        changes["simulated_url"] = provider.wait_for_url()
+    return checked.settings.model_copy(update=changes)
 
 
 def _finish(sink: Sink, end: End) -> None:

@@ -33,7 +33,9 @@ from batchllm_celery.settings import Settings
                 help="Seconds for calls in flight after SIGTERM.  [default: 30]")  # fmt: skip
 @options.option("--unrunnable-after", type=options.Number(min=0), metavar="SECONDS",
                 help="Until what no live worker can run fails.  [default: 600]")  # fmt: skip
-@options.option("--loglevel", default="INFO", show_default=True)
+@options.option("--loglevel", default="INFO", show_default=True,
+                type=click.Choice(["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"],
+                                  case_sensitive=False))  # fmt: skip
 @options.base_url
 @options.connection
 def worker(
