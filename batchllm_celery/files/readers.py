@@ -300,7 +300,7 @@ def _decompressed(stream: IO[bytes], head: bytes, name: str) -> tuple[IO[bytes],
     else:
         return stream, head, None
     try:
-        return stream, stream.peek(512), compression  # type: ignore[attr-defined]
+        return stream, bytes(cast(Any, stream).peek(512)), compression
     except Exception as error:
         raise InputError(f"{name} is {compression} that can't be read: {error}") from None
 
