@@ -22,6 +22,8 @@ _COMMANDS = {
     "worker": ("worker", "Work for a fleet with one or more processes."),
     "status": ("status", "Batches, their counters and ETA, quotas, workers."),
     "results": ("results", "The results of a batch so far, or until it is over."),
+    "export": ("export", "Results as CSV, Parquet or compressed JSONL."),
+    "failures": ("failures", "What failed, by kind and message, with examples."),
     "cancel": ("control", "End a batch; calls that have not started are not made."),
     "pause": ("control", "Start no more calls of a batch."),
     "resume": ("control", "Continue a paused or stopped batch."),

@@ -192,8 +192,17 @@ batch = group(
     option("--dry-run", is_flag=True, help="Do everything except calls to the provider."),
 )
 
+columns = option(
+    "--columns", metavar="A,B,...", help="Columns of the table, in this order.  [default: all]"
+)
+
 out = group(
-    option("-o", "--out", metavar="OUT.jsonl", help="Result file; - for standard output."),
+    option(
+        "-o",
+        "--out",
+        metavar="OUT",
+        help="Result file: .jsonl, .csv, .parquet, also .gz; - for standard output.",
+    ),
     option("--ordered", is_flag=True, help="Results in the order of the input."),
     option("--overwrite", is_flag=True, help="Replace an OUT that holds other data."),
 )

@@ -116,6 +116,7 @@ class CommandRequest:
     slots: int | None = None
     # The output.
     out: str | None = None
+    columns: str | None = None
     ordered: bool = False
     overwrite: bool = False
     as_json: bool = False
@@ -467,6 +468,12 @@ def spec_of(
         prices=prices_of(request, strategy),
         model=model_name(strategy),
     )
+
+
+def columns_of(request: CommandRequest) -> tuple[str, ...] | None:
+    """The names of `--columns`."""
+    names = tuple(name.strip() for name in (request.columns or "").split(",") if name.strip())
+    return names or None
 
 
 def rerun_words(request: CommandRequest) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ from typing import Any, Generic, TypeVar
 from batchllm_celery.connection import Reminder
 from batchllm_celery.errors import FailureKind, InputError, UsageError, describe
 from batchllm_celery.files.item_ids import SeenIds
+from batchllm_celery.files.tables import to_arrow, to_pandas, to_polars
 from batchllm_celery.ledger import Ledger, Outcome
 from batchllm_celery.ledger import Row as Stored
 from batchllm_celery.ledger.workers import list_workers
@@ -299,6 +300,28 @@ class BatchSteps(Generic[TOutput, TContext]):
         found = [result async for result in self._results(False, Reminder())]
         return BatchResult(found)
 
+    async def _to_pandas(self) -> Any:
+        """The results so far as a pandas DataFrame: the source row's columns, output, its fields,
+        error, tokens, cost."""
+        return to_pandas(await self._lines())
+
+    async def _to_polars(self) -> Any:
+        """The same as a polars DataFrame."""
+        return to_polars(await self._lines())
+
+    async def _to_arrow(self) -> Any:
+        """The same as an Arrow table."""
+        return to_arrow(await self._lines())
+
+    async def _lines(self) -> list[Mapping[str, Any]]:
+        """The latest result line of each row, in the order of the rows."""
+        lines: dict[int, Mapping[str, Any]] = {}
+        after = "0"
+        while taken := await self._read(after):
+            lines.update((one.index, one.line) for one in taken)
+            after = taken[-1].receipt
+        return [lines[index] for index in sorted(lines)]
+
     async def _results(
         self, follow: bool, reminder: Reminder
     ) -> AsyncGenerator[WorkItemResult[TOutput, TContext], None]:
@@ -420,6 +443,9 @@ class Batch(BatchSteps[TOutput, TContext]):
     progress = blocking(BatchSteps._progress)
     wait = blocking(BatchSteps._wait)
     collect = blocking(BatchSteps[TOutput, TContext]._collect)
+    to_pandas = blocking(BatchSteps._to_pandas)
+    to_polars = blocking(BatchSteps._to_polars)
+    to_arrow = blocking(BatchSteps._to_arrow)
     read = blocking(BatchSteps._read)
     consume = blocking(BatchSteps._consume)
     take = blocking(BatchSteps._take)
@@ -446,6 +472,9 @@ class AsyncBatch(BatchSteps[TOutput, TContext]):
     progress = awaitable(BatchSteps._progress)
     wait = awaitable(BatchSteps._wait)
     collect = awaitable(BatchSteps[TOutput, TContext]._collect)
+    to_pandas = awaitable(BatchSteps._to_pandas)
+    to_polars = awaitable(BatchSteps._to_polars)
+    to_arrow = awaitable(BatchSteps._to_arrow)
     cancel = awaitable(BatchSteps._cancel)
     pause = awaitable(BatchSteps._pause)
     resume = awaitable(BatchSteps._resume)

@@ -27,6 +27,7 @@ from batchllm_celery.cli.request import (
     check_key,
     check_price,
     check_strategy,
+    columns_of,
     default_quota_name,
     open_rows,
     quota_of,
@@ -45,9 +46,11 @@ from batchllm_celery.files.result_file import (
     Sink,
     check_out,
     open_sink,
+    refusal,
     refuse_real_results,
 )
 from batchllm_celery.files.rows import Rows
+from batchllm_celery.files.tables import read_results, table_suffix, write_table
 from batchllm_celery.models import BatchProgress, BatchSpec, BatchState, Quota
 from batchllm_celery.observability.switched_on import openers
 from batchllm_celery.settings import Settings
@@ -73,6 +76,8 @@ class CheckedRun:
     """None: as many as the rows need, `MOST_WORKERS` at most."""
     simulation: str | None
     rerun: frozenset[Rerun]
+    table: str | None = None
+    """The table that is written from OUT at the end."""
 
 
 @click.command()
@@ -90,6 +95,7 @@ class CheckedRun:
 @options.batch
 @options.bounds
 @options.out
+@options.columns
 @options.connection
 @options.quiet
 @options.as_json
@@ -138,6 +144,13 @@ def _check(
     out = request.out or default_out(source, dry_run=request.dry_run)
     for one in sources:
         _refuse_same_file(one, out)
+    table = out if out != "-" and table_suffix(out) is not None else None
+    if request.columns and table is None:
+        raise UsageError("--columns are those of a table: -o x.csv or -o x.parquet")
+    if table is not None:
+        out = f"{table}.jsonl"  # the table is written from it
+        if Path(table).exists() and not Path(out).exists() and not _overwrites(request):
+            raise OutputError(refusal(Path(table), None, request.batch_id or "this one"))
     rows = open_rows(request, sources, strategy, stack)
     instance = check_strategy(strategy, settings)
     if not request.dry_run and workers != 0:
@@ -153,7 +166,7 @@ def _check(
     settings = settings.model_copy(update={"queue": spec.queue})
     quota = quota_of(request, default_quota_name(strategy))
     rerun = frozenset(Rerun(word) for word in rerun_words(request))
-    return CheckedRun(request, settings, spec, quota, rows, out, workers, simulation, rerun)
+    return CheckedRun(request, settings, spec, quota, rows, out, workers, simulation, rerun, table)
 
 
 def default_out(source: str, *, dry_run: bool = False) -> str:
@@ -227,6 +240,8 @@ def _run(
         _finish(sink, end)
     finally:
         display.close()
+    if checked.table is not None and end.failure is None and not end.interrupted:
+        write_table(read_results(checked.out), checked.table, columns_of(request))
     fleet.drain()
     fleet.wait(timeout=min(5.0, settings.drain_seconds))
     return end, _kept_logs(logs, fleet, end), took
@@ -320,13 +335,19 @@ def _summary(checked: CheckedRun, end: End, seconds: float, logs: str | None) ->
         cost=progress.cost,
         maybe_billed=progress.maybe_billed,
         seconds=round(seconds, 3),
-        output=None if checked.out == "-" else checked.out,
+        output=None if checked.out == "-" else _written(checked, end),
         resume=resume_command(checked.spec.batch_id, sys.argv[1:]) if resumable else None,
         retry=_retry(checked, progress) if progress.is_over else None,
         logs=logs,
         dry_run=checked.spec.config.dry_run,
         resume_needs=_needs(checked.spec, progress) if resumable else None,
     )
+
+
+def _written(checked: CheckedRun, end: End) -> str:
+    if checked.table is None or end.failure is not None or end.interrupted:
+        return checked.out
+    return checked.table
 
 
 def _retry(checked: CheckedRun, progress: BatchProgress) -> str | None:
