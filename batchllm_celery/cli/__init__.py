@@ -24,6 +24,7 @@ _COMMANDS = {
     "results": ("results", "The results of a batch so far, or until it is over."),
     "export": ("export", "Results as CSV, Parquet or compressed JSONL."),
     "failures": ("failures", "What failed, by kind and message, with examples."),
+    "report": ("report", "One HTML page about a batch: plots, failures, outputs."),
     "cancel": ("control", "End a batch; calls that have not started are not made."),
     "pause": ("control", "Start no more calls of a batch."),
     "resume": ("control", "Continue a paused or stopped batch."),

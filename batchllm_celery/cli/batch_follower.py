@@ -135,6 +135,7 @@ class BatchFollower:
         self._stop_feeding = threading.Event()
         self._stop_writing = threading.Event()
         self._written = 0
+        self._answers = 0
         self._empty_reads = 0
         self._failures = Failures()
         self._feeder = BackgroundThread("feeder", self._feed)
@@ -164,6 +165,7 @@ class BatchFollower:
             self._batch.acknowledge(receipt)
         self._failures.note(result.line for result in results)
         self._written += len(results)
+        self._answers += sum(result.line.get("attempts", 0) > 0 for result in results)
         self._fleet.progressed()
         return False
 
@@ -213,11 +215,18 @@ class BatchFollower:
 
     def _view(self) -> View:
         progress = self._progress
+        # Calls alone are a rate, from the first answer on: bad rows and known answers cost no time.
+        rate = self._meter.update(self._answers) if self._answers else 0.0
+        quota = self._quota
+        if quota is not None and quota.configured and quota.allowed_per_minute:
+            rate = min(rate, quota.allowed_per_minute / 60)  # it begins with a burst
         return View(
             progress=progress,
             total=progress.total or self._estimated_total(progress),
-            rate=self._meter.update(progress.finished),
+            rate=rate,
             doing=self._doing(progress),
+            estimated=progress.total is None,
+            counted=self._meter.counted,
         )
 
     def _estimated_total(self, progress: BatchProgress) -> int | None:

@@ -14,7 +14,9 @@ from batchllm_celery.cli.display.progress import (
     PlainDisplay,
     RateMeter,
     View,
+    headline,
     open_display,
+    time_left,
 )
 from batchllm_celery.cli.display.quota_view import doing, quota_words
 from batchllm_celery.cli.display.summary import Failures, Summary, exit_code, print_summary
@@ -93,6 +95,25 @@ def test_on_a_terminal_a_bar_redraws_itself_and_leaves_nothing() -> None:
     assert "402/1,000" in stream.getvalue()
     assert "cooling down for 12 s" in stream.getvalue()
     assert "a word [in brackets]" in stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("counted", "words"),
+    [
+        (3, ""),
+        (16, "40 s to 2 min 00 s left"),
+        (100, "50 s to 1 min 15 s left"),
+        (900, "1 min 00 s left"),
+    ],
+)
+def test_the_time_left_says_how_sure_it_is(counted: int, words: str) -> None:
+    """Of few answers nobody knows a rate; then it is a range, at last a figure."""
+    assert time_left(View(progress(), 1000, 598 / 60, counted=counted)) == words
+
+
+def test_a_total_that_is_estimated_says_so() -> None:
+    """While rows are read the total is a guess."""
+    assert headline(View(progress(), 1000, 10.0, estimated=True)).startswith("402/about 1,000")
 
 
 def test_quiet_shows_nothing() -> None:
