@@ -27,6 +27,8 @@ from batchllm_celery.redaction import printable, without_secrets
 
 #: How much of an exception's text an error message keeps, everywhere.
 ERROR_MESSAGE_MAX_LENGTH = 200
+#: And of the name of its type, which some libraries make of what a server said.
+MOST_TYPE_CHARACTERS = 100
 
 
 class FailureKind(StrEnum):
@@ -76,7 +78,8 @@ def text_of(error: BaseException) -> str:
 
 def describe(error: BaseException) -> str:
     """`Type: message`, with secrets blanked and the message cut to `ERROR_MESSAGE_MAX_LENGTH`."""
-    return f"{type(error).__name__}: {shown_message(text_of(error))}"
+    name = shown_message(type(error).__name__)[:MOST_TYPE_CHARACTERS]
+    return f"{name}: {shown_message(text_of(error))}"
 
 
 def shown_message(message: str) -> str:

@@ -32,6 +32,17 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("suite")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What `--dist loadgroup` keeps on one process: each file of quick tests. Tests that start
+    processes wait a lot, and are spread one by one, unless their file names a group."""
+    for item in items:
+        path = item.nodeid.partition("::")[0]
+        quick = path.split("/")[1] not in ("acceptance", "integration")
+        if quick and item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(path))
+
+
 @pytest.fixture(autouse=True)
 def _as_a_new_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The log names a bug once a minute for each place, and blanks each secret that was in use: no

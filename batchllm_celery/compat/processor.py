@@ -34,7 +34,7 @@ from batchllm_celery.events import (
 )
 from batchllm_celery.execution import ItemJob, ItemRunner, OpenGate, Prices, Stopped, Unrunnable
 from batchllm_celery.keys import Keys
-from batchllm_celery.limiter import Estimator, Limiter
+from batchllm_celery.limiter import Estimator
 from batchllm_celery.models import (
     FAILURE_POLICIES,
     BatchResult,
@@ -50,8 +50,9 @@ from batchllm_celery.models import (
     WorkItemResult,
 )
 from batchllm_celery.observability.logging import LogListener
+from batchllm_celery.services import Services
 from batchllm_celery.settings import Settings
-from batchllm_celery.strategies.base import LLMCallStrategy, ProcessResources
+from batchllm_celery.strategies.base import LLMCallStrategy
 from batchllm_celery.strategies.registry import Registry, catalog
 
 logger = logging.getLogger("batchllm_celery")
@@ -463,25 +464,23 @@ class ParallelBatchProcessor(Generic[TInput, TOutput, TContext]):
         # Starting the embedded server takes a moment, and blocks.
         url: str = await asyncio.to_thread(resolve_url, settings)
         await stack.enter_async_context(self._feed)
-        connection = await stack.enter_async_context(Connection(url, events=self._events))
-        await connection.ping()
-        keys = Keys(settings.namespace, connection.database)
-        process_id = f"local-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        services = await stack.enter_async_context(
+            Services(
+                settings.model_copy(update={"slots": self.config.max_workers}),
+                url,
+                events=self._events,
+                process_id=f"local-{os.getpid()}-{uuid.uuid4().hex[:8]}",
+            )
+        )
+        await services.connection.ping()
         if self._private:
-            stack.push_async_callback(_forget_quota, connection, keys, self._quota.name)
-        limiter = Limiter(connection, keys, process_id=process_id, events=self._events)
-        await stack.enter_async_context(limiter)
+            services.stack.push_async_callback(
+                _forget_quota, services.connection, services.keys, self._quota.name
+            )
+        limiter = await services.enter(services.limiter)
         if not self.config.dry_run:
             await limiter.configure(self._quota)
-        resources = ProcessResources(
-            connection=connection,
-            keys=keys,
-            settings=settings,
-            slots=self.config.max_workers,
-            events=self._events,
-        )
-        registry = Registry(resources)
-        stack.push_async_callback(registry.close)
+        registry = services.registry
         runner = ItemRunner(limiter, Estimator(), self._events, self._prices, json_output=False)
         return runner, registry
 

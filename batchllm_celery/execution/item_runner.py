@@ -157,8 +157,9 @@ class ItemRunner:
 
 
 async def _clean_up(job: ItemJob) -> None:
-    try:
-        await from_user(job.strategy.cleanup)
+    try:  # the answer waits for it: a hook that hangs must not hold that for ever
+        async with asyncio.timeout(job.config.timeout_per_item):
+            await from_user(job.strategy.cleanup)
     except Exception as error:
         logger.warning(f"Cleanup failed for {job.item_id}: {text_of(error)}")
 
@@ -452,7 +453,8 @@ class _Run:
 
     async def _on_error(self, error: Exception, attempt: int) -> None:
         try:
-            await from_user(self.job.strategy.on_error, error, attempt, self.job.state)
+            async with asyncio.timeout(self.limit):
+                await from_user(self.job.strategy.on_error, error, attempt, self.job.state)
         except Exception as raised:
             self.runner.report(self.job, "on_error_failed", raised)
 

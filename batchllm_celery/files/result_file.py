@@ -12,6 +12,7 @@ not acknowledged before a crash is delivered again, and merged like any second o
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -421,8 +422,25 @@ def open_sink(
         return StreamSink(sys.stdout.buffer)
     path = Path(str(out))
     if path.exists() and not path.is_dir() and not path.is_file():
-        return StreamSink(path.open("wb"), str(path))
+        return StreamSink(_open_device(path), str(path))
     return ResultFile(path, batch_id, overwrite=overwrite, ordered=ordered)
+
+
+def _open_device(path: Path) -> IO[bytes]:
+    """A device or a named pipe for writing.
+
+    A pipe that nobody reads is refused: opening it would wait for a reader, for ever and deaf to
+    signals.
+    """
+    with _explained(path):
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno == errno.ENXIO and path.is_fifo():
+                raise OutputError(f"{path} is a pipe that nobody reads: start its reader") from None
+            raise
+        os.set_blocking(descriptor, True)
+        return open(descriptor, "wb")
 
 
 def check_out(out: str, batch_id: str, *, overwrite: bool) -> None:

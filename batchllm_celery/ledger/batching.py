@@ -49,21 +49,19 @@ class Coalescer(Generic[T, R]):
         self._gap = gap
         self._group = max_batch if group is None else group
         self._quickest = 0.0
+        self._full = self._group
+        """Items with which a flush is full."""
         self._started = -math.inf
         self._waiting: deque[tuple[T, asyncio.Future[R]]] = deque()
         self._flushes: set[asyncio.Task[None]] = set()
         self._scheduled = False
 
-    async def __call__(self, item: T) -> R:
-        """The answer to `item`.
-
-        Cancelled while it waits, the item is dropped; cancelled while its flush is under way,
-        the flush goes on for the others and this answer is lost.
-        """
-        return await self.submit(item)
-
     def submit(self, item: T) -> asyncio.Future[R]:
-        """The future answer to `item`; cancelling it while it waits drops the item."""
+        """The future answer to `item`.
+
+        Cancelled while it waits, the item is dropped; cancelled while its flush is under way, the
+        flush goes on for the others and this answer is lost.
+        """
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[R] = loop.create_future()
         self._waiting.append((item, answer))
@@ -83,24 +81,17 @@ class Coalescer(Generic[T, R]):
     def _start(self, loop: asyncio.AbstractEventLoop) -> None:
         self._scheduled = False
         self._started = loop.time()
-        while len(self._flushes) < self._concurrency and (batch := self._next_batch()):
-            task = loop.create_task(self._run(batch))
-            self._flushes.add(task)
-            task.add_done_callback(self._finished)
-
-    def _next_batch(self) -> list[tuple[T, asyncio.Future[R]]]:
-        batch: list[tuple[T, asyncio.Future[R]]] = []
-        most = min(max(self._full, len(self._waiting) // 4), self._max_batch)
-        while self._waiting and len(batch) < most:
-            item, answer = self._waiting.popleft()
-            if not answer.done():  # else its caller was cancelled
-                batch.append((item, answer))
-        return batch
-
-    @property
-    def _full(self) -> int:
-        # On a slow link everybody would wait for the round trips of all groups before.
-        return self._group if self._quickest < SLOW else self._max_batch
+        while self._waiting and len(self._flushes) < self._concurrency:
+            batch: list[tuple[T, asyncio.Future[R]]] = []
+            most = min(max(self._full, len(self._waiting) // 4), self._max_batch)
+            while self._waiting and len(batch) < most:
+                item, answer = self._waiting.popleft()
+                if not answer.done():  # else its caller was cancelled
+                    batch.append((item, answer))
+            if batch:
+                task = loop.create_task(self._run(batch))
+                self._flushes.add(task)
+                task.add_done_callback(self._finished)
 
     async def _run(self, batch: list[tuple[T, asyncio.Future[R]]]) -> None:
         began = time.monotonic()
@@ -109,6 +100,8 @@ class Coalescer(Generic[T, R]):
             # The quickest of late: a long one among them was this process' own doing.
             took = time.monotonic() - began
             self._quickest = min(took, self._quickest * 1.25 + 0.0005)
+            # On a slow link everybody would wait for the round trips of all groups before.
+            self._full = self._group if self._quickest < SLOW else self._max_batch
             pairs = list(zip(batch, replies, strict=True))
         except asyncio.CancelledError:
             for _, answer in batch:

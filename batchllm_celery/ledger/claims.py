@@ -136,7 +136,7 @@ class Claims:
             `FINISHED`: the item is no longer this process's, leave it.
         """
         claim.unused = True  # cancelled while it waits, it may be admitted and makes no call
-        answer = await self._of(claim.batch_id).begin(claim)
+        answer = await self._of(claim.batch_id).begin.submit(claim)
         claim.calling, claim.unused = answer is None, False
         return answer
 
@@ -161,7 +161,7 @@ class Claims:
         back = claim.handed_back_at
         entry = Attempts(attempts, refusals, state, usage, overloads, last_error, back).encode()
         try:
-            await self._of(claim.batch_id).save((claim, entry, cut_off))
+            await self._of(claim.batch_id).save.submit((claim, entry, cut_off))
         except asyncio.CancelledError:  # not written yet: `release` writes it
             claim.given_up += cut_off
             raise

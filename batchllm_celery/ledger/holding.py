@@ -101,8 +101,12 @@ class Holding:
 
     def poison_candidates(self) -> tuple[int, int]:
         """How many held items lost a process before, and the most losses among them."""
-        losses = [claim.losses for claim in self if claim.losses]
-        return len(losses), max(losses, default=0)
+        count = worst = 0
+        for claims in self._claims.values():
+            for claim in claims.values():
+                if claim.losses:
+                    count, worst = count + 1, max(worst, claim.losses)
+        return count, worst
 
     def __iter__(self) -> Iterator[Claim]:
         return (claim for claims in self._claims.values() for claim in claims.values())

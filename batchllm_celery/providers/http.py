@@ -24,7 +24,10 @@ def redirect_error(status: int, url: str, location: str | None) -> ProviderError
     """The failure for a redirect, naming its host; None for any other status."""
     if not 300 <= status < 400 or not location:
         return None
-    host = host_of(urljoin(url, location))
+    try:
+        host = host_of(urljoin(url, location))
+    except ValueError:  # an address that is none
+        host = "no address"
     return ProviderError(
         f"{status}: the server redirects to {host}, which is not followed: nothing was sent "
         "there. If that is the right host, name it as the base URL",
@@ -71,7 +74,9 @@ def bounded_response() -> Any:
     class BoundedResponse(ClientResponse):
         async def start(self, connection: Any) -> Any:
             started = await super().start(connection)
-            refuse_redirect(self.status, str(self.url), self.headers.get("location"))
+            # What aiohttp would follow: beside `Location` a header that no other client knows.
+            location = self.headers.get("location") or self.headers.get("uri")
+            refuse_redirect(self.status, str(self.url), location)
             return started
 
         async def read(self) -> bytes:

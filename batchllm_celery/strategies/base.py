@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("batchllm_celery")
 
+#: Seconds that one strategy or client has for its `close`: a process must end when it is told to.
+CLOSE_SECONDS = 10.0
+
 T = TypeVar("T")
 
 #: What `execute` may return: batch-llm's pair, or a `Completion` with metadata.
@@ -92,10 +95,18 @@ class Opened(Generic[T]):
 
 
 async def close_quietly(name: str, close: Callable[[], Awaitable[None]]) -> None:
-    """Await `close()`; an exception is logged and goes no further."""
+    """Await `close()` for at most `CLOSE_SECONDS`; what it raises is logged, and goes no further.
+
+    Raises:
+        asyncio.CancelledError: when this task is cancelled.
+    """
+    task = asyncio.current_task()
     try:
-        await close()
-    except Exception as error:
+        async with asyncio.timeout(CLOSE_SECONDS):
+            await close()
+    except BaseException as error:  # a `sys.exit()` in it would end the loop, and leave the rest
+        if isinstance(error, GeneratorExit) or (task is not None and task.cancelling()):
+            raise
         logger.warning("close_failed name=%s error=%s", name, type(error).__name__)
 
 
@@ -149,13 +160,19 @@ class LLMCallStrategy(ABC, Generic[TOutput]):
     async def on_error(
         self, exception: Exception, attempt: int, state: RetryState | None = None
     ) -> None:
-        """Learn from a failed attempt (feed the error back through `state`, change the model)."""
+        """Learn from a failed attempt (feed the error back through `state`, change the model).
+
+        It has the seconds of an attempt, and is cancelled after that.
+        """
 
     async def cleanup(self) -> None:
-        """After every item, also when `prepare` failed. Must leave what the others use alone."""
+        """After every item, also when `prepare` failed. Must leave what the others use alone.
+
+        It has the seconds of an attempt, and is cancelled after that: the answer waits for it.
+        """
 
     async def close(self) -> None:
-        """Once, when the process ends; also after a failed `prepare`."""
+        """Once, when the process ends; also after a failed `prepare`. Has `CLOSE_SECONDS`."""
 
     async def dry_run(self, prompt: str) -> Answer[Any]:
         """Stands in for `execute` in a rehearsal: no provider is called."""
@@ -225,8 +242,5 @@ def _metadata(given: Any) -> Mapping[str, Any]:
         return {}
     if not isinstance(given, Mapping):
         raise TypeError(f"metadata must be a mapping, not {type(given).__name__}")
-    return (
-        given
-        if all(type(name) is str for name in given)
-        else {str(name): value for name, value in given.items()}
-    )
+    # A plain dict: what reads it later must not meet a mapping's own code.
+    return {name if type(name) is str else str(name): value for name, value in given.items()}

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from batchllm_celery.errors import (
     ERROR_MESSAGE_MAX_LENGTH,
+    MOST_TYPE_CHARACTERS,
     FailureKind,
     FrameworkTimeoutError,
     ProviderError,
@@ -429,7 +430,7 @@ def _message(exception: BaseException) -> str:
     text = text_of(exception)
     if _named_kind(exception) is None:
         text = f"no failure kind of a call is called {str(exception.kind)[:40]!r}; it said: {text}"
-    return f"{shown}: {condensed(text)}"
+    return f"{shown_message(str(shown))[:MOST_TYPE_CHARACTERS]}: {condensed(text)}"
 
 
 def condensed(message: str) -> str:

@@ -16,6 +16,8 @@ from tests.acceptance.chaos import Cut, Proxy, Stage, staged
 from tests.acceptance.fleet import read_results
 from tests.support import wait_until
 
+pytestmark = pytest.mark.xdist_group("chaos")  # its tests share what they start
+
 LATENCY = 0.3
 
 

@@ -20,6 +20,8 @@ from tests.acceptance.nursery import play
 from tests.acceptance.servers import valkey_on_tcp
 from tests.support import wait_until
 
+pytestmark = pytest.mark.xdist_group("examples")  # its tests share what they start
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 APPS = "classify,shared_cache,wrap_client,local_server,resume,async_code,web_app"
 

@@ -42,6 +42,8 @@ from tests.acceptance.fleet import (
 from tests.acceptance.strategies_app import cached
 from tests.support import ValkeyServer, keys_without_ttl, wait_until
 
+pytestmark = pytest.mark.xdist_group("strategies_fleet")  # its tests share what they start
+
 APP = "tests.acceptance.strategies_app"
 QUICK = ProcessorConfig(retry=RetryConfig(max_attempts=3, initial_wait=0.01, max_wait=0.02))
 PRICES = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-from collections import Counter
+from collections import Counter, UserDict
 from collections.abc import AsyncIterator, Callable
 from types import SimpleNamespace
 from typing import Any, cast
@@ -85,6 +85,20 @@ def _raise(error: BaseException) -> Any:
     raise error
 
 
+class Exits(UserDict[str, Any]):
+    """A mapping whose own code ends the process."""
+
+    def get(self, *_: Any) -> Any:
+        sys.exit(4)
+
+
+class Fails(dict[str, Any]):
+    def __len__(self) -> int:
+        raise RuntimeError("no length")
+
+    items = __len__  # type: ignore[assignment]
+
+
 def _nested(depth: int) -> Any:
     value: Any = 1
     for _ in range(depth):
@@ -114,6 +128,14 @@ ANSWERS: dict[str, tuple[Callable[[], Any], bool, int]] = {
     "metadata as a list": (lambda: Completion("ok", USAGE, [1]), False, 5),  # type: ignore[arg-type]
     "an odd model": (lambda: Completion("ok", USAGE, {"model": {}}), True, 5),  # type: ignore[arg-type]
     "keys of metadata that are no words": (lambda: Completion("ok", USAGE, {1: 2}), True, 5),  # type: ignore[arg-type,dict-item]
+    "a mapping that exits as metadata": (
+        lambda: Completion("ok", USAGE, Exits({"model": "x"})),  # type: ignore[arg-type]
+        True,
+        5,
+    ),
+    "a mapping that fails as metadata": (lambda: Completion("ok", USAGE, Fails(x=1)), False, 5),  # type: ignore[arg-type]
+    "a mapping that exits as usage": (lambda: ("ok", Exits({"input_tokens": 3})), False, 0),
+    "a mapping that fails as usage": (lambda: ("ok", Fails(x=1)), False, 0),
     "deep metadata": (lambda: Completion("ok", USAGE, {"x": _nested(900)}), True, 5),  # type: ignore[arg-type]
     "an impossible usage": (lambda: ("ok", {"input_tokens": 10**400}), True, 10_000_000),
     "a negative usage": (lambda: ("ok", {"input_tokens": -5, "output_tokens": 2}), True, 2),

@@ -107,7 +107,7 @@ async def test_coalesced_calls_travel_in_one_script(connection: Connection) -> N
         return [int(reply) for reply in await ECHO(connection.client, [], items)]
 
     coalescer: Coalescer[int, int] = Coalescer(flush, max_batch=500)
-    assert await asyncio.gather(*(coalescer(n) for n in range(1000))) == list(range(1000))
+    assert await asyncio.gather(*(coalescer.submit(n) for n in range(1000))) == list(range(1000))
     assert trips == 2
 
 

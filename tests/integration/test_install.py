@@ -20,6 +20,8 @@ from packaging.version import Version
 
 from tests.unit.test_lock import HASH, LOCK, pins_of, version_of
 
+pytestmark = pytest.mark.xdist_group("install")  # its tests share what they start
+
 
 def bundled_pips() -> list[Path]:
     """The pips that `python -m venv` installs: of this Python, and of others that lie beside it."""

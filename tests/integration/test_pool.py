@@ -13,6 +13,8 @@ import pytest
 from tests.integration.pool_support import PoolLab, PoolWorker
 from tests.support import ValkeyServer, wait_until
 
+pytestmark = pytest.mark.xdist_group("pool")  # its tests share what they start
+
 SLOTS = 1000
 
 

@@ -110,7 +110,9 @@ async def test_no_redirect_of_a_call_is_followed(
 
 
 @pytest.mark.parametrize("model", MODELS[:2])
-@pytest.mark.parametrize("location", ["/v2/there", "//elsewhere.invalid/x", "https:broken", "?a=1"])
+@pytest.mark.parametrize(
+    "location", ["/v2/there", "//elsewhere.invalid/x", "https:broken", "?a=1", "http://[::1"]
+)
 async def test_a_redirect_to_anywhere_is_not_followed(
     stack: AsyncExitStack, monkeypatch: pytest.MonkeyPatch, model: str, location: str
 ) -> None:
@@ -126,6 +128,31 @@ async def test_a_redirect_to_anywhere_is_not_followed(
     assert isinstance(failed, Failure)
     assert failed.kind is FailureKind.INVALID_REQUEST
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("header", ["URI", "Refresh", "Content-Location"])
+async def test_no_other_header_redirects_either(
+    stack: AsyncExitStack, monkeypatch: pytest.MonkeyPatch, model: str, header: str
+) -> None:
+    """HTTP clients follow more than Location: aiohttp an old `URI`."""
+    seen: list[web.Request] = []
+
+    async def answers(request: web.Request) -> web.Response:
+        seen.append(request)
+        return web.json_response({})
+
+    other = await serve(stack, answers, host="localhost")
+    place = str(other.make_url("/v1/elsewhere"))
+
+    async def redirects(request: web.Request) -> web.Response:
+        return web.Response(status=308, headers={"Location": "", header: place})
+
+    failed = await outcome(stack, model, await serve(stack, redirects), monkeypatch)
+
+    assert isinstance(failed, Failure)
+    assert failed.kind is FailureKind.INVALID_REQUEST
+    assert not seen
 
 
 @pytest.mark.parametrize("model", MODELS)

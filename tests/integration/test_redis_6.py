@@ -33,6 +33,8 @@ from tests.integration.ledger_support import (
 )
 from tests.support import ValkeyServer, redis_6_binary, wait_until_async
 
+pytestmark = pytest.mark.xdist_group("redis_6")  # its tests share what they start
+
 one, two, fleet = test_ledger.one, test_ledger.two, test_limiter_fleet.fleet
 
 test_each_item_is_answered_once = test_ledger.test_each_item_is_answered_once_and_the_batch_finishes

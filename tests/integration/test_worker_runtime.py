@@ -39,7 +39,7 @@ def producer(redis_url: str, namespace: str) -> Iterator[Producer]:
 
 @pytest.fixture
 def start(redis_url: str, namespace: str, tmp_path: Path) -> Iterator[Start]:
-    """Starts plain `celery -A batchllm_celery worker`s."""
+    """Starts workers as `batchllm worker` does; with options plain `celery worker`s."""
     workers: list[subprocess.Popen[bytes]] = []
 
     def worker(
@@ -49,19 +49,13 @@ def start(redis_url: str, namespace: str, tmp_path: Path) -> Iterator[Start]:
         app: str = "tests.integration.worker_app",
     ) -> subprocess.Popen[bytes]:
         name = f"w{len(workers)}@{namespace}"
-        command = [
-            sys.executable,
-            "-W",
-            "ignore",
-            "-m",
-            "celery",
-            "-A",
-            "batchllm_celery",
-            "worker",
-        ]
-        quiet = ("--without-mingle", "--without-gossip", "--without-heartbeat", "-n", name)
+        python = (sys.executable, "-W", "ignore", "-m")
+        command = [*python, "batchllm_celery.worker", f"w{len(workers)}-{namespace}", "INFO"]
+        if options:
+            quiet = ("--without-mingle", "--without-gossip", "--without-heartbeat", "-n", name)
+            command = [*python, "celery", "-A", "batchllm_celery", "worker", *quiet, *options]
         process = subprocess.Popen(
-            [*command, *quiet, *options],
+            command,
             cwd=tmp_path,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

@@ -301,7 +301,7 @@ def _ask(coalescer: Coalescer[int, int], *items: int) -> list[asyncio.Task[int]]
 
 
 async def _call(coalescer: Coalescer[int, int], item: int) -> int:
-    return await coalescer(item)
+    return await coalescer.submit(item)
 
 
 async def test_callers_of_one_tick_share_a_flush_and_later_ones_the_next() -> None:
@@ -323,8 +323,8 @@ async def test_a_lone_caller_waits_for_nobody() -> None:
     flushes = Flushes()
     flushes.gate.set()
     coalescer: Coalescer[int, int] = Coalescer(flushes)
-    assert await coalescer(7) == -7
-    assert await coalescer(8) == -8
+    assert await coalescer.submit(7) == -7
+    assert await coalescer.submit(8) == -8
     assert flushes.batches == [[7], [8]]
 
 
@@ -358,7 +358,7 @@ async def test_on_a_slow_link_a_crowd_travels_together() -> None:
 
     coalescer = Coalescer(flush, group=4)
     for item in range(10):
-        await coalescer(item)
+        await coalescer.submit(item)
     await asyncio.gather(*_ask(coalescer, *range(100)))
     assert sizes[-1] == 100
 
@@ -437,4 +437,4 @@ async def test_a_cancelled_flush_cancels_its_callers() -> None:
 
     coalescer: Coalescer[int, int] = Coalescer(flush)
     with pytest.raises(asyncio.CancelledError):
-        await asyncio.wait_for(coalescer(1), timeout=5)
+        await asyncio.wait_for(coalescer.submit(1), timeout=5)

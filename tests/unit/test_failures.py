@@ -141,6 +141,22 @@ def test_the_message_names_the_provider_s_own_exception() -> None:
     assert classify(translated).message == "OSError: down"
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        ProviderError("x", error_type="\x1b]0;" + "a" * 5000),
+        type("\u202e" + "a" * 5000, (Exception,), {})("x"),
+        ProviderError("x", error_type=5),  # type: ignore[arg-type]
+    ],
+)
+def test_the_name_of_an_error_s_type_is_shown_as_its_text_is(error: Exception) -> None:
+    """Short and printable: some libraries make it of what a server said."""
+    message = classify(error).message
+    assert message.endswith(": x")
+    assert message.isprintable()
+    assert len(message) < 110
+
+
 def test_a_key_in_a_provider_s_message_is_blanked() -> None:
     """OpenAI's 401 quotes the key that it refused; a result must not."""
     message = classify(Exception("Incorrect API key provided: sk-abc123***9Xyz. See docs")).message

@@ -454,6 +454,21 @@ async def test_a_failing_cleanup_is_a_warning(caplog: pytest.LogCaptureFixture) 
     assert "Cleanup failed for item-1: disk full" in caplog.messages
 
 
+@pytest.mark.parametrize("hook", ["cleanup", "on_error"])
+async def test_a_hook_that_hangs_holds_no_outcome(hook: str) -> None:
+    """It has the time of an attempt: the answer is paid for, and others wait for the slot."""
+
+    async def hang(*_: object) -> None:
+        await asyncio.Event().wait()
+
+    strategy = Scripted(ProviderError("busy"), ("ok", {}))
+    setattr(strategy, hook, hang)
+    async with asyncio.timeout(20):
+        config = ProcessorConfig(retry=FAST, timeout_per_item=0.05)
+        result = await Bench().result(strategy, config=config)
+    assert result.output == "ok"
+
+
 async def test_overload_is_reported_and_uses_up_attempts() -> None:
     """A 503 backs off and counts; the limiter hears of it."""
     bench = Bench()

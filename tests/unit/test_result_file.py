@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -241,6 +242,30 @@ def test_a_device_is_a_stream() -> None:
     assert sink.sync() == "0-0"
     sink.finish()
     sink._stream.close()
+
+
+def test_a_pipe_needs_a_reader(tmp_path: Path) -> None:
+    """Opening it without one waited for ever, and no Ctrl-C ended that."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OutputError, match="nobody reads"):
+        open_sink(str(pipe), "a")
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    sink = open_sink(str(pipe), "a")
+    assert isinstance(sink, StreamSink)
+    sink.write([result(0)])
+    sink.sync()
+    assert json.loads(os.read(reader, 1000))["index"] == 0
+    sink._stream.close()
+    os.close(reader)
+
+
+def test_a_socket_is_no_place_for_results(tmp_path: Path) -> None:
+    """One line that names it, as for every file that can't be written."""
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "s"))
+        with pytest.raises(OutputError, match="can't be written"):
+            open_sink(str(tmp_path / "s"), "a")
 
 
 @given(st.sets(st.integers(0, 5000)))

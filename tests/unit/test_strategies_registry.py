@@ -24,6 +24,7 @@ from batchllm_celery.strategies import (
     Registration,
     Registry,
     StrategyCatalog,
+    base,
     catalog,
     strategy,
 )
@@ -390,6 +391,29 @@ async def test_close_goes_in_reverse_and_survives_a_failing_one(
     await registry.close()
     assert log == ["fake:c", "fake:b", "fake:a", "client"]
     assert "close_failed name=Failing error=RuntimeError" in caplog.messages
+
+
+@pytest.mark.parametrize("how", ["exit", "interrupt", "cancel", "hang"])
+async def test_no_close_keeps_the_others_from_theirs(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it raises, or if it never ends; a `sys.exit()` in it ended the loop."""
+    monkeypatch.setattr(base, "CLOSE_SECONDS", 0.05)
+    raised = {"exit": SystemExit(3), "interrupt": KeyboardInterrupt(), "cancel": None}
+
+    class Leaving(Counting):
+        async def close(self) -> None:
+            if how == "hang":
+                await asyncio.Event().wait()
+            raise raised[how] or asyncio.CancelledError()
+
+    registry = Registry(ProcessResources())
+    first, last = Counting("a"), Leaving("b")
+    await registry.prepare(first)
+    await registry.prepare(last)
+    async with asyncio.timeout(20):
+        await registry.close()
+    assert first.closed == 1
 
 
 async def test_shared_objects_are_opened_once_and_again_after_a_failure() -> None:
