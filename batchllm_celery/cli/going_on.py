@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -125,15 +124,18 @@ class _Continuation:
             )
 
     def _look(self, found: Found | None) -> Look:
-        from batchllm_celery.producer.continuing import Outcomes, Questions, look
+        from batchllm_celery.producer.continuing import ELSEWHERE, Outcomes, Questions, look
 
         outcomes = Outcomes()
         for offset, line in self._sink.lines():
             outcomes.add(line, offset)
+        spare = Outcomes()
+        for offset, line in self._sink.gone_lines():
+            spare.add({**line, "index": ELSEWHERE + len(spare)}, offset)
         questions = Questions(self._spec, self._producer.settings.openai_base_url)
         fed = found.fed if found is not None else b""
         rows = self._rows.again()
-        return look(rows, outcomes, questions, self._spec.strategy, fed, self._rerun)
+        return look(rows, outcomes, questions, self._spec.strategy, fed, self._rerun, spare)
 
     def _refusal(self, seen: Look) -> Exception:
         from batchllm_celery.producer.continuing import ChangedRowsError, refusal
@@ -169,25 +171,31 @@ class _Continuation:
 
     def _rewrite(self, seen: Look) -> None:
         kept = {number for number in seen.numbers if number >= 0}
-        offsets = [
-            outcome[6]
+        left = [
+            (number, outcome[6])
             for number, outcome in enumerate(seen.outcomes)
-            if outcome[4] and number not in kept
+            if outcome[4] and number not in kept and outcome[6] >= 0
         ]
-        gone = (self._sink.line_at(offset) for offset in offsets)
-        self._sink.replace(self._moved(seen), gone)
+        unasked = set(seen.gone)
+
+        def gone() -> Iterator[Mapping[str, Any]]:
+            for number, offset in left:
+                line = self._sink.line_at(offset)
+                if number not in unasked:  # its row is asked again
+                    line["metadata"] = {**(line.get("metadata") or {}), "superseded": True}
+                yield line
+
+        back = {offset for n in kept if (offset := seen.outcomes[n][6]) < 0}
+        self._sink.replace(self._moved(seen), gone(), back)
 
     def _moved(self, seen: Look) -> Iterator[Mapping[str, Any]]:
         from batchllm_celery.producer.continuing import Questions, moved
 
         questions = Questions(self._spec, self._producer.settings.openai_base_url)
         default: StrategySpec = self._spec.strategy
-        with self._sink.path.open("rb") as file:
-            for place, row in enumerate(self._rows.again()):
-                if (number := seen.numbers[place]) < 0:
-                    continue
-                file.seek(seen.outcomes[number][6])
-                line = json.loads(file.readline())
+        for place, row in enumerate(self._rows.again()):
+            if (number := seen.numbers[place]) >= 0:
+                line = self._sink.line_at(seen.outcomes[number][6])
                 yield moved(line, place, row, questions, default)
 
 

@@ -20,7 +20,7 @@ import re
 import shutil
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol, cast
 
@@ -262,10 +262,26 @@ class ResultFile:
                 ) from None
             yield start, result
 
+    def gone_lines(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Answers of rows that had gone, each with an offset below zero. Those that were asked for
+        again are not among them."""
+        path, start = gone_path(self.path), 0
+        if not path.exists():
+            return
+        cut_torn_line(path)
+        with path.open("rb") as file:
+            for text in file:
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    line = json.loads(text)
+                    if line["success"] and not line["metadata"].get("superseded"):
+                        yield -1 - start, line
+                start += len(text)
+
     def line_at(self, offset: int) -> dict[str, Any]:
-        """The line that begins there."""
-        with self.path.open("rb") as file:
-            file.seek(offset)
+        """The line that begins there, in this file or, below zero, in that of gone answers."""
+        path, start = (self.path, offset) if offset >= 0 else (gone_path(self.path), -1 - offset)
+        with path.open("rb") as file:
+            file.seek(start)
             line: dict[str, Any] = json.loads(file.readline())
         return line
 
@@ -277,10 +293,13 @@ class ResultFile:
                 self._write_owner()
 
     def replace(
-        self, lines: Iterable[Mapping[str, Any]], gone: Iterable[Mapping[str, Any]]
+        self,
+        lines: Iterable[Mapping[str, Any]],
+        gone: Iterable[Mapping[str, Any]],
+        taken_back: Collection[int] = (),
     ) -> None:
         """Put other lines into the file, at once; lines that leave it are added to `OUT.gone.jsonl`
-        first."""
+        first. Those that it has `taken_back` from there, by their offsets, leave it last."""
         temporary = self.path.with_name(f".{self.path.name}.new")
         with _explained(self.path):
             try:
@@ -297,6 +316,8 @@ class ResultFile:
                 temporary.unlink(missing_ok=True)
             _sync_folder(self.path)
             self._reopen()
+            if taken_back:
+                self._drop_gone({-1 - offset for offset in taken_back})
         self.written = IndexSet()
         self._order = _WriteOrder(self.written, ordered=self._ordered)
         for index, _, _ in _lines(self.path):
@@ -312,6 +333,16 @@ class ResultFile:
             kept.flush()
             os.fsync(kept.fileno())
             kept.close()
+
+    def _drop_gone(self, starts: set[int]) -> None:
+        path, start = gone_path(self.path), 0
+        temporary = path.with_name(f".{path.name}.new")
+        with path.open("rb") as file, temporary.open("wb") as target:
+            for text in file:
+                if start not in starts:
+                    target.write(text)
+                start += len(text)
+        temporary.replace(path)
 
     def _reopen(self) -> None:
         self._file.close()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 from array import array
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -142,6 +143,10 @@ class Outcomes:
             index, *identity, detail, bool(line["success"]), signed, offset
         )
 
+    def append(self, outcome: tuple[int, bytes, bytes, bytes, bool, bool, int]) -> None:
+        """Add one of others."""
+        self._packed += self._RECORD.pack(*outcome)
+
     def __iter__(self) -> Iterator[tuple[int, bytes, bytes, bytes, bool, bool, int]]:
         return self._RECORD.iter_unpack(self._packed)
 
@@ -221,6 +226,7 @@ def look(
     default: StrategySpec,
     fed: bytes = b"",
     rerun: Collection[Rerun] = (),
+    spare: Outcomes | None = None,
 ) -> Look:
     """Compare an input with the outcomes that are known and with what Redis was fed.
 
@@ -231,6 +237,7 @@ def look(
         default: the batch's strategy.
         fed: 8 bytes for each row that Redis knows.
         rerun: what is decided about changed and failed rows.
+        spare: answers of rows that had gone; those that are asked for again are taken back.
     """
     present, same_rows = _Present(), True
     for place, row in enumerate(rows):
@@ -240,6 +247,8 @@ def look(
             print_ = fingerprint(identity_of(key, question).encode(), b"row")
             same_rows = same_rows and fed[place * 8 : place * 8 + 8] == print_
     same_rows = same_rows and len(fed) <= 8 * len(present)
+    if spare is not None and len(spare):
+        _take_back(present, outcomes, spare)
     latest = {outcome[0]: number for number, outcome in enumerate(outcomes)}
     made = _undisturbed(present, outcomes, latest, rerun)
     if made is None:
@@ -267,6 +276,17 @@ def look(
         renews=not same_rows or dropped,
         unversioned=unversioned,
     )
+
+
+def _take_back(present: _Present, outcomes: Outcomes, spare: Outcomes) -> None:
+    """Add the spare answers that rows ask for, and that nothing else answers."""
+    wanted = Counter(present[place][0] + present[place][1] for place in range(len(present)))
+    wanted.subtract(key + question for _, key, question, *_ in outcomes)
+    for outcome in spare:
+        identity = outcome[1] + outcome[2]
+        if outcome[4] and wanted[identity] > 0:
+            wanted[identity] -= 1
+            outcomes.append(outcome)
 
 
 def _undisturbed(

@@ -269,6 +269,18 @@ def test_answers_that_no_row_asks_for_are_kept_beside_the_file(job: Job) -> None
     assert [json.loads(line)["item_id"] for line in gone] == [f"id-{i}" for i in range(6, N)]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_come_back_find_their_answers(job: Job, kind: str) -> None:
+    """A run with --limit, or of a part of the file, costs nothing afterwards."""
+    job.run(rows_of(kind))
+    assert job.run(rows_of(kind)[:3]) == []
+    assert job.run(rows_of(kind)) == []
+    assert len(job.lines()) == N
+    # What was asked again on purpose is not taken back.
+    assert len(job.run(rows_of(kind), "all", stop_after=4)) == 4
+    assert len(job.run(rows_of(kind))) == N - 4
+
+
 def test_a_refusal_names_the_option_and_the_price(job: Job) -> None:
     job.run(rows_of("ids"))
     before = job.out.read_text().replace('"cost": null', '"cost": 0.5')
