@@ -93,8 +93,15 @@ after_429 = option(
     help="After a refusal: adapt the rate (default), or cool down and start slowly.",
 )
 
+adaptive_concurrency = option(
+    "--adaptive-concurrency/--no-adaptive-concurrency",
+    default=None,
+    help="Find out how many calls in flight a server has room for, from its throughput.",
+)
+
 quota = group(
     limits,
+    adaptive_concurrency,
     option("--quota", metavar="NAME", help="Runs of one name share it.  [default: PROVIDER:MODEL]"),
     option("--quota-update", is_flag=True, help="Change the limits of a quota that exists."),
     after_429,

@@ -98,6 +98,7 @@ class CommandRequest:
     quota: str | None = None
     quota_update: bool = False
     after_429: str | None = None
+    adaptive_concurrency: bool | None = None
     # The batch and its bounds. Times are in seconds, costs in US dollars.
     batch_id: str | None = None
     items_per_task: int | None = None
@@ -317,10 +318,14 @@ def quota_of(request: CommandRequest, default_name: str) -> Quota | None:
     limits = limits_of(request)
     if request.dry_run:
         return None
-    if not limits.given() and not request.after_429:
+    if not limits.given() and not request.after_429 and not request.adaptive_concurrency:
         return None
-    name = _quota_name(request, default_name)
-    return Quota(name=name, limits=limits, policy=policy_of(request.after_429))
+    return Quota(
+        name=_quota_name(request, default_name),
+        limits=limits,
+        policy=policy_of(request.after_429),
+        adaptive_concurrency=bool(request.adaptive_concurrency),
+    )
 
 
 def _quota_name(request: CommandRequest, default: str) -> str:

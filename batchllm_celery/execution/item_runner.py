@@ -170,6 +170,8 @@ class _Run:
     __slots__ = (
         "admitted_at",
         "baseline",
+        "blamed",
+        "called_at",
         "cost",
         "estimate_key",
         "executed",
@@ -189,12 +191,14 @@ class _Run:
         self.started = time.monotonic()
         self.ready = self.started
         """When the strategy was prepared: until then the item was queued."""
-        self.executed = 0.0
+        self.executed = self.called_at = 0.0
         self.usage_estimated = False
         self.limit = job.config.timeout_per_item
         self.estimate_key = f"{job.quota}/{type(job.strategy).__name__}"
         self.last: Failure | None = None
         self.baseline: int | None = None
+        self.blamed: list[float] = []
+        """Overloads that cost an attempt: when they came, by the monotonic clock."""
         self.is_retry = job.refusals > 0
         self.admitted_at = -math.inf
         self.cost = self._price(job.usage) if job.usage else None
@@ -329,6 +333,7 @@ class _Run:
         scope = asyncio.timeout(self.limit)
         task = asyncio.current_task()
         job.gate.calls(True)
+        self.called_at = started
         try:
             async with scope:
                 call = job.strategy.execute(job.prompt, job.attempts + 1, self.limit, job.state)
@@ -361,7 +366,13 @@ class _Run:
         usage = completion.usage
         # A figure that can't be is no reason to hold the quota up: the estimate stands.
         known = usage if plausible(usage) else None
-        runner.limiter.settle(permit, CallOutcome.SUCCEEDED, usage=known)
+        runner.limiter.settle(
+            permit,
+            CallOutcome.SUCCEEDED,
+            usage=known,
+            latency=time.monotonic() - self.called_at,
+            limits=getattr(completion, "limits", None),
+        )
         runner.successes[job.quota] = runner.successes.get(job.quota, 0) + 1
         runner.forbidden.pop(job.batch_id, None)
         runner.succeeded_at[job.quota] = time.monotonic()
@@ -383,6 +394,7 @@ class _Run:
             _OUTCOMES.get(failure.kind, CallOutcome.FAILED),
             usage=failure.usage if failure.usage and plausible(failure.usage) else None,
             retry_after=failure.retry_after,
+            limits=getattr(error, "limits", None),
         )
         # (`last` is another failure where 403s on everything are taken for the caller's.)
         if failure is self.last and await job.gate.hands_back(failure, error, called=True):
@@ -435,8 +447,13 @@ class _Run:
 
     def _count(self, failure: Failure, error: Exception) -> None:
         refused = failure.kind is FailureKind.OVERLOADED and status_of(error) in _NO_ROOM
+        if self.blamed:
+            self._excuse()
         if refused and self._others_get_through():
             self.job.overloads += 1
+        elif refused:
+            self.blamed.append(time.monotonic())
+            self.job.attempts += 1
         elif FAILURE_POLICIES[failure.kind].uses_attempt:
             self.job.attempts += 1
         elif failure.kind is FailureKind.RATE_LIMITED:
@@ -448,8 +465,24 @@ class _Run:
     def _others_get_through(self) -> bool:
         """Whether an overload is a matter of how many calls the provider takes at once: others
         succeed. Then it costs no attempt, `MAX_OVERLOADS` times."""
+        if self.job.overloads >= MAX_OVERLOADS:
+            return False
         since = time.monotonic() - self.runner.succeeded_at.get(self.job.quota, -math.inf)
-        return self.job.overloads < MAX_OVERLOADS and since < BESIDE_SUCCESSES_SECONDS
+        return since < BESIDE_SUCCESSES_SECONDS or self.runner.limiter.beside_successes(
+            self.job.quota
+        )
+
+    def _excuse(self) -> None:
+        """Give attempts back that overloads have cost before anybody could succeed: all slots may
+        have asked at once, and the calls that were taken were still under way."""
+        succeeded_at = self.runner.succeeded_at.get(self.job.quota, -math.inf)
+        if self.runner.limiter.beside_successes(self.job.quota):
+            succeeded_at = time.monotonic()
+        for at in list(self.blamed):
+            if at <= succeeded_at and self.job.overloads < MAX_OVERLOADS:
+                self.blamed.remove(at)
+                self.job.attempts -= 1
+                self.job.overloads += 1
 
     async def _on_error(self, error: Exception, attempt: int) -> None:
         try:

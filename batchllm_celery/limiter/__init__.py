@@ -9,8 +9,6 @@ from batchllm_celery.limiter.permit import (
     CallOutcome,
     Estimate,
     Permit,
-    ReportedLimit,
-    ReportedLimits,
 )
 from batchllm_celery.limiter.quota_state import QuotaState
 
@@ -32,8 +30,6 @@ __all__ = [
     "Permit",
     "QuotaState",
     "RateLimitStrategy",
-    "ReportedLimit",
-    "ReportedLimits",
     "policy_from",
 ]
 

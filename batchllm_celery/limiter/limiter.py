@@ -20,13 +20,13 @@ from batchllm_celery.limiter.permit import (
     CallOutcome,
     Estimate,
     Permit,
-    ReportedLimits,
     SettledCall,
 )
 from batchllm_celery.limiter.quota_client import QuotaClient
 from batchllm_celery.limiter.quota_state import QuotaState, configure_arguments, read_state
 from batchllm_celery.limiter.scripts import CONFIGURE, STATE
 from batchllm_celery.models import Quota, TokenUsage
+from batchllm_celery.models.rate_limits import RateLimits
 
 logger = logging.getLogger("batchllm_celery")
 
@@ -152,7 +152,7 @@ class Limiter:
         usage: TokenUsage | None = None,
         retry_after: float | None = None,
         latency: float = 0.0,
-        limits: ReportedLimits | None = None,
+        limits: RateLimits | None = None,
     ) -> None:
         """Say how a permitted call ended. Never blocks; only the first call for a permit counts.
 
@@ -167,10 +167,17 @@ class Limiter:
         if permit.settled:
             return
         permit.settled = True
-        call = SettledCall(permit, outcome, usage, retry_after, latency, limits or ReportedLimits())
+        call = SettledCall(permit, outcome, usage, retry_after, latency, limits)
         self._clients[permit.quota].settle(call)
         if outcome is CallOutcome.REFUSED:
             self._events.emit(RateLimitHit(permit.quota, retry_after))
+
+    def beside_successes(self, quota: str) -> bool:
+        """Whether calls of the fleet have succeeded lately, by the newest reply after an overload:
+        then overloads are a matter of how many calls there are."""
+        client = self._clients.get(quota)
+        reply = None if client is None else client.queue.last_reply
+        return reply is not None and reply.beside_successes
 
     async def state(self, quota: str) -> QuotaState:
         """The quota as it is now, for `status`."""

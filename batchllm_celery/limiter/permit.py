@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from batchllm_celery.models import TokenUsage
+from batchllm_celery.models.rate_limits import RateLimits
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,7 @@ class Permit:
         id: counts the permits of this process and quota.
         estimate: the tokens that were reserved.
         probe: the breaker is open, and this is its one call.
+        limit_version: of the learnt limit of calls in flight; -1: there was none.
         settled: `Limiter.settle` has counted it.
     """
 
@@ -53,32 +55,8 @@ class Permit:
     id: int
     estimate: Estimate
     probe: bool = False
+    limit_version: int = -1
     settled: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class ReportedLimit:
-    """What a provider's headers said of one dimension; all zero: nothing.
-
-    Args:
-        limit: units that the dimension's window allows.
-        remaining: units left in it.
-        reset: seconds until all of them are there again.
-    """
-
-    limit: float = 0.0
-    remaining: float = 0.0
-    reset: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class ReportedLimits:
-    """What a provider's headers said of its limits."""
-
-    requests: ReportedLimit = ReportedLimit()
-    tokens: ReportedLimit = ReportedLimit()
-    input_tokens: ReportedLimit = ReportedLimit()
-    output_tokens: ReportedLimit = ReportedLimit()
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +69,7 @@ class SettledCall:
         usage: the tokens it used; None: not known.
         retry_after: seconds that the provider asks to wait; None: it did not say.
         latency: seconds from the call's start to its end; 0: not measured.
-        limits: what the provider's headers said.
+        limits: what the provider's headers said; None: nothing.
     """
 
     permit: Permit
@@ -99,4 +77,4 @@ class SettledCall:
     usage: TokenUsage | None = None
     retry_after: float | None = None
     latency: float = 0.0
-    limits: ReportedLimits = ReportedLimits()
+    limits: RateLimits | None = None

@@ -13,7 +13,7 @@ from batchllm_celery.limiter.permit import Estimate
 from batchllm_celery.limiter.records import pack, size, unpack
 
 #: The number of this protocol, first argument of acquire.lua. It grows when a record changes.
-PROTOCOL = 1
+PROTOCOL = 2
 _MOST_TOKENS = 2**32 - 1
 
 
@@ -76,30 +76,38 @@ class AcquireRequest:
 
 
 @dataclass(slots=True)
-class CallReport:
-    """What ended calls of any epoch report beside their outcome. acquire.lua does not read it yet.
+class EndedCalls:
+    """Calls that began under one version of the learnt limit of calls in flight, and have ended."""
 
-    `limit_` to `reset_` are from the newest headers; zero: they said nothing.
-    """
+    version: int = 0
+    successes: int = 0
+    overloads: int = 0
+    seconds: float = 0.0
+    """Sum of the successes' latencies."""
+    tokens: float = 0.0
+    """Sum of what they weigh: see `settlements.weight_of`."""
+    squares: float = 0.0
+    """Sum of latency squared by weight: how much seconds per token differ."""
 
-    calls: int = 0
-    """Calls whose latency was measured."""
-    latency_us: int = 0
-    """Sum of their latencies, from start to end."""
-    output_tokens: int = 0
-    """Sum of their output tokens."""
-    limit_requests: float = 0.0
-    remaining_requests: float = 0.0
-    reset_requests_us: int = 0
-    limit_tokens: float = 0.0
-    remaining_tokens: float = 0.0
-    reset_tokens_us: int = 0
-    limit_input: float = 0.0
-    remaining_input: float = 0.0
-    reset_input_us: int = 0
-    limit_output: float = 0.0
-    remaining_output: float = 0.0
-    reset_output_us: int = 0
+
+@dataclass(slots=True)
+class LimitReport:
+    """What the newest headers said of the provider's limits; 0 (-1 of what is left): nothing."""
+
+    binds: bool = False
+    """Whether they are about the model that this quota is named after."""
+    age_us: float = 0.0
+    """How long ago the call began that was answered with them."""
+    requests_per_second: float = 0.0
+    tokens_per_second: float = 0.0
+    input_per_second: float = 0.0
+    output_per_second: float = 0.0
+    requests_per_day: float = 0.0
+    remaining_requests: float = -1.0
+    """What was left of the minute's limit when they were written."""
+    remaining_tokens: float = -1.0
+    remaining_input: float = -1.0
+    remaining_output: float = -1.0
 
 
 @dataclass(slots=True)
@@ -130,6 +138,10 @@ class AcquireReply:
     """A call was granted that needs more tokens than a minute allows."""
     held_up: bool
     """Some waiters got no start."""
+    limit_version: int = -1
+    """The present version of the learnt limit of calls in flight; -1: there is none."""
+    beside_successes: bool = False
+    """Calls of the fleet have succeeded lately: an overload is a matter of how many there are."""
     starts_us: tuple[int, ...] = ()
     """Reserved starts, for waiters first, in microseconds after `now_us`."""
 
@@ -149,7 +161,8 @@ def acquire_arguments(
     process: str,
     request: AcquireRequest,
     estimates: Sequence[Estimate] = (),
-    report: CallReport | None = None,
+    ended: Sequence[EndedCalls] = (),
+    report: LimitReport | None = None,
 ) -> list[bytes | str | int | float]:
     """ARGV of acquire.lua; `estimates` of the waiters, where tokens are limited."""
     tokens: list[int] = []
@@ -163,5 +176,6 @@ def acquire_arguments(
         process,
         pack(request),
         struct.pack(f"<{len(tokens)}I", *tokens),
+        b"".join(map(pack, ended)),
         b"" if report is None else pack(report),
     ]

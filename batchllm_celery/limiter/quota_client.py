@@ -170,7 +170,9 @@ class QuotaClient:
         self._sequence += 1
         sent_at = self._now()
         sent = self.queue.make_request(self._sequence, sent_at)
-        arguments = acquire_arguments(self._process, sent.request, sent.estimates, sent.report)
+        arguments = acquire_arguments(
+            self._process, sent.request, sent.estimates, sent.ended, sent.report
+        )
         raw: bytes = await self._connection.patiently(
             lambda: ACQUIRE(self._connection.client, self._keys, arguments)
         )

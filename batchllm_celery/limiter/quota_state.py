@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import Field
 
@@ -44,6 +45,8 @@ class QuotaSetup:
     """Whether the last spacing stays for good."""
     full_speed: bool = False
     """No rate limits it, until the provider refuses a call."""
+    adaptive_concurrency: bool = False
+    """Whether the calls in flight are limited by the throughput that they bring."""
 
     @classmethod
     def of(cls, quota: Quota) -> QuotaSetup:
@@ -63,6 +66,7 @@ class QuotaSetup:
             ramp_length=len(policy.ramp),
             ramp_repeats=policy.ramp_repeats,
             full_speed=quota.limits.full_speed,
+            adaptive_concurrency=quota.adaptive_concurrency,
         )
 
 
@@ -138,6 +142,78 @@ class LiveState:
     """Redis' own: another one means that it was restarted."""
 
 
+@dataclass(slots=True)
+class Congestion:
+    """What is learnt of a provider's room: `steps/congestion.lua` explains it.
+
+    The defaults are those of `adaptive_concurrency`. Counts are calls, moments and durations in
+    `_us` microseconds, in `_s` seconds.
+    """
+
+    limit: float = 4.0
+    """Calls in flight; infinity: no limit yet."""
+    version: int = 0
+    """Grows with each change of the limit; 0: new."""
+    cut_version: int = -1
+    """The first version after the last cut; -1, as of calls without a limit: there was none."""
+    ceiling: float = math.inf
+    """The limit that was refused; infinity: none was, or long ago."""
+    floor: float = 1.0
+    """What a burst of overloads leaves at least."""
+    since_cut: int = 8
+    """Successes since the last cut."""
+    credit: float = 2.0
+    """Overloads that are excused before the next cut."""
+    mode: int = 1
+    """1: raised on trial, -1: lowered on trial, 0: at rest, 2: coming back after a cut."""
+    step: float = 2.0
+    """Factor of the next trial."""
+    extra: float = 0.0
+    """How far beyond its rest the limit was raised, near the ceiling."""
+    rest_up: int = 2
+    """Windows of rest before a trial upwards, and how many of them are left."""
+    left_up: int = 2
+    rest_down: int = 2
+    left_down: int = 2
+    base_limit: float = 0.0
+    """The window that the trial is compared with: limit, mean in flight, throughput (0: none yet),
+    and the variance of its logarithm."""
+    base_flight: float = 0.0
+    base_rate: float = 0.0
+    base_variance: float = 0.0
+    calls: int = 0
+    """The present window: successes, and sums over them."""
+    seconds: float = 0.0
+    tokens: float = 0.0
+    flight: float = 0.0
+    squares: float = 0.0
+    peak: int = 0
+    """The most in flight in it."""
+    latency_s: float = 0.0
+    """Mean latency of the latest successes."""
+    success_us: int = 0
+    """The last success and the last overload."""
+    overload_us: int = 0
+    pause_us: int = 0
+    """How long nothing starts after overloads right after a cut."""
+    paused_until_us: int = 0
+
+
+@dataclass(slots=True)
+class ReportedLimits:
+    """The limits in the provider's headers, per second (requests a day per day); 0: not told."""
+
+    at_us: int = 0
+    """When the last ones came."""
+    binds: bool = False
+    """Whether they are about the model that this quota is named after."""
+    requests_per_second: float = 0.0
+    tokens_per_second: float = 0.0
+    input_per_second: float = 0.0
+    output_per_second: float = 0.0
+    requests_per_day: float = 0.0
+
+
 def configure_arguments(quota: Quota, *, update: bool = False) -> list[str | bytes | int]:
     """ARGV of configure.lua."""
     lists = (quota.policy.cooldowns, quota.policy.ramp)
@@ -165,6 +241,12 @@ class QuotaState(Model):
         day_used: requests of the day; 0 where the day is not limited.
         day_resets_at: when the day's requests are counted from 0 again.
         exhausted_until: until when the day's quota is used up, as the provider said.
+        adaptive_concurrency: whether the calls in flight are limited by their throughput.
+        room: calls in flight that the provider seems to have room for; None: nothing is known.
+        reported: the limits in the provider's headers, per minute, by dimension.
+        reported_per_day: its limit of requests a day; None: none was told.
+        reported_binds: whether they bind this quota, or are only shown: they are about a model that
+            it is not named after.
     """
 
     name: str
@@ -185,10 +267,22 @@ class QuotaState(Model):
     day_used: int = 0
     day_resets_at: float | None = None
     exhausted_until: float | None = None
+    adaptive_concurrency: bool = False
+    room: int | None = None
+    reported: dict[str, float] = Field(default_factory=dict)
+    reported_per_day: float | None = None
+    reported_binds: bool = False
 
 
 def read_state(
-    name: str, now_us: int, waiting: int, config: bytes, live: bytes, stored_setup: bytes
+    name: str,
+    now_us: int,
+    waiting: int,
+    config: bytes,
+    live: bytes,
+    stored_setup: bytes,
+    congestion: bytes = b"",
+    headers: bytes = b"",
 ) -> QuotaState:
     """The state from what state.lua returns.
 
@@ -200,15 +294,27 @@ def read_state(
     quota = Quota.model_validate_json(config) if config else Quota(name=name)
     setup = QuotaSetup.of(quota)
     state = unpack(LiveState, live) if live else LiveState()
+    room = _record(Congestion, congestion).limit
+    reported = _record(ReportedLimits, headers)
+    told = {
+        "requests": (setup.requests_per_second, reported.requests_per_second),
+        "tokens": (setup.tokens_per_second, reported.tokens_per_second),
+        "input_tokens": (setup.input_tokens_per_second, reported.input_per_second),
+        "output_tokens": (setup.output_tokens_per_second, reported.output_per_second),
+    }
+    tats_us = (
+        state.tat_requests_us,
+        state.tat_tokens_us,
+        state.tat_input_us,
+        state.tat_output_us,
+    )
     dimensions = {
-        "requests": (setup.requests_per_second, state.tat_requests_us),
-        "tokens": (setup.tokens_per_second, state.tat_tokens_us),
-        "input_tokens": (setup.input_tokens_per_second, state.tat_input_us),
-        "output_tokens": (setup.output_tokens_per_second, state.tat_output_us),
+        name: (_lower(rate, by_header) if reported.binds else rate, tat_us)
+        for (name, (rate, by_header)), tat_us in zip(told.items(), tats_us, strict=True)
     }
     known = any(rate for rate, _ in dimensions.values())
     pace = state.pace if live else float(known)
-    per_second = setup.requests_per_second * pace if known else pace
+    per_second = dimensions["requests"][0] * pace if known else pace
     if per_second >= FULL_SPEED:
         per_second = 0.0
     in_ramp = not setup.adaptive and 0 <= state.ramp_position < setup.ramp_length
@@ -237,5 +343,24 @@ def read_state(
         "exhausted_until": (
             state.exhausted_until_us / 1e6 if state.exhausted_until_us > now_us else None
         ),
+        "adaptive_concurrency": quota.adaptive_concurrency,
+        "room": int(room) if congestion and room < math.inf else None,
+        "reported": {name: 60 * by_header for name, (_, by_header) in told.items() if by_header},
+        "reported_per_day": reported.requests_per_day or None,
+        "reported_binds": reported.binds,
     }
     return QuotaState(**values)
+
+
+_R = TypeVar("_R")
+
+
+def _record(record: type[_R], packed: bytes) -> _R:
+    if packed and len(packed) != size(record):
+        raise ValueError(f"the quota's {record.__name__} is no record")
+    return unpack(record, packed) if packed else record()
+
+
+def _lower(configured: float, reported: float) -> float:
+    """The lower one of two rates; 0 is none."""
+    return min(configured, reported) if configured and reported else configured or reported

@@ -5,13 +5,20 @@ from __future__ import annotations
 import re
 
 from batchllm_celery.connection import Script
-from batchllm_celery.limiter.protocol import PROTOCOL, AcquireReply, AcquireRequest
+from batchllm_celery.limiter.protocol import (
+    PROTOCOL,
+    AcquireReply,
+    AcquireRequest,
+    LimitReport,
+)
 from batchllm_celery.limiter.quota_state import (
     BREAKER_FAILURES,
     FULL_SPEED,
     START_RATE,
+    Congestion,
     LiveState,
     QuotaSetup,
+    ReportedLimits,
 )
 from batchllm_celery.limiter.records import lua_locals, lua_packed, lua_reader, lua_writer
 
@@ -24,7 +31,14 @@ _CONSTANTS = (
     f"local START_RATE, FULL_SPEED = {START_RATE}, {FULL_SPEED}\n"
 )
 #: The records whose fields are locals of acquire.lua.
-_LOCALS: dict[str, type] = {"request": AcquireRequest, "setup": QuotaSetup, "live": LiveState}
+_LOCALS: dict[str, type] = {
+    "request": AcquireRequest,
+    "setup": QuotaSetup,
+    "live": LiveState,
+    "congestion": Congestion,
+    "headers": ReportedLimits,
+    "report": LimitReport,
+}
 _READ_OR_PACK = re.compile(r"^ *--#(read|pack) (\w+)(?: (.+))?\n", re.MULTILINE)
 
 

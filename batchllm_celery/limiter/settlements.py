@@ -5,13 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from batchllm_celery.limiter.permit import CallOutcome, Estimate, ReportedLimits, SettledCall
-from batchllm_celery.limiter.protocol import CallReport
+from batchllm_celery.limiter.permit import CallOutcome, Estimate, SettledCall
+from batchllm_celery.limiter.protocol import EndedCalls, LimitReport
 from batchllm_celery.models import TokenUsage
 
 #: The longest wait, in seconds, that is passed on. Who asks for more is asked again after it.
 LONGEST_WAIT = 32 * 86_400
-_NOTHING_REPORTED = ReportedLimits()
+#: What a call weighs beside its tokens, and a token of its prompt beside one of its answer. Prompts
+#: are read in parallel, answers written token by token.
+OVERHEAD_TOKENS, INPUT_WEIGHT = 20.0, 0.005
+#: Versions of the learnt limit that calls are told apart by; older ones count as one.
+_MOST_VERSIONS = 8
+_MINUTE, _DAY = 60.0, 86_400.0
 
 
 @dataclass(slots=True)
@@ -45,21 +50,30 @@ class Settlements:
     other_failures: int = 0
     day_exhausted: float = -1.0
     probe_ended: bool = False
-    report: CallReport | None = None
+    ended: dict[int, EndedCalls] = field(default_factory=dict)
+    """Successes and overloads by the version of the learnt limit that they began under."""
+    told: SettledCall | None = None
+    """The call that began last of those whose answers told the provider's limits."""
 
     def add(self, call: SettledCall, now: float) -> None:
         """Count one call; the tokens that it used replace the reserved ones."""
         permit, usage = call.permit, call.usage
         if self.since is None:
             self.since = now
+        if call.limits is not None and (
+            self.told is None or permit.start >= self.told.permit.start
+        ):
+            self.told = call
         self.probe_ended |= permit.probe
         match call.outcome:
             case CallOutcome.SUCCEEDED:
                 self._count_success(permit.epoch)
+                self._count_ended(call)
             case CallOutcome.REFUSED:
                 self._count_refusal(permit.epoch, call.retry_after)
             case CallOutcome.OVERLOADED:
                 self.overloads += 1
+                self._count_ended(call)
             case CallOutcome.FAILED:
                 self.other_failures += 1
             case CallOutcome.DAY_EXHAUSTED:
@@ -72,8 +86,6 @@ class Settlements:
         elif call.outcome is CallOutcome.REFUSED:  # a refused call used nothing
             self.debt_input -= permit.estimate.input_tokens
             self.debt_output -= permit.estimate.output_tokens
-        if call.latency > 0 or call.limits != _NOTHING_REPORTED:
-            self._add_to_report(call)
 
     def replace(self, reserved: Estimate, by: Estimate | TokenUsage) -> None:
         """Count other tokens than the reserved ones from now on."""
@@ -101,22 +113,32 @@ class Settlements:
         if epoch == self.refused_epoch and retry_after is not None:
             self.retry_after = max(self.retry_after, retry_after)
 
-    def _add_to_report(self, call: SettledCall) -> None:
-        report = self.report = self.report or CallReport()
-        if call.latency > 0:
-            report.calls += 1
-            report.latency_us += _microseconds(call.latency)
-            report.output_tokens += call.usage.output_tokens if call.usage else 0
-        for name, reported in (
-            ("requests", call.limits.requests),
-            ("tokens", call.limits.tokens),
-            ("input", call.limits.input_tokens),
-            ("output", call.limits.output_tokens),
-        ):
-            if reported.limit > 0:  # the newest headers count
-                setattr(report, f"limit_{name}", reported.limit)
-                setattr(report, f"remaining_{name}", reported.remaining)
-                setattr(report, f"reset_{name}_us", _microseconds(reported.reset))
+    def _count_ended(self, call: SettledCall) -> None:
+        ended = self.ended.get(call.permit.limit_version)
+        if ended is None:
+            ended = self.ended[call.permit.limit_version] = EndedCalls(call.permit.limit_version)
+            if len(self.ended) > _MOST_VERSIONS:
+                self._merge_oldest()
+        if call.outcome is CallOutcome.OVERLOADED:
+            ended.overloads += 1
+            return
+        ended.successes += 1
+        weight = weight_of(call)
+        ended.seconds += call.latency
+        ended.tokens += weight
+        ended.squares += call.latency**2 / weight
+
+    def _merge_oldest(self) -> None:
+        oldest, next_one = (self.ended.pop(version) for version in sorted(self.ended)[:2])
+        for name in ("successes", "overloads", "seconds", "tokens", "squares"):
+            setattr(next_one, name, getattr(next_one, name) + getattr(oldest, name))
+        self.ended[next_one.version] = next_one
+
+    def ended_calls(self, *, limited: bool) -> list[EndedCalls]:
+        """What the limiter learns the provider's room from: nothing before the first overload."""
+        if not limited and not self.overloads:
+            return []
+        return [self.ended[version] for version in sorted(self.ended)]
 
     def request_fields(self, epoch: int, now: float) -> dict[str, Any]:
         """The fields of an `AcquireRequest` from `known_epoch` on; the process knows `epoch`.
@@ -149,6 +171,42 @@ class Settlements:
             "forfeited_input": self.overreserved_input - sum(one.input_tokens for one in late),
             "forfeited_output": self.overreserved_output - sum(one.output_tokens for one in late),
         }
+
+
+def limit_report(call: SettledCall, now: float) -> LimitReport:
+    """What a call's headers said, per second.
+
+    A limit whose window the numbers do not show is one of a minute: that is what providers count
+    in, but for some that say so by a reset of hours.
+    """
+    told = call.limits
+    assert told is not None
+    report = LimitReport(
+        binds=told.quota == call.permit.quota, age_us=max(now - call.permit.start, 0.0) * 1e6
+    )
+    for name, window in (
+        ("requests", told.requests),
+        ("tokens", told.tokens),
+        ("input", told.input_tokens),
+        ("output", told.output_tokens),
+    ):
+        if window is None or not window.limit:
+            continue
+        # (A minute's window may reset in a little more than one: Anthropic's dates are rounded up.)
+        if window.window_seconds() == _DAY and (window.reset_seconds or 0) > 2 * _MINUTE:
+            if name == "requests":
+                report.requests_per_day = window.limit
+            continue
+        setattr(report, f"{name}_per_second", window.limit / _MINUTE)
+        if window.remaining is not None:
+            setattr(report, f"remaining_{name}", window.remaining)
+    return report
+
+
+def weight_of(call: SettledCall) -> float:
+    """What a call costs a server, in tokens of an answer."""
+    used = call.usage or call.permit.estimate
+    return OVERHEAD_TOKENS + used.output_tokens + INPUT_WEIGHT * used.input_tokens
 
 
 def _microseconds(seconds: float) -> int:

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 
 from batchllm_celery.limiter.permit import CallOutcome, Estimate, Permit, SettledCall
-from batchllm_celery.limiter.protocol import AcquireReply, AcquireRequest, CallReport
-from batchllm_celery.limiter.settlements import Settlements, Unused
+from batchllm_celery.limiter.protocol import AcquireReply, AcquireRequest, EndedCalls, LimitReport
+from batchllm_celery.limiter.settlements import Settlements, Unused, limit_report
 
 #: How late, in seconds, a start may be used: a stalled process must not start all at once.
 LATEST_START = 0.25
@@ -54,6 +54,8 @@ _PREFETCH_SECONDS = 0.3
 #: How early, in seconds, a start may be used: a timer may run so much too soon.
 _TIMER_PRECISION = 1e-4
 _NEVER = math.inf
+#: What everybody should know of as soon as it can be.
+_AT_ONCE = (CallOutcome.REFUSED, CallOutcome.DAY_EXHAUSTED, CallOutcome.OVERLOADED)
 
 
 @dataclass(slots=True, eq=False)
@@ -79,6 +81,7 @@ class Reservation:
     epoch: int
     reserved: Estimate
     probe: bool
+    limit_version: int = -1
     waiter: Waiter | None = None
     """Whose tokens are reserved: a large call that used the reservation of a small one would let
     the next call start too soon. None: no tokens are, or those of a caller to come."""
@@ -89,7 +92,8 @@ class SentRequest:
     """A request, and for whom each reservation of its reply will have reserved what."""
 
     request: AcquireRequest
-    report: CallReport | None
+    ended: list[EndedCalls]
+    report: LimitReport | None
     waiters: list[Waiter]
     estimates: list[Estimate]
     prefetched: Estimate
@@ -257,6 +261,7 @@ class WaitQueue:
             id=self._permits,
             estimate=estimate,
             probe=reservation.probe,
+            limit_version=reservation.limit_version,
         )
 
     def drop_late(self, now: float) -> None:
@@ -295,10 +300,10 @@ class WaitQueue:
         )
 
     def settle(self, call: SettledCall, now: float) -> None:
-        """Count the end of a call; the next request carries it, after a refusal at once."""
+        """Count the end of a call; the next request carries it, a refusal or overload at once."""
         self.settlements.add(call, now)
         self.in_flight -= 1
-        if call.outcome in (CallOutcome.REFUSED, CallOutcome.DAY_EXHAUSTED):
+        if call.outcome in _AT_ONCE:
             self.ask_now = True
 
     def announce_epoch(self, epoch: int, now: float) -> None:
@@ -380,10 +385,13 @@ class WaitQueue:
             full_speed=self.full_speed,
             **self.settlements.request_fields(self.epoch, now),
         )
-        report = self.settlements.report
+        limited = self.last_reply is not None and self.last_reply.limit_version >= 0
+        ended = self.settlements.ended_calls(limited=limited)
+        told = self.settlements.told
+        report = None if told is None else limit_report(told, now)
         self.settlements = Settlements(epoch=self.epoch)
         self.ask_now = False
-        return SentRequest(request, report, waiters, estimates, prefetched)
+        return SentRequest(request, ended, report, waiters, estimates, prefetched)
 
     def _prefetch(self) -> int:
         """Starts for callers to come spare them a round trip, while no limit holds anybody up."""
@@ -422,7 +430,11 @@ class WaitQueue:
             waiter = sent.waiters[i] if known else None
             reserved = sent.estimates[i] if known else sent.prefetched
             start = replied_at + start_us * 1e-6
-            reservations.append(Reservation(start, reply.epoch, reserved, reply.probing, waiter))
+            reservations.append(
+                Reservation(
+                    start, reply.epoch, reserved, reply.probing, reply.limit_version, waiter
+                )
+            )
         if reply.epoch == self.epoch and not self.announced:
             self.fresh_since = sent_at
             self._add(reservations)

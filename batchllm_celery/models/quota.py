@@ -121,6 +121,9 @@ class Quota(Model):
             (providers check sub-windows of 1 s and 10 s).
         horizon_seconds: how far ahead start times are handed out; what a dead worker loses at most.
         day_exhausted: `park` the batch until the day's reset, or `fail` its items.
+        adaptive_concurrency: find out from the throughput how many calls in flight the provider
+            has room for, within `limits.max_concurrency`: for servers of one's own that slow down
+            under load. (A server that refuses what is too much needs no such setting.)
     """
 
     name: str
@@ -129,6 +132,7 @@ class Quota(Model):
     burst_seconds: float = Field(default=0.1, ge=0, le=60)
     horizon_seconds: float = Field(default=2.0, gt=0, le=30)
     day_exhausted: Literal["park", "fail"] = "park"
+    adaptive_concurrency: bool = False
 
     @field_validator("name")
     @classmethod

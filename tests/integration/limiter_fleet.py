@@ -147,7 +147,9 @@ class Fleet:
         now, queue = self.server.now, process.queue
         process.sequence += 1
         sent = queue.make_request(process.sequence, now)
-        arguments = acquire_arguments(process.name, sent.request, sent.estimates, sent.report)
+        arguments = acquire_arguments(
+            process.name, sent.request, sent.estimates, sent.ended, sent.report
+        )
         reply = AcquireReply.parse(self.server.call(ACQUIRE, self.keys, arguments))
         process.last = arguments, reply
         self.check_reply(sent, reply)

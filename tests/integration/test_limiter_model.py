@@ -19,7 +19,12 @@ import redis
 
 from batchllm_celery.keys import Keys
 from batchllm_celery.limiter import Estimate, QuotaState
-from batchllm_celery.limiter.protocol import AcquireReply, AcquireRequest, acquire_arguments
+from batchllm_celery.limiter.protocol import (
+    AcquireReply,
+    AcquireRequest,
+    EndedCalls,
+    acquire_arguments,
+)
 from batchllm_celery.limiter.quota_state import configure_arguments, read_state
 from batchllm_celery.limiter.scripts import ACQUIRE, CONFIGURE, STATE
 from batchllm_celery.models import CooldownPolicy, Quota, QuotaLimits
@@ -37,6 +42,7 @@ class Scripts:
         self.keys = [keys.state, keys.procs, keys.waiting, keys.channel]
         self.sequence = 0
         self.epoch = 0
+        self.version = -1
         self.full_speed = False
         self.configure(quota)
 
@@ -57,6 +63,7 @@ class Scripts:
         refused: bool = False,
         retry_after: float | None = None,
         day_exhausted: float | None = None,
+        ended: list[EndedCalls] | None = None,
         **fields: Any,
     ) -> AcquireReply:
         """A request for waiters of `wants` tokens; `fields` are those of `AcquireRequest`.
@@ -76,9 +83,12 @@ class Scripts:
         }
         request = AcquireRequest(**{**values, **fields})
         estimates = [Estimate(tokens, 0) for tokens in wants if aware]
-        arguments = acquire_arguments(process, request, estimates)
+        overloads = request.overloads
+        if ended is None:
+            ended = [EndedCalls(self.version, overloads=overloads)] if overloads else []
+        arguments = acquire_arguments(process, request, estimates, ended)
         reply = AcquireReply.parse(self.server.call(ACQUIRE, self.keys, arguments))
-        self.epoch = reply.epoch
+        self.epoch, self.version = reply.epoch, reply.limit_version
         return reply
 
 
@@ -676,5 +686,5 @@ def test_an_unknown_protocol_is_refused_by_its_number(server: VirtualRedis) -> N
     """A script does not guess what the numbers of another version mean."""
     scripts = Scripts(server, Quota(name="q"))
     arguments = acquire_arguments("a", AcquireRequest(sequence=1, wanted=1))
-    with pytest.raises(redis.ResponseError, match="protocol 1, not 7"):
+    with pytest.raises(redis.ResponseError, match="protocol 2, not 7"):
         server.call(ACQUIRE, scripts.keys, [7, *arguments[1:]])

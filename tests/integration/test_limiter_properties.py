@@ -164,8 +164,10 @@ def test_one_probe_at_a_time_until_the_provider_takes_calls_again(
     fleet = Fleet(server, Quota(name="q", limits=limits), demand=10, latency=0.1)
     fleet.pass_time(3)
     fleet.provider = CallOutcome.OVERLOADED
-    fleet.pass_time(3)
+    begun = len(fleet.starts)
+    fleet.pass_time(30)  # ten seconds after the last success overloads begin to count
     assert fleet.state().probing
+    assert len(fleet.starts) - begun <= 60
     begun = len(fleet.starts)
     fleet.pass_time(60)
     assert 1 <= len(fleet.starts) - begun <= 10

@@ -41,6 +41,7 @@ from batchllm_celery.models import (
     TokenUsage,
     WorkItemResult,
 )
+from batchllm_celery.models.rate_limits import RateLimits
 from batchllm_celery.strategies import EscalatingStrategy
 from batchllm_celery.strategies.base import LLMCallStrategy
 from batchllm_celery.strategies.failures import stamp_model
@@ -62,12 +63,18 @@ class FakeLimiter:
     settled: list[CallOutcome] = field(default_factory=list)
     usages: list[TokenUsage | None] = field(default_factory=list)
     retry_afters: list[float | None] = field(default_factory=list)
+    latencies: list[float] = field(default_factory=list)
+    limits: list[RateLimits | None] = field(default_factory=list)
+    others_succeed: bool = False
     error: Exception | None = None
     wait: float = 0.0
     open: int = 0
     stale: int = 0
     void: bool = False
     retries: list[bool] = field(default_factory=list)
+
+    def beside_successes(self, quota: str) -> bool:
+        return self.others_succeed
 
     def may_start(self, permit: FakePermit) -> bool:
         self.stale -= 1
@@ -92,7 +99,11 @@ class FakeLimiter:
         *,
         usage: TokenUsage | None = None,
         retry_after: float | None = None,
+        latency: float = 0.0,
+        limits: RateLimits | None = None,
     ) -> None:
+        self.latencies.append(latency)
+        self.limits.append(limits)
         self.open -= 1
         self.settled.append(outcome)
         self.usages.append(usage)
@@ -939,6 +950,30 @@ async def test_overloads_cost_attempts_when_there_are_too_many_or_nobody_succeed
     elsewhere.runner.succeeded_at["another quota"] = time.monotonic()
     assert (await elsewhere.result(alone)).attempts == 3
     assert len(alone.attempts) == 3
+
+
+async def test_overloads_of_the_first_moment_cost_nothing_once_others_succeed() -> None:
+    """All slots asked at once, nobody had succeeded yet: the attempts are given back."""
+    bench = Bench()
+
+    async def others_are_answered() -> Any:
+        bench.limiter.others_succeed = True
+        return busy()
+
+    strategy = Scripted(busy(), busy(), others_are_answered, *[busy()] * 3, ("ok", FIFTEEN))
+    result = await bench.result(strategy)
+    assert result.success
+    assert result.attempts == 1
+
+
+async def test_latencies_and_what_headers_said_reach_the_limiter() -> None:
+    """Of good answers and of failures."""
+    bench, limits = Bench(), RateLimits(quota="q")
+    failure = ProviderError("no", kind=FailureKind.RATE_LIMITED)
+    vars(failure)["limits"] = limits
+    await bench.result(Scripted(failure, ("ok", FIFTEEN)))
+    assert bench.limiter.limits == [limits, None]
+    assert bench.limiter.latencies[1] > 0
 
 
 async def test_without_a_ledger_the_calls_of_an_item_are_bounded_too() -> None:

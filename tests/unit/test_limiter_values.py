@@ -22,8 +22,8 @@ from batchllm_celery.limiter import (
     Estimator,
     Permit,
 )
-from batchllm_celery.limiter.permit import ReportedLimit, ReportedLimits, SettledCall
-from batchllm_celery.limiter.protocol import AcquireReply, CallReport
+from batchllm_celery.limiter.permit import SettledCall
+from batchllm_celery.limiter.protocol import AcquireReply, EndedCalls
 from batchllm_celery.limiter.quota_client import ServerClock
 from batchllm_celery.limiter.quota_state import LiveState, QuotaSetup
 from batchllm_celery.limiter.records import lua_reader, pack, unpack
@@ -280,26 +280,39 @@ def test_overloads_and_other_failures_are_told_apart() -> None:
     assert fields == {"overloads": 2, "other_failures": 1}
 
 
-def test_what_calls_report_is_summed_and_the_newest_headers_count() -> None:
-    """Nothing travels where nothing was reported."""
+def ended(version: int, outcome: CallOutcome, latency: float = 0.0, tokens: int = 0) -> SettledCall:
+    usage = TokenUsage(output_tokens=tokens)
+    return SettledCall(permit(limit_version=version), outcome, usage, latency=latency)
+
+
+def test_calls_are_told_apart_by_the_limit_that_they_began_under() -> None:
+    """Oldest first; nothing travels while there is neither a limit nor an overload."""
     settlements = Settlements()
-    settlements.add(SettledCall(permit(), CallOutcome.SUCCEEDED), 11.0)
-    assert settlements.report is None
-    for remaining in (9.0, 8.0):
-        limits = ReportedLimits(requests=ReportedLimit(limit=10, remaining=remaining, reset=1.5))
-        usage = TokenUsage(output_tokens=7)
-        call = SettledCall(permit(), CallOutcome.SUCCEEDED, usage, latency=0.25, limits=limits)
-        settlements.add(call, 11.0)
-    report = settlements.report
-    assert report == CallReport(
-        calls=2,
-        latency_us=500_000,
-        output_tokens=14,
-        limit_requests=10,
-        remaining_requests=8.0,
-        reset_requests_us=1_500_000,
-    )
-    assert unpack(CallReport, pack(report)) == report
+    settlements.add(ended(-1, CallOutcome.SUCCEEDED), 11.0)
+    assert settlements.ended_calls(limited=False) == []
+    settlements.add(ended(7, CallOutcome.OVERLOADED), 11.0)
+    settlements.add(ended(5, CallOutcome.SUCCEEDED, latency=2.0, tokens=80), 11.0)
+    settlements.add(ended(5, CallOutcome.SUCCEEDED, latency=1.0, tokens=30), 11.0)
+    sums = settlements.ended_calls(limited=False)
+    assert [(one.version, one.successes, one.overloads) for one in sums] == [
+        (-1, 1, 0),
+        (5, 2, 0),
+        (7, 0, 1),
+    ]
+    assert (sums[1].seconds, sums[1].tokens) == (3.0, 150.0)
+    assert sums[1].squares == pytest.approx(4 / 100 + 1 / 50)
+    assert unpack(EndedCalls, pack(sums[1])) == sums[1]
+
+
+def test_what_calls_carry_of_old_limits_is_bounded() -> None:
+    """Hundreds of versions in one request: the oldest are summed up."""
+    settlements = Settlements()
+    for version in range(100):
+        settlements.add(ended(version, CallOutcome.OVERLOADED), 11.0)
+    sums = settlements.ended_calls(limited=True)
+    assert len(sums) <= 8
+    assert sum(one.overloads for one in sums) == 100
+    assert sums[-1].version == 99
 
 
 def test_a_reply_is_read() -> None:

@@ -55,6 +55,7 @@ def show(name: str | None = None, **shared: Any) -> int:
 @quota.command("set")
 @click.argument("name")
 @options.limits
+@options.adaptive_concurrency
 @options.after_429
 @options.option("--day-exhausted", type=click.Choice(["park", "fail"]),
                 help="Wait for the day's reset, or fail the items.")  # fmt: skip
@@ -64,7 +65,8 @@ def set_(name: str, day_exhausted: str | None, **shared: Any) -> int:
     from batchllm_celery.producer import Producer
 
     request = CommandRequest(**shared)
-    if not (limits_of(request).given() or request.after_429 or day_exhausted):
+    given = limits_of(request).given() or request.after_429 or day_exhausted
+    if not given and request.adaptive_concurrency is None:
         raise UsageError("say what to set, as in: batchllm quota set NAME --rpm 600")
     with Producer(settings_of(request)) as producer:
         producer.check()
@@ -80,9 +82,13 @@ def _changed(
     before = known.limits.given() if known is not None else {}
     policy = known.policy if known is not None else policy_of(None)
     extra: dict[str, Any] = {"day_exhausted": day_exhausted} if day_exhausted else {}
+    adaptive = request.adaptive_concurrency
+    if adaptive is None:
+        adaptive = known is not None and known.adaptive_concurrency
     return Quota(
         name=name,
         limits=QuotaLimits.model_validate(before | limits_of(request).given()),
         policy=policy_of(request.after_429) if request.after_429 else policy,
+        adaptive_concurrency=adaptive,
         **extra,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING
 
@@ -45,7 +46,38 @@ def quota_words(state: QuotaState, now: float) -> str:
         return f"at {state.rate_factor:.0%} of the quota after refusals"
     if not state.waiting:
         return ""
+    if state.room is not None and state.in_flight >= 0.8 * state.room:
+        return f"at the server's room: {count(state.room)} calls at once"
+    if state.reported and state.reported_binds:
+        return "at the speed in the provider's headers"
+    if (state.limits.finite().get("max_concurrency") or math.inf) <= state.in_flight:
+        return "at the calls at once that were set"
     return "at the quota's speed" if state.limits.finite() else "finding the provider's rate"
+
+
+_DIMENSIONS = {
+    "requests": "rpm",
+    "tokens": "tpm",
+    "input_tokens": "input tpm",
+    "output_tokens": "output tpm",
+}
+
+
+def learnt_words(state: QuotaState) -> str:
+    """What was not set but found out: by the provider's headers, its refusals or its throughput."""
+    parts = []
+    told = [f"{short(rate)} {_DIMENSIONS[name]}" for name, rate in state.reported.items()]
+    if state.reported_per_day:
+        told.append(f"{short(state.reported_per_day)} a day")
+    if told:
+        of_another = "" if state.reported_binds else ", of another quota"
+        parts.append(f"{', '.join(told)} (the provider's headers{of_another})")
+    if state.room is not None:
+        how = "throughput" if state.adaptive_concurrency else "overloads"
+        parts.append(f"{count(state.room)} at once (by {how})")
+    if not state.limits.finite() and not state.reported and state.allowed_per_minute:
+        parts.append(f"{short(state.allowed_per_minute)} rpm (by trying)")
+    return "; ".join(parts)
 
 
 def doing(progress: BatchProgress, quota: QuotaState | None, now: float) -> str:
@@ -62,12 +94,13 @@ def doing(progress: BatchProgress, quota: QuotaState | None, now: float) -> str:
 
 def quota_table(quotas: list[QuotaState]) -> FittingTable:
     """Quotas with their limits and what they are doing."""
-    table = FittingTable("Quota", "Limits", "After a 429", "In flight", "Today", "Now")
+    table = FittingTable("Quota", "Limits", "Found out", "After a 429", "In flight", "Today", "Now")
     now = time.time()
     for quota in quotas:
         table.add_row(
             quota.name,
             limits_words(quota.limits),
+            learnt_words(quota),
             quota.policy.kind.replace("_", " "),
             count(quota.in_flight),
             count(quota.day_used),

@@ -4,12 +4,14 @@
 -- microseconds (`_us`) since 1970. Durations end in `_us` or `_s`. Rates are per second.
 -- The steps, in their order:
 --
+--   0 headers    what does the provider say of its limits?
 --   1 clock      what time is it, and has Redis forgotten something?
 --   2 settle     count the calls that have ended since the process' last request
 --   3 cooldown   the provider refused: void all reservations, stop everybody, cut the rate
 --   4 refill     what a request and a token cost in time; debts and refunds
 --   5 processes  end the leases of dead processes; who else is waiting?
---   6 grant      choose the start times
+--   6 congestion how many calls does the provider have room for?
+--   7 grant      choose the start times
 --
 -- The rate is limited by GCRA, the generic cell rate algorithm (ITU-T I.371), in each dimension by
 -- itself. Its state is one moment, the theoretical arrival time (`tat_us`): when everything that
@@ -33,18 +35,22 @@
 --   stand in WAITING, in the order of their turns. Each gets its share of the lookahead and of the
 --   slots, and goes to the end once it was served.
 --
--- KEYS     1 QUOTA      hash: `setup` and `live` (records), `config`, `cooldowns`, `ramp`, `history`
+-- KEYS     1 QUOTA      hash: `setup`, `live`, `congestion`, `headers` (records), `config`, `cooldowns`, `ramp`,
+--                        `history`
 --          2 PROCESSES  hash: process -> PROCESS (below), then its last reply
 --          3 WAITING    zset: process with waiters -> since when (microseconds)
 --          4 CHANNEL    channel: "epoch:N", a new epoch; "slot:PROCESS", that process should ask
 -- ARGV     1 the protocol's number    2 process    3 request (a record)
 --          4 input and output tokens of each waiter, in the order of their turns, as uint32;
 --            empty while the process does not know that tokens are limited
---          5 report (a record: latencies, tokens, the provider's headers), or empty; not read yet
+--          5 ended calls by the version of the learnt limit that they began under, oldest first:
+--            version, successes, overloads, and of the successes the sums of seconds, tokens and
+--            seconds^2 / tokens, as doubles; empty while there is no such limit and no overload
+--          6 report (a record: what the newest headers said of the provider's limits), or empty
 -- returns  reply (a record), then each start in microseconds after `reply.now_us`, as uint32
 --
 -- The fields of records stand once, with units: `request`, `report` and `reply` in
--- limiter/protocol.py, `setup` and `live` in limiter/quota_state.py. A line `--#read RECORD ...`
+-- limiter/protocol.py, those of QUOTA in limiter/quota_state.py. A line `--#read RECORD ...`
 -- makes each field a local, RECORD_FIELD; `--#pack RECORD` makes RECORD_packed of them. (With tables
 -- the script took five microseconds more.) limiter/scripts.py puts these lines in place, and before
 -- this text `pack_reply` and the constants that Python knows too.
@@ -75,7 +81,7 @@ if known_process then
   permits_before = permits
 end
 
-local stored = redis.call('HMGET', QUOTA, 'setup', 'live')
+local stored = redis.call('HMGET', QUOTA, 'setup', 'live', 'congestion', 'headers')
 --#read setup stored[1]
 --#read live stored[2]
 if not stored[2] and (setup_full_speed == 1 or request_full_speed == 1) then
@@ -88,9 +94,9 @@ local rates = {
   setup_input_tokens_per_second, setup_output_tokens_per_second,
 }
 local tat_us = {live_tat_requests_us, live_tat_tokens_us, live_tat_input_us, live_tat_output_us}
+--#include steps/headers.lua
 local rates_known = rates[1] + rates[2] + rates[3] + rates[4] > 0
 local tokens_limited = rates[2] + rates[3] + rates[4] > 0
-local slots_limited = setup_max_concurrency > 0
 local lookahead_us = min(setup_horizon_us, LOOKAHEAD_US)
 local was_failing = live_failures_in_a_row > 0
 local new_epoch = false           -- this request has begun one
@@ -100,11 +106,12 @@ local new_epoch = false           -- this request has begun one
 --#include steps/cooldown.lua
 --#include steps/refill.lua
 --#include steps/processes.lua
+--#include steps/congestion.lua
 --#include steps/grant.lua
 
 -- Notify. A slot that this process frees, or has no use for, goes to the first that waits.
 if new_epoch then redis.call('PUBLISH', CHANNEL, string.format('epoch:%.0f', live_epoch)) end
-local frees_slot = slots_limited and live_in_flight < setup_max_concurrency
+local frees_slot = slots_limited and live_in_flight < most_in_flight
   and (permits < permits_before + granted or has_its_share and request_wanted > 0)
 local frees_probe = breaker_open and live_probing_process == ''
 local breaker_closed = was_failing and live_failures_in_a_row == 0
@@ -128,6 +135,8 @@ local reply = pack_reply({
     or live_cooldown_until_us > now_us) and 0 or 1,
   oversize = oversize and 1 or 0,
   held_up = served < request_wanted and 1 or 0,
+  limit_version = limit_version,
+  beside_successes = beside_successes,
 }) .. struct.pack('<' .. string.rep('I4', granted), unpack(starts))
 
 local is_new = redis.call('HSET', PROCESSES, process,
@@ -135,7 +144,12 @@ local is_new = redis.call('HSET', PROCESSES, process,
 live_tat_requests_us, live_tat_tokens_us = tat_us[1], tat_us[2]
 live_tat_input_us, live_tat_output_us = tat_us[3], tat_us[4]
 --#pack live
-redis.call('HSET', QUOTA, 'live', live_packed)
+if new_congestion then
+  redis.call('HSET', QUOTA, 'live', live_packed, 'congestion', new_congestion)
+else
+  redis.call('HSET', QUOTA, 'live', live_packed)
+end
+if new_headers then redis.call('HSET', QUOTA, 'headers', new_headers) end
 if leases_checked or is_new == 1 or joins_waiting then
   local kept_s = KEYS_KEPT_S + max(ceil((live_exhausted_until_us - now_us) / 1000000), 0)
   redis.call('EXPIRE', QUOTA, kept_s)

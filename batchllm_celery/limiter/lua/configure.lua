@@ -21,6 +21,7 @@ if found[1] and (found[1] == json or not replace) then
 end
 
 redis.call('HSET', QUOTA, 'config', json, 'setup', ARGV[3], 'cooldowns', ARGV[4], 'ramp', ARGV[5])
+redis.call('HDEL', QUOTA, 'congestion', 'headers')
 redis.call('EXPIRE', QUOTA, KEYS_KEPT_S)
 if found[3] then
   local old, new, live = read_setup(found[2]), read_setup(ARGV[3]), read_live(found[3])

@@ -1,7 +1,7 @@
--- 3 cooldown: the provider refused a call (429), had no room (503), or said that the day is over.
+-- 3 cooldown: the provider refused a call (429), or said that the day is over.
 --
 -- A refusal opens a new epoch: everybody stops until the cooldown's end, and all reservations are
--- void. An overload opens none, it only counts towards the breaker.
+-- void. (An overload opens none: step 6.)
 -- Leaves: allowed_pace(), K_S (CUBIC's K).
 
 -- CUBIC, RFC 9438, 4.1-4.2: t seconds after a cut the rate is w_max * (1 + C * (t - K)^3), so that
@@ -114,16 +114,6 @@ if request_refused_epoch >= live_epoch and not new_epoch then
   end
   live_ramp_position, live_ramp_previous_us = 0, live_cooldown_until_us
   live_rate_limited_until_us = live_cooldown_until_us
-end
-
--- Overloads without a success open the breaker: one probe at a time, first after 1 s, then 2, 4 ...
--- 30 s.
-if successes == 0 and request_overloads > 0 then
-  live_failures_in_a_row = live_failures_in_a_row + request_overloads
-  if live_failures_in_a_row >= BREAKER_FAILURES then
-    local wait_us = min(1000000 * 2 ^ (live_failures_in_a_row - BREAKER_FAILURES), 30000000)
-    live_probe_from_us = max(live_probe_from_us, now_us + wait_us)
-  end
 end
 
 -- The day is over. A short wait (or none) is no day's end: try again at midnight UTC, or in an

@@ -1,4 +1,4 @@
--- 6 grant: choose start times, first for the waiters, then for callers to come (prefetched).
+-- 7 grant: choose start times, first for the waiters, then for callers to come (prefetched).
 --
 -- Leaves: starts (microseconds after now), granted (their number), served (waiters that got one),
 -- permits (of this process, with the new ones), ask_again_us, exhausted_until_us, oversize,
@@ -45,10 +45,10 @@ end
 
 local permits = request_in_flight + request_reserved
 if slots_limited then
-  local free = setup_max_concurrency - live_in_flight - permits
+  local free = most_in_flight - live_in_flight - permits
   if waiting > 1 then             -- a slot is left for each process that waits for longer
     local ahead = is_queued and redis.call('ZRANK', WAITING, process) or waiting - 1
-    local share = max(ceil(setup_max_concurrency / waiting), 1) - permits
+    local share = max(ceil(most_in_flight / waiting), 1) - permits
     has_its_share = share <= 0
     free = min(free - min(ahead, free), share)
   end
@@ -56,7 +56,7 @@ if slots_limited then
 end
 
 -- Nothing starts before `earliest_us`. Nobody overtakes a slow start either.
-local earliest_us = max(now_us, live_cooldown_until_us, live_ramp_previous_us)
+local earliest_us = max(now_us, live_cooldown_until_us, live_ramp_previous_us, paused_until_us)
 local breaker_open = live_failures_in_a_row >= BREAKER_FAILURES
 if breaker_open then
   earliest_us = max(earliest_us, live_probe_from_us)

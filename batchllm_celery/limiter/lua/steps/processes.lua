@@ -41,5 +41,5 @@ if request_wanted > 0 then
   is_queued = waiting > 0 and redis.call('ZSCORE', WAITING, process) and true
   if not is_queued then waiting = waiting + 1 end
 else
-  is_queued = known_process                   -- perhaps; who wants nothing is taken out in step 6
+  is_queued = known_process                   -- perhaps; who wants nothing is taken out in step 7
 end

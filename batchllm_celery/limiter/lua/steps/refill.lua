@@ -7,6 +7,8 @@
 -- Of a known rate so much is used: what is left lets the provider's own bucket fill up again.
 local HEADROOM = 0.995
 
+local OLDEST_NEWS_US = 10000000   -- how old an answer's call may be for what it says is left
+
 local limited, unit_us = {}, {}
 do
   local pace = allowed_pace()
@@ -38,6 +40,17 @@ do
       local tat = tat_us[d]
       tat = max(tat > 0 and tat or now_us, earliest_us)
       tat = max(tat + debts[d] * unit, earliest_us)
+      if told and told[d] >= 0 and told_us < OLDEST_NEWS_US then
+        -- Others may use the key: so much is left, and the next call must fit into it. What flows in
+        -- pays for our own calls that the answer can't know; a second's worth stays for others'.
+        local next_one = 1
+        if d > 1 and #estimates >= 8 then
+          local input, output = struct.unpack('<I4I4', estimates)
+          next_one = (d == 2 and input + output) or (d == 3 and input) or output
+        end
+        local reserve_us = max(1000000, told_us) + next_one * unit
+        tat = max(tat, now_us - max(told[d] * unit - reserve_us, -told_us - 5000000))
+      end
       if forfeited[d] < 0 then tat = max(tat + forfeited[d] * unit, min(tat, far_us)) end
       tat_us[d] = tat
     end
