@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, Final, TypeAlias
 from urllib.parse import parse_qs, urlsplit
@@ -22,14 +23,19 @@ from batchllm_celery.connection import Reminder, broker_tls, broker_url, safe_ur
 from batchllm_celery.connection.redis_connection import denied_words, is_denial
 from batchllm_celery.embedded import resolve_url
 from batchllm_celery.errors import RedisDeniedError, UsageError, describe
+from batchllm_celery.models.names import as_label
 from batchllm_celery.settings import Settings
 
 logger = logging.getLogger("batchllm_celery")
+
+_NOT_IN_QUEUES: Final = str.maketrans(dict.fromkeys(":/@+%~=", "_"))
 
 App: TypeAlias = Celery
 """A Celery app, for those who only hand one on."""
 
 RUN_ITEMS: Final = "batchllm.run_items"
+#: A strategy's task has its name after this.
+STRATEGY_PREFIX: Final = "batchllm."
 #: How many items a message names: a worker must know before it reads the body.
 ITEMS_HEADER: Final = "items"
 #: Ids of messages begin so that a worker sent for items which no message had brought.
@@ -74,6 +80,33 @@ class _EmbeddedBroker:
     def broker_url(self) -> str:
         return self._app.fleet_broker
 
+    @property
+    def result_backend(self) -> str:
+        return self._app.fleet_broker
+
+
+@dataclass(frozen=True, slots=True)
+class Installed:
+    """An app that `install` was called with, and where its ledger is."""
+
+    app: Celery
+    settings: Settings
+    redis_url: str | None
+
+
+#: Apps of this process that are no fleet's own, in the order of their installation.
+hosts: list[Installed] = []
+
+
+def host() -> Installed | None:
+    """The app of this process that work goes to where nobody names one: the first installed."""
+    return hosts[0] if hosts else None
+
+
+def lane_of_host(app: Celery, queue: str) -> str:
+    """The lane of a host's single items: workers of other apps have another result backend."""
+    return f"{queue}.{as_label(app.main or 'app').translate(_NOT_IN_QUEUES)}"[:120]
+
 
 def is_fleet(app: Celery) -> bool:
     """Whether the app is `make_app`'s own, and no host's."""
@@ -96,7 +129,13 @@ def make_app(settings: Settings, url: str | None) -> Celery:
         app.config_from_object(_EmbeddedBroker(app))
     else:
         app.fleet_broker = broker_url(url)
-        app.conf.update(broker_url=app.fleet_broker, broker_use_ssl=broker_tls(url))
+        tls = broker_tls(url)
+        app.conf.update(
+            broker_url=app.fleet_broker,
+            broker_use_ssl=tls,
+            result_backend=app.fleet_broker,
+            redis_backend_use_ssl=tls,
+        )
     app.conf.update(
         broker_transport_options=_transport_options(settings),
         broker_connection_retry_on_startup=True,
@@ -104,7 +143,9 @@ def make_app(settings: Settings, url: str | None) -> Celery:
         task_default_queue=DEFAULT_QUEUE,
         task_queues=[Queue(name) for name in settings.queues],
         task_create_missing_queues=True,
-        task_ignore_result=True,
+        # Of strategies' own tasks (`summarise.delay`): `run_items` and batches store none.
+        result_expires=settings.item_ttl_seconds,
+        result_backend_transport_options={"global_keyprefix": f"{settings.namespace}:celery:"},
         task_acks_late=True,
         task_reject_on_worker_lost=True,
         task_track_started=True,
@@ -168,8 +209,11 @@ def publish(
     priority: int = 0,
     give_up: Callable[[], bool] = lambda: False,
     offered: bool = False,
+    strategy: str | None = None,
 ) -> bool:
     """Send one message. While the broker is away, try again until it is back or `give_up()`.
+
+    Flower shows it under the name of its `strategy`.
 
     Sending again after an uncertain failure is harmless: the claim drops duplicates.
 
@@ -190,6 +234,7 @@ def publish(
                 # Celery on Redis serves 0 first; ours is 0 for usual, 9 for urgent.
                 priority=9 - priority,
                 headers={ITEMS_HEADER: len(indexes)},
+                shadow=None if strategy is None else f"{STRATEGY_PREFIX}{strategy}",
                 argsrepr=show_items(batch_id, indexes),
                 kwargsrepr="",
                 retry=False,

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
+from batchllm_celery.files.out_formats import OUT_FORMATS
 from batchllm_celery.files.readers import FORMATS
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -122,6 +123,23 @@ rows = group(
     option("--text-column", metavar="FIELD", help="Is the prompt, as it stands."),
     option("--delimiter", metavar="CHAR", help="Of CSV; default: found by the first lines."),
     option("--encoding", metavar="NAME", help="Of text, as cp1252.  [default: UTF-8]"),
+    option(
+        "--files-root",
+        metavar="FOLDER",
+        type=click.Path(file_okay=False),
+        help="Where files that rows name must lie.  [default: the folder of INPUT]",
+    ),
+    option(
+        "--override",
+        metavar="NAME,...",
+        help="Options that beat what rows in a provider's format say (model,system,...).",
+    ),
+    option(
+        "--allow-dropping",
+        metavar="NAME,...",
+        help="Parameters of rows that may be left out where the provider has no word for them.",
+    ),
+    option("--max-models", type=_COUNT, help="Models that rows may name.  [default: 32]"),
 )
 
 inputs = click.argument("sources", metavar="INPUT", nargs=-1, required=True)
@@ -210,6 +228,12 @@ out = group(
         metavar="OUT",
         help="Result file: .jsonl, .csv, .parquet, also .gz; - for standard output.",
     ),
+    option(
+        "--out-format",
+        type=click.Choice(OUT_FORMATS),
+        help="Write OUT once more, as the provider's batch API does.",
+    ),
+    option("--keep-raw", is_flag=True, help="Keep the provider's whole reply with each result."),
     option("--ordered", is_flag=True, help="Results in the order of the input."),
     option("--overwrite", is_flag=True, help="Replace an OUT that holds other data."),
 )

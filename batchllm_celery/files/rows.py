@@ -7,14 +7,24 @@ import random
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
-from batchllm_celery.errors import InputError
+from batchllm_celery.dialects.rows import recognise
+from batchllm_celery.errors import InputError, UsageError
 from batchllm_celery.files import readers
 from batchllm_celery.files.item_ids import SeenIds
-from batchllm_celery.files.openai_rows import is_openai_row, read_openai_row
+from batchllm_celery.files.native import (
+    LOOK_BYTES,
+    LOOK_ROWS,
+    NativeRowError,
+    NativeRows,
+    is_native,
+)
+from batchllm_celery.files.parts import PartReader
 from batchllm_celery.files.prompt_template import MissingFieldError, PromptTemplate, find
 from batchllm_celery.files.readers import STDIN, BadLine, Fields, Format, json_type
+from batchllm_celery.files.requests import ROW_FIELDS, Requests, is_chat, read_chat
 from batchllm_celery.files.row_keys import canonical, key_of_fields, key_of_line
 from batchllm_celery.models import BadRow, LLMWorkItem, StrategySpec
 
@@ -43,10 +53,13 @@ class Rows:
 
     Args:
         source: path of a file or a folder, or `-` for standard input; or several paths.
-        strategy: the strategy of every item.
+        strategy: the strategy of every item; None: the one of each row's own model, for rows in
+            the format of a provider's batch file.
         template: makes the prompt from the fields of a row. Default: the row's field `prompt`.
         format: `auto` decides by the file's name, then by its first bytes.
-        tunable: whether rows of an OpenAI batch file may set parameters of the strategy.
+        tunable: whether the strategy is a provider's own, so that a row's own model counts.
+        native: how rows in the format of a provider's batch file are read; default: by `strategy`.
+        files_root: folder that the files of rows must lie in; default: the source's.
         limit: so many rows from the beginning, and no more.
         sample: so many rows, chosen at random; `seed` chooses the same ones again.
         id_column: the field that holds the row's id. Default: `item_id` or `custom_id`.
@@ -55,13 +68,15 @@ class Rows:
         encoding: of text, as `cp1252`. Default: UTF-8.
 
     Raises:
-        InputError: a source can't be read, has no row, or none that a prompt can be made of.
+        InputError: a source can't be read, has no row, or none that a prompt can be made of; or
+            rows of a provider's format don't go with the options.
+        UsageError: there is no strategy, and the rows name no model.
     """
 
     def __init__(
         self,
         source: str | Sequence[str],
-        strategy: StrategySpec,
+        strategy: StrategySpec | None,
         *,
         template: PromptTemplate | None = None,
         format: Format = "auto",
@@ -73,19 +88,25 @@ class Rows:
         text_column: str | None = None,
         delimiter: str | None = None,
         encoding: str | None = None,
+        native: NativeRows | None = None,
+        files_root: Path | None = None,
     ) -> None:
         self._options: dict[str, Any] = {
             "template": template, "format": format, "tunable": tunable, "limit": limit,
             "sample": sample, "seed": seed, "id_column": id_column, "text_column": text_column,
-            "delimiter": delimiter, "encoding": encoding,
+            "delimiter": delimiter, "encoding": encoding, "native": native,
+            "files_root": files_root,
         }  # fmt: skip
         self.sources = (source,) if isinstance(source, str) else tuple(source)
         self.source = self.sources[0]
         self.name = _name(self.source)
         self.bad = 0
-        self._strategy = strategy
+        self._given = strategy
         self._template = template
-        self._tunable = tunable
+        self.native = native or _native_of(strategy, tunable)
+        folder = Path.cwd() if self.source == STDIN else Path(self.source)
+        root = folder if folder.is_dir() else folder.parent
+        self._requests = Requests(PartReader(files_root or root))
         self._id_column, self._text_column = id_column, text_column
         names = tuple(name for name in (id_column, text_column) if name is not None)
         self._read_options = readers.ReadOptions(
@@ -103,6 +124,7 @@ class Rows:
             if not first:
                 raise InputError(f"{self.name} has no rows")
             self._check_prompts(first)
+            first = self._look(first, first_rows)
         except BaseException:
             self.close()
             raise
@@ -154,16 +176,55 @@ class Rows:
                 )
             return
         own = any(name in row for row in fields for name in _PROMPT_FIELDS)
-        if len(fields) > 1 and not own and not any(map(self.is_native, fields)):
+        if (
+            len(fields) > 1
+            and not own
+            and not any(is_native(row) or is_chat(row) for row in fields)
+        ):
             raise InputError(
                 f"{self.name} has no field 'prompt' (its fields: {listed}); name one in --prompt, "
                 f"as in --prompt {readers.suggestion(fields)}"
             )
 
-    @staticmethod
-    def is_native(fields: Fields) -> bool:
-        """Whether a row says by itself what to send, as those of batch files do."""
-        return is_openai_row(fields)
+    @property
+    def strategy(self) -> StrategySpec:
+        """The batch's: the given one, else that of the first row which names a model."""
+        known = self._given or next(iter(self.native.models.values()), None)
+        if known is None:
+            raise UsageError(
+                "say what answers: --model PROVIDER:NAME, or --strategy NAME --app MODULE"
+            )
+        return known
+
+    def _look(self, first: list[_Read], rows: Iterator[_Read]) -> list[_Read]:
+        """The first rows. Of an input in a provider's format a thousand are looked at: what is
+        wrong with it as a whole is told before anything is enqueued."""
+        looked = list(first)
+        if any(self._is_native(read) for _, read in first):
+            start = self._position()
+            for read in itertools.islice(rows, LOOK_ROWS - len(first)):
+                looked.append(read)
+                if self._position() - start > LOOK_BYTES:
+                    break
+        for _, row in looked:
+            if self._is_native(row) and not isinstance(row, BadLine):
+                self.native.look(*row)
+        _ = self.strategy
+        return looked
+
+    def _position(self) -> int:
+        try:
+            return self._stream.tell() if self._stream is not None else 0
+        except (OSError, ValueError):
+            return 0
+
+    def _is_native(self, read: tuple[int, Fields] | BadLine) -> bool:
+        return (
+            self._template is None
+            and self._text_column is None
+            and not isinstance(read, BadLine)
+            and (self.format == "openai" or is_native(read[1]))
+        )
 
     def _selected(
         self, rows: Iterator[_Read], limit: int | None, sample: int | None, seed: int
@@ -187,15 +248,17 @@ class Rows:
             return None
 
     def __iter__(self) -> Iterator[InputRow]:
-        for index, (place, read) in enumerate(self._reader):
-            row = self._row(index, place, read)
-            self.bad += isinstance(row, BadRow)
-            yield row
-        self.close()
+        try:
+            for index, (place, read) in enumerate(self._reader):
+                row = self._row(index, place, read)
+                self.bad += isinstance(row, BadRow)
+                yield row
+        finally:
+            self.close()
 
     def again(self) -> Rows:
         """The same rows from the start; of standard input they can't be had."""
-        return Rows(self.sources, self._strategy, **self._options)
+        return Rows(self.sources, self._given, **self._options)
 
     def close(self) -> None:
         """Close the file; reading to the end does so."""
@@ -213,7 +276,7 @@ class Rows:
         item_id = None
         try:
             item_id = self._item_id(index, fields)
-            return self._item(item_id, fields)
+            return self._item(item_id, line, fields)
         except BadRowError as problem:
             return _bad(place, line, str(problem), canonical(fields), item_id)
 
@@ -240,33 +303,52 @@ class Rows:
         else:
             own = fields.get("item_id")
             if own is None:
-                own = fields.get("custom_id")
+                own = fields.get("key" if recognise(fields) == "gemini" else "custom_id")
         return None if own == "" and self.format == "csv" else own
 
-    def _item(self, item_id: str, fields: Fields) -> InputRow:
-        strategy = self._strategy
-        prompt: Any = None
-        native = self._template is None and self._text_column is None
-        if native and (self.format == "openai" or is_openai_row(fields)):
-            openai = _checked(lambda: read_openai_row(fields))
-            strategy, prompt = openai.apply(strategy, tunable=self._tunable)
-        elif self._text_column is not None:
-            prompt = find(fields, self._text_column)
+    def _item(self, item_id: str, line: int, fields: Fields) -> InputRow:
+        key = key_of_fields(fields) if self._own_id(fields) is None else None
+        if self._is_native((line, fields)):
+            return self._native_item(item_id, line, fields, key)
+        if self._text_column is not None:
+            prompt: Any = find(fields, self._text_column)
         elif self._template is not None:
             prompt = _checked(lambda: cast(PromptTemplate, self._template).fill(fields))
+        elif is_chat(fields):
+            return self._chat_item(item_id, fields, key)
         else:
             prompt = fields.get("prompt")
-        key = key_of_fields(fields) if self._own_id(fields) is None else None
-        return LLMWorkItem(item_id, strategy, _prompt(prompt), self._context(fields), key)
+        return LLMWorkItem(item_id, self.strategy, _prompt(prompt), self._context(fields), key)
+
+    def _native_item(self, item_id: str, line: int, fields: Fields, key: bytes | None) -> InputRow:
+        try:
+            item = self.native.read(line, fields)
+        except NativeRowError as problem:
+            raise BadRowError(str(problem)) from None
+        prompt = _checked(lambda: self._requests.prepared(item.prompt, item.strategy))
+        return LLMWorkItem(item_id, item.strategy, prompt, item.context, key)
+
+    def _chat_item(self, item_id: str, fields: Fields, key: bytes | None) -> InputRow:
+        request = _checked(lambda: read_chat(fields))
+        strategy = self.native.with_model(self.strategy, fields.get("model"))
+        prompt = _checked(lambda: self._requests.prepared(request, strategy))
+        rest = {name: value for name, value in fields.items() if name not in ROW_FIELDS}
+        return LLMWorkItem(item_id, strategy, prompt, self._context(rest), key)
 
     def _context(self, fields: Fields) -> Any:
         """The row's field `context`, else all its other fields: nothing of a row is dropped."""
         if "context" in fields:
             return fields["context"]
-        if self.format == "text" or is_openai_row(fields):
+        if self.format == "text":
             return None
         rest = {name: value for name, value in fields.items() if name not in _OWN_FIELDS}
         return rest or None
+
+
+def _native_of(strategy: StrategySpec | None, tunable: bool) -> NativeRows:
+    if strategy is None or not tunable:
+        return NativeRows(strategy=strategy)
+    return NativeRows(provider=strategy.name, model=strategy.params.get("model"))
 
 
 def check_all(rows: Iterable[InputRow], shown: int = 5) -> int:

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from batchllm_celery.errors import BatchConflictError, FailureKind
+from batchllm_celery.files.requests import Requests
 from batchllm_celery.files.row_keys import canonical, hashed, key_of_fields, key_of_id, key_of_line
 from batchllm_celery.ledger import Known
-from batchllm_celery.ledger.codec import Payload, fingerprint
-from batchllm_celery.models import BadRow, BatchSpec, StrategySpec
+from batchllm_celery.ledger.codec import Payload, StoredRequest, fingerprint
+from batchllm_celery.models import BadRow, BatchSpec, NativeRequest, Request, StrategySpec
 from batchllm_celery.producer.plan import (
     KnownRow,
     Plan,
@@ -30,6 +31,7 @@ from batchllm_celery.producer.plan import (
     plan,
     read_identity,
 )
+from batchllm_celery.producer.requests import prepare
 from batchllm_celery.producer.rows import Row, as_payload
 
 #: Kinds of failures that a decision about the whole batch caused: those rows run when it goes on.
@@ -75,6 +77,7 @@ class Questions:
     def identity(self, payload: Payload, key: bytes | None = None) -> str:
         """Key and question of a row."""
         chosen = payload.strategy or self._spec.strategy
+        assert not isinstance(payload.prompt, StoredRequest)  # those are a worker's
         question = ask(payload.prompt, self._options(chosen))
         return identity_of(key or key_of_id(payload.item_id), question)
 
@@ -239,9 +242,9 @@ def look(
         rerun: what is decided about changed and failed rows.
         spare: answers of rows that had gone; those that are asked for again are taken back.
     """
-    present, same_rows = _Present(), True
+    present, same_rows, requests = _Present(), True, Requests()
     for place, row in enumerate(rows):
-        key, question, detail, bad = _read(row, place, questions, default)
+        key, question, detail, bad = _read(row, place, questions, default, requests)
         present.add(key, question, detail, bad)
         if place * 8 < len(fed):
             print_ = fingerprint(identity_of(key, question).encode(), b"row")
@@ -306,11 +309,12 @@ def _undisturbed(
 
 
 def _read(
-    row: Row, place: int, questions: Questions, default: StrategySpec
+    row: Row, place: int, questions: Questions, default: StrategySpec, requests: Requests
 ) -> tuple[bytes, bytes, bytes, bool]:
     payload = as_payload(row, place, default)
     if isinstance(payload, BadRow):
         return _bad_key(payload), _NO_QUESTION, _NO_QUESTION, True
+    prepare(requests, payload, place, default)  # its question holds the bytes of its parts
     identity = read_identity(questions.identity(payload, key_of(row)))
     assert identity is not None
     return *identity, _detail(payload.item_id, payload.context), False
@@ -331,6 +335,8 @@ def key_of(row: Row) -> bytes | None:
         return key_of_fields(row)
     if isinstance(row, Mapping):
         return key_of_fields(dict(row)) if row.get("item_id") is None else None
+    if isinstance(row, Request | NativeRequest):
+        return key_of_fields(row.to_json())
     return row.key or None
 
 
@@ -359,6 +365,7 @@ def moved(
     payload = as_payload(row, place, default)
     if isinstance(payload, BadRow):
         return line
+    prepare(Requests(), payload, place, default)
     metadata = line.get("metadata") or {}
     # It goes on saying which question it answers.
     version = {"version": metadata["version"]} if "version" in metadata else {}

@@ -97,7 +97,7 @@ class Job:
             )
             claims = (await worker.claims.claim(BATCH, [int(index) for index in ready])).claims
             for claim in claims:
-                prompt = claim.payload.prompt
+                prompt = str(claim.payload.prompt)
                 called.append(prompt)
                 assert await worker.claims.begin(claim) is None
                 make = failure if prompt in failing else answer

@@ -20,7 +20,8 @@ if ARGV[1] == 'look' or (#held > 0 and ARGV[1] ~= 'force') then
   table.sort(words)
   return {#held / 2, table.concat(words, '\n')}
 end
-for _, key in ipairs({ITEM, FP, READY, HELD, ATTEMPTS, DONE, FAILED, STOPPED, CALLS}) do
+for _, key in ipairs({ITEM, FP, READY, HELD, ATTEMPTS, DONE, FAILED, STOPPED, CALLS,
+                       BLOB, USES, REFS}) do
   call('UNLINK', key)
 end
 local last = meta.keep == 1 and call('XREVRANGE', OUT, '+', '-', 'COUNT', 1)[1]
@@ -33,6 +34,7 @@ meta.read_count, meta.read_bytes = meta.out_count, meta.out_bytes
 for _, name in ipairs({'fed', 'ok', 'failed', 'stopped', 'item_bytes', 'kept_bytes'}) do
   meta[name] = 0
 end
+meta.blob_bytes = nil
 meta.total, meta.reopen, meta.reopen_at, meta.parked_until = nil, nil, nil, nil
 meta.maybe_billed = meta.maybe_billed + calling
 meta.round, meta.rev, meta.state = meta.round + 1, meta.rev + 1, 'open'

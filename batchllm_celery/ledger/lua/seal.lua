@@ -12,6 +12,13 @@ if superseded then -- results of the generation before: those that stay were del
   call('XTRIM', OUT, 'MINID', milliseconds .. '-' .. text(tonumber(sequence) + 1))
   call('HDEL', META, 'superseded')
 end
+-- Blobs that were stored for rows which never came: the producer died between the two.
+if meta.blob_bytes and meta.blob_bytes > 0 then
+  local refs = call('HGETALL', REFS)
+  for n = 1, #refs, 2 do
+    if tonumber(refs[n + 1]) <= 0 then remove_blob(refs[n]) end
+  end
+end
 local state = state_now()
 save_meta()
 return {state, meta.total}
