@@ -214,7 +214,7 @@ def test_a_huge_line_is_a_bad_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("a.jsonl", "", "has no rows"),
         ("a.csv", "prompt\n", "has no rows"),
         ("a.txt", "\n \n", "has no rows"),
-        ("a.json", '[{"prompt": "x"}]', "jq -c"),
+        ("a.json", '{"data": [{"prompt": "x"}],\n "n": 1}', r"jq -c '\.\"data\"\[\]'"),
         ("a.txt", "x".encode("utf-16"), "UTF-16"),
         ("a.csv", "text\nx\n", "no column 'prompt'"),
         ("a.csv", "prompt,prompt\nx,y\n", "stands twice"),
