@@ -7,6 +7,7 @@ redis and the providers' SDKs are loaded when it runs.
 from __future__ import annotations
 
 import io
+import logging
 import sys
 from importlib import import_module
 
@@ -21,12 +22,16 @@ _COMMANDS = {
     "worker": ("worker", "Work for a fleet with one or more processes."),
     "status": ("status", "Batches, their counters and ETA, quotas, workers."),
     "results": ("results", "The results of a batch so far, or until it is over."),
+    "export": ("export", "Results as CSV, Parquet or compressed JSONL."),
+    "failures": ("failures", "What failed, by kind and message, with examples."),
+    "report": ("report", "One HTML page about a batch: plots, failures, outputs."),
     "cancel": ("control", "End a batch; calls that have not started are not made."),
     "pause": ("control", "Start no more calls of a batch."),
     "resume": ("control", "Continue a paused or stopped batch."),
     "retry-failed": ("control", "Run the failed items of a batch again."),
     "estimate": ("estimate", "Items, tokens, cost and duration, without a call."),
     "simulate": ("simulate", "A simulated provider to practise on."),
+    "demo": ("demo", "400 rows in a minute; --kill: under fire. Compares the books."),
     "doctor": ("doctor", "Check everything that a batch needs."),
     "quota": ("quota", "Show the fleet's quotas, or set one."),
     "flower": ("flower", "Watch the fleet's queue in a browser."),
@@ -82,7 +87,14 @@ def main(arguments: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    # What can't be read in Redis stands in `status` and `doctor`, once and in plain words.
+    logging.getLogger("batchllm_celery").addFilter(_NotBrokenEntries())
     sys.exit(_run(arguments))
+
+
+class _NotBrokenEntries(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith("redis.broken_entry")
 
 
 def _run(arguments: list[str] | None) -> int:

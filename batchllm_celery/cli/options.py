@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
+from batchllm_celery.files.out_formats import OUT_FORMATS
 from batchllm_celery.files.readers import FORMATS
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -113,9 +114,35 @@ rows = group(
         "--format",
         type=click.Choice(FORMATS),
         default="auto",
-        help="Format of the input; auto: by its name, then by its first line.",
+        help="Format of the input; auto: by its name, then by its first bytes.",
     ),
+    option("--limit", type=click.IntRange(min=1), help="Only the first so many rows."),
+    option("--sample", type=click.IntRange(min=1), help="Only so many rows, chosen at random."),
+    option("--sample-seed", type=int, default=0, help="Another one chooses other rows."),
+    option("--id-column", metavar="FIELD", help="Holds the row's id.  [default: item_id]"),
+    option("--text-column", metavar="FIELD", help="Is the prompt, as it stands."),
+    option("--delimiter", metavar="CHAR", help="Of CSV; default: found by the first lines."),
+    option("--encoding", metavar="NAME", help="Of text, as cp1252.  [default: UTF-8]"),
+    option(
+        "--files-root",
+        metavar="FOLDER",
+        type=click.Path(file_okay=False),
+        help="Where files that rows name must lie.  [default: the folder of INPUT]",
+    ),
+    option(
+        "--override",
+        metavar="NAME,...",
+        help="Options that beat what rows in a provider's format say (model,system,...).",
+    ),
+    option(
+        "--allow-dropping",
+        metavar="NAME,...",
+        help="Parameters of rows that may be left out where the provider has no word for them.",
+    ),
+    option("--max-models", type=_COUNT, help="Models that rows may name.  [default: 32]"),
 )
+
+inputs = click.argument("sources", metavar="INPUT", nargs=-1, required=True)
 
 model = group(
     option(
@@ -174,6 +201,13 @@ batch = group(
         metavar="ID",
         help="An id that exists resumes its batch; finished items are not run again.",
     ),
+    option(
+        "--rerun",
+        type=click.Choice(["changed", "failed", "all", "none"]),
+        multiple=True,
+        help="Of a batch that goes on: rows to pay for again; none keeps changed rows' answers.",
+    ),
+    option("--retry-failed", is_flag=True, help="Run failed rows again: --rerun failed."),
     option("--items-per-task", type=click.IntRange(1, 1000), help="Items in one Celery message."),
     option("--queue", metavar="NAME", help="Queue of the fleet that runs it."),
     option("--priority", type=click.IntRange(0, 9), help="0 (usual) to 9 (urgent)."),
@@ -183,8 +217,23 @@ batch = group(
     option("--dry-run", is_flag=True, help="Do everything except calls to the provider."),
 )
 
+columns = option(
+    "--columns", metavar="A,B,...", help="Columns of the table, in this order.  [default: all]"
+)
+
 out = group(
-    option("-o", "--out", metavar="OUT.jsonl", help="Result file; - for standard output."),
+    option(
+        "-o",
+        "--out",
+        metavar="OUT",
+        help="Result file: .jsonl, .csv, .parquet, also .gz; - for standard output.",
+    ),
+    option(
+        "--out-format",
+        type=click.Choice(OUT_FORMATS),
+        help="Write OUT once more, as the provider's batch API does.",
+    ),
+    option("--keep-raw", is_flag=True, help="Keep the provider's whole reply with each result."),
     option("--ordered", is_flag=True, help="Results in the order of the input."),
     option("--overwrite", is_flag=True, help="Replace an OUT that holds other data."),
 )

@@ -14,11 +14,14 @@ import secrets
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from batchllm_celery.errors import FailureKind, StrategyNotFoundError, UsageError
+from batchllm_celery.errors import FailureKind, InputError, StrategyNotFoundError, UsageError
+from batchllm_celery.files.native import MOST_MODELS, NativeRows
+from batchllm_celery.files.out_formats import OutFormat
 from batchllm_celery.files.prompt_template import PromptTemplate
 from batchllm_celery.files.readers import STDIN, Format
 from batchllm_celery.files.rows import Rows, check_all, spooled
@@ -37,15 +40,20 @@ from batchllm_celery.models.names import as_label, check_batch_id, check_label
 from batchllm_celery.redaction import safe_url, without_secrets
 from batchllm_celery.settings import Settings
 
+if TYPE_CHECKING:
+    from batchllm_celery.producer import Producer
+
 #: Providers that `--model` reaches -> the environment variables that may hold their key.
 PROVIDER_KEYS: dict[str, tuple[str, ...]] = {
     "gemini": ("GEMINI_API_KEY", "GOOGLE_API_KEY"),
     "openai": ("OPENAI_API_KEY",),
+    "anthropic": ("ANTHROPIC_API_KEY",),
     "simulated": (),
 }
 _KEY_PAGES = {
     "gemini": "https://aistudio.google.com/apikey",
     "openai": "https://platform.openai.com/api-keys",
+    "anthropic": "https://console.anthropic.com/settings/keys",
 }
 #: Prefix of the batch ids of dry runs, so that none is the id of a real batch.
 DRY_RUN_PREFIX = "dry-"
@@ -77,7 +85,20 @@ class CommandRequest:
     # The input.
     prompt: str | None = None
     format: Format = "auto"
+    limit: int | None = None
+    sample: int | None = None
+    sample_seed: int = 0
+    id_column: str | None = None
+    text_column: str | None = None
+    delimiter: str | None = None
+    encoding: str | None = None
     strict: bool = False
+    rerun: tuple[str, ...] = ()
+    retry_failed: bool = False
+    files_root: str | None = None
+    override: str | None = None
+    allow_dropping: str | None = None
+    max_models: int | None = None
     # The quota. Infinity means unlimited.
     rpm: float | None = None
     tpm: float | None = None
@@ -107,6 +128,9 @@ class CommandRequest:
     slots: int | None = None
     # The output.
     out: str | None = None
+    columns: str | None = None
+    out_format: OutFormat | None = None
+    keep_raw: bool = False
     ordered: bool = False
     overwrite: bool = False
     as_json: bool = False
@@ -132,10 +156,22 @@ def settings_of(request: CommandRequest) -> Settings:
 
 
 def strategy_of(request: CommandRequest) -> StrategySpec:
-    """What `--model`, or `--strategy` with `--params`, asks for.
+    """What the options ask for.
 
     Raises:
         UsageError: naming the option that is wrong or missing.
+    """
+    given = given_strategy(request)
+    if given is None:
+        raise UsageError("say what answers: --model PROVIDER:NAME, or --strategy NAME --app MODULE")
+    return given
+
+
+def given_strategy(request: CommandRequest) -> StrategySpec | None:
+    """What `--model`, or `--strategy` with `--params`, asks for; None where rows must say it.
+
+    Raises:
+        UsageError: naming the option that is wrong.
     """
     model, name = request.model, request.strategy
     if model and name:
@@ -144,7 +180,7 @@ def strategy_of(request: CommandRequest) -> StrategySpec:
         check_label(name, "--strategy")
         return StrategySpec(name=name, params=_params(request) | _strategy_extras(request))
     if not model:
-        raise UsageError("say what answers: --model PROVIDER:NAME, or --strategy NAME --app MODULE")
+        return None
     provider, _, model_name = model.partition(":")
     if provider not in PROVIDER_KEYS:
         known = ", ".join(f"{name}:NAME" for name in PROVIDER_KEYS if name != "simulated")
@@ -156,12 +192,60 @@ def strategy_of(request: CommandRequest) -> StrategySpec:
     if request.base_url and provider != "openai":
         raise UsageError("--base-url goes with --model openai:NAME only")
     params = {"model": model_name or SIMULATED_MODEL} | _params(request) | _strategy_extras(request)
+    if request.allow_dropping:
+        params["allow_dropping"] = names_of(request.allow_dropping)
     return StrategySpec(name=provider, params=params)
+
+
+def names_of(text: str | None) -> list[str]:
+    """The names of an option as `--override NAME,...`."""
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
+#: Options that would have to be written into a body that is sent as it is.
+_BODY_OPTIONS = ("system", "temperature", "max_output_tokens", "schema")
+
+
+def native_of(request: CommandRequest, strategy: StrategySpec | None) -> NativeRows:
+    """How rows in the format of a provider's batch file are read.
+
+    Raises:
+        UsageError: for a name in `--override` that is no option, or one that was not given.
+    """
+    overrides = names_of(request.override)
+    for name in overrides:
+        if name not in ("model", *_BODY_OPTIONS):
+            known = ", ".join(("model", *_BODY_OPTIONS))
+            raise UsageError(f"--override {name!r}: it is one of {known}")
+        if getattr(request, name) is None:
+            raise UsageError(f"--override {name}: there is no --{name.replace('_', '-')}")
+    if strategy is not None and strategy.name not in PROVIDER_KEYS:
+        return NativeRows(strategy=strategy)
+    given = [name for name in _BODY_OPTIONS if getattr(request, name) is not None]
+    options = {name: getattr(request, name) for name in given if name in overrides}
+    if "schema" in options:
+        options["schema"] = read_schema(request.schema)
+    if "model" in overrides:
+        options["model"] = request.model
+    params: dict[str, Any] = {}
+    if request.allow_dropping:
+        params["allow_dropping"] = names_of(request.allow_dropping)
+    model = None if strategy is None else strategy.params.get("model")
+    if request.model == "simulated" and "model" not in overrides:
+        model = None  # it names a provider, and rows name their models
+    return NativeRows(
+        provider=None if strategy is None else strategy.name,
+        model=model,
+        options=options,
+        refused=[name for name in given if name not in overrides],
+        params=params,
+        most_models=request.max_models or MOST_MODELS,
+    )
 
 
 def _strategy_extras(request: CommandRequest) -> dict[str, Any]:
     extras = {
-        "system": request.system,
+        "system": text_of(request.system, "--system") if request.system else None,
         "temperature": request.temperature,
         "max_output_tokens": request.max_output_tokens,
         "schema": read_schema(request.schema),
@@ -220,6 +304,11 @@ def import_apps(settings: Settings) -> None:
 
 
 def _import_app(module: str) -> None:
+    if not all(part.isidentifier() for part in module.split(".")):
+        raise UsageError(
+            f"--app {module!r} is no module's name: write it as Python imports it (package.tasks, "
+            "not package/tasks.py), and start the command in the folder that holds it"
+        )
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
@@ -408,7 +497,9 @@ def check_price(spec: BatchSpec, instance: Any, settings: Settings) -> None:
 def batch_id_for(source: str) -> str:
     """A readable id that no other batch has, as `reviews-1122-2104-3f2a`."""
     stem = "batch" if source == STDIN else Path(source).stem
-    clean = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.")[:40] or "batch"
+    clean = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.")
+    # `dry-goods.jsonl` is no dry run: its batch could not be resumed by its id.
+    clean = re.sub(rf"^({DRY_RUN_PREFIX}[-.]*)+", "", clean)[:40] or "batch"
     return f"{clean}-{time.strftime('%m%d-%H%M')}-{secrets.token_hex(2)}"
 
 
@@ -419,6 +510,7 @@ def spec_of(
     source: str,
     queue: str | None,
     keep_results: bool,
+    own_models: bool = False,
 ) -> BatchSpec:
     """The specification of the batch.
 
@@ -428,6 +520,7 @@ def spec_of(
         source: names the batch where `--batch-id` does not.
         queue: the default of `--queue`; None means a private queue of this batch.
         keep_results: whether results stay in Redis after they have been read.
+        own_models: whether rows choose their model: each model then has a quota of its own.
 
     Raises:
         UsageError: naming the option that is wrong. pydantic's own error names a wrong bound.
@@ -444,7 +537,10 @@ def spec_of(
     return BatchSpec(
         batch_id=batch_id,
         strategy=strategy,
-        quota=_quota_name(request, default_quota_name(strategy)),
+        quota=request.quota and _quota_name(request, "")
+        if own_models
+        else _quota_name(request, default_quota_name(strategy)),
+        keep_raw=request.keep_raw or request.out_format is not None,
         config=config_of(request),
         queue=request.queue or queue or f"run.{batch_id}",
         priority=request.priority or 0,
@@ -459,27 +555,107 @@ def spec_of(
     )
 
 
+def columns_of(request: CommandRequest) -> tuple[str, ...] | None:
+    """The names of `--columns`."""
+    names = tuple(name.strip() for name in (request.columns or "").split(",") if name.strip())
+    return names or None
+
+
+def rerun_words(request: CommandRequest) -> tuple[str, ...]:
+    """What `--rerun` and `--retry-failed` say.
+
+    Raises:
+        UsageError: for words that exclude each other.
+    """
+    words = tuple(dict.fromkeys(request.rerun + ("failed",) * request.retry_failed))
+    if "none" in words and {"changed", "all"} & set(words):
+        raise UsageError("--rerun none keeps what --rerun changed or all would run; give one")
+    return words
+
+
+def each_model(
+    producer: Producer, spec: BatchSpec, request: CommandRequest, rows: Rows, settings: Settings
+) -> None:
+    """What is set or checked for each model that rows name, before its first row is enqueued: the
+    limits of its quota, and its price under `--max-cost`."""
+    if not rows.native.own_models:
+        return
+
+    def prepare(model: StrategySpec) -> None:
+        quota = quota_of(request, default_quota_name(model)) if spec.quota is None else None
+        try:
+            if spec.max_cost is not None:
+                check_price(spec, check_strategy(model, settings), settings)
+            if quota is not None:
+                producer.set_quota(quota, update=request.quota_update)
+        except UsageError as error:
+            raise InputError(str(error)) from error
+
+    for model in list(rows.native.models.values()):
+        prepare(model)
+    rows.native.on_model = prepare
+
+
 # -- over which rows
 
 
-def rows_of(request: CommandRequest, source: str, strategy: StrategySpec) -> Rows:
+def rows_of(request: CommandRequest, sources: Sequence[str], strategy: StrategySpec | None) -> Rows:
     """The opened input.
 
     Raises:
         InputError: it can't be read, or it has no row.
     """
     template = request.prompt
+    if template and request.text_column:
+        raise UsageError("--prompt and --text-column exclude each other; give one of them")
+    if request.limit and request.sample:
+        raise UsageError("--limit and --sample exclude each other; give one of them")
     return Rows(
-        source,
+        sources,
         strategy,
-        template=PromptTemplate(template) if template else None,
+        template=PromptTemplate(text_of(template, "--prompt")) if template else None,
         format=request.format,
-        tunable=strategy.name in PROVIDER_KEYS,
+        limit=request.limit,
+        sample=request.sample,
+        seed=request.sample_seed,
+        id_column=request.id_column,
+        text_column=request.text_column,
+        delimiter=_delimiter(request.delimiter),
+        encoding=request.encoding,
+        native=native_of(request, strategy),
+        files_root=Path(request.files_root) if request.files_root else None,
     )
 
 
+def _delimiter(given: str | None) -> str | None:
+    names = {"\\t": "\t", "tab": "\t", "comma": ",", "semicolon": ";", "bar": "|", "pipe": "|"}
+    delimiter = names.get(given.lower(), given) if given else given
+    if delimiter is not None and (len(delimiter) != 1 or delimiter in '"\r\n'):
+        raise UsageError(f"--delimiter {given!r}: one character, or tab")
+    return delimiter
+
+
+def text_of(value: str, option: str) -> str:
+    """The text of an option, or of the file that `@FILE` names.
+
+    Raises:
+        UsageError: the file can't be read as UTF-8.
+    """
+    if not value.startswith("@"):
+        return value
+    try:
+        return Path(value[1:]).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UsageError(f"{option} {value}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{option} {value} is not UTF-8") from None
+
+
 def open_rows(
-    request: CommandRequest, source: str, strategy: StrategySpec, stack: contextlib.ExitStack
+    request: CommandRequest,
+    sources: Sequence[str],
+    strategy: StrategySpec | None,
+    stack: contextlib.ExitStack,
 ) -> Rows:
     """The input, closed by `stack`.
 
@@ -488,13 +664,16 @@ def open_rows(
     Raises:
         InputError: the input can't be read, has no row, or has a bad one (`--strict`).
     """
+    if request.strict or (STDIN in sources and request.batch_id):
+        # It is read more than once: to check it, or to compare it with what is known.
+        paths = [spooled(source) for source in sources]
+        for path, source in zip(paths, sources, strict=True):
+            if path != source:
+                stack.callback(Path(path).unlink, missing_ok=True)
+        sources = paths
     if request.strict:
-        path = spooled(source)
-        if path != source:
-            stack.callback(Path(path).unlink, missing_ok=True)
-        check_all(rows_of(request, path, strategy))
-        source = path
-    rows = rows_of(request, source, strategy)
+        check_all(rows_of(request, sources, strategy))
+    rows = rows_of(request, sources, strategy)
     stack.callback(rows.close)
     return rows
 
@@ -503,14 +682,17 @@ def open_rows(
 
 
 def resume_command(batch_id: str, arguments: list[str]) -> str:
-    """The command that was typed, with the batch id and without passwords in URLs."""
+    """The command that was typed, with the batch id and without passwords in URLs. What was decided
+    once is kept with the batch, so `--rerun` is not repeated."""
     kept, skip = [], False
     for argument in arguments:
         if skip:
             skip = False
-        elif argument == "--batch-id":
+        elif argument in ("--batch-id", "--rerun"):
             skip = True
-        elif argument != "--overwrite" and not argument.startswith("--batch-id="):
+        elif argument not in ("--overwrite", "--retry-failed") and not argument.startswith(
+            ("--batch-id=", "--rerun=")
+        ):
             kept.append(_without_password(argument))
     return shlex.join(["batchllm", *kept, "--batch-id", batch_id])
 

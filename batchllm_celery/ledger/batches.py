@@ -107,6 +107,19 @@ class Batches:
             self.sweep_if_stopped(batch_id, progress.state)
         return progress
 
+    async def fingerprints(self, batch_id: str) -> bytes:
+        """8 bytes of each row that was fed, in the order of the input."""
+        client: Any = self._connection.client
+        key = self._keys.batch(batch_id).fp
+        return await self._connection.patiently(lambda: client.get(key)) or b""
+
+    async def superseded(self, batch_id: str) -> str | None:
+        """The last entry of the results that a new generation supersedes, until it is sealed."""
+        client: Any = self._connection.client
+        key = self._keys.batch(batch_id).meta
+        found = await self._connection.patiently(lambda: client.hget(key, "superseded"))
+        return None if found is None else text(found)
+
     async def newest(self, limit: int = 1000) -> list[BatchProgress]:
         """The batches of this namespace, the youngest first."""
         client: Any = self._connection.client
@@ -219,6 +232,10 @@ class Batches:
         `lease` and `wait` are seconds; see `BatchLock`.
         """
         return BatchLock(self._runner, batch_id, role, lease, wait)
+
+    async def told(self, batch_id: str, round_: int) -> None:
+        """Whoever was to be told that this round is over has been told."""
+        await self._runner.run(scripts.TOLD, batch_id, [round_])
 
     async def sweep(self, batch_id: str) -> BatchState:
         """Write the outcome of every item of a stopped batch that nobody holds, 1,000 at a time.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,17 +14,26 @@ from tenacity import AsyncRetrying, retry_if_result, wait_exponential
 from batchllm_celery.errors import BatchConflictError, InputError
 from batchllm_celery.ledger import scripts
 from batchllm_celery.ledger.batches import Batches
-from batchllm_celery.ledger.codec import Payload, encode_result, fingerprint, strategy_identity
+from batchllm_celery.ledger.codec import (
+    Known,
+    Payload,
+    encode_result,
+    fingerprint,
+    strategy_identity,
+)
 from batchllm_celery.ledger.scripts import Argument, ScriptRunner, text
 from batchllm_celery.models import FAILURE_POLICIES, BatchSpec, BatchState, WorkItemResult
 from batchllm_celery.settings import Settings
 
-Row = Payload | WorkItemResult[Any, Any]
-"""A row to run, or the failed result of one that can't be (kind `invalid_input`)."""
+Row = Payload | Known | WorkItemResult[Any, Any]
+"""A row to run, one whose outcome is known, or the failed result of one that can't be run (kind
+`invalid_input`)."""
 
 #: One feed script takes this many rows, or this many bytes, at most.
 FEED_ROWS = 500
 FEED_BYTES = 2 * 1024 * 1024
+#: Blobs of one chunk: they are kept as long as its rows.
+CHUNK_BLOB_BYTES = 16 * 1024 * 1024
 #: Seconds for which fed rows are kept here: a Redis that restarts may lose its last second.
 UNSYNCED_SECONDS = 3.0
 #: Items or bytes: more than any batch has.
@@ -54,8 +64,10 @@ class Created:
 @dataclass(frozen=True, slots=True)
 class _Chunk:
     first: int
-    rows: list[tuple[bytes, bytes, bytes]]
-    """Fingerprint, payload, result line of a bad row."""
+    rows: list[tuple[bytes, bytes, bytes, bytes]]
+    """Fingerprint, payload, result line of a bad row, SHAs of its blobs."""
+    blobs: dict[bytes, bytes] = field(default_factory=dict)
+    """What the payloads need beside them, by SHA-256."""
 
     @property
     def end(self) -> int:
@@ -134,6 +146,46 @@ class Feeding:
             wake += await self._feed_chunk(batch_id, feeding, chunk, room)
         return wake
 
+    async def quiesce(self, batch_id: str) -> bool:
+        """Pause a batch and wait until no living process holds items of it.
+
+        Returns:
+            whether dead processes hold some: they were silent for a lease.
+
+        Raises:
+            BatchConflictError: living workers go on holding items.
+        """
+        await self._batches.pause(batch_id)
+        lease = self._settings.lease_seconds
+        begun = since = time.monotonic()
+        last = None
+        while True:
+            held, said = await self._runner.run(scripts.RENEW, batch_id, ["look"])
+            if not held:
+                return False
+            if said != last:
+                last, since = said, time.monotonic()
+            if time.monotonic() - since >= lease:
+                return True
+            if time.monotonic() - begun >= 1.5 * lease:
+                raise BatchConflictError(
+                    f"batch {batch_id!r}: its input has changed, and workers hold {held} of its "
+                    f"items: wait until they have ended, or run batchllm cancel {batch_id}"
+                )
+            await asyncio.sleep(0.1)
+
+    async def renew(self, batch_id: str, *, force: bool = False) -> None:
+        """Forget all rows of a batch, so that a new generation of its input can be fed. `force`:
+        though dead processes hold items of it.
+
+        Raises:
+            BatchConflictError: a process holds items.
+        """
+        held, _ = await self._runner.run(scripts.RENEW, batch_id, ["force" if force else "renew"])
+        if held and not force:
+            raise BatchConflictError(f"batch {batch_id!r}: workers hold {held} of its items")
+        self._feeding.pop(batch_id, None)
+
     async def seal(self, batch_id: str, total: int) -> BatchState:
         """Say that `total` rows were all. The batch finishes when all have their outcome."""
         state, _ = await self._runner.run(scripts.SEAL, batch_id, [total])
@@ -142,9 +194,10 @@ class Feeding:
         return BatchState(text(state))
 
     def _create_arguments(self, spec: BatchSpec, identity: bytes) -> list[Argument]:
-        settings, rehearsal = self._settings, spec.config.dry_run
+        settings = self._settings
         stopping = {kind for kind, policy in FAILURE_POLICIES.items() if policy.stops_batch}
-        kinds = sorted({*spec.fail_fast, *stopping})
+        # The items of a standing batch have nothing to do with each other.
+        kinds = [] if spec.standing else sorted({*spec.fail_fast, *stopping})
         return [
             spec.model_dump_json(),
             identity,
@@ -153,14 +206,21 @@ class Feeding:
             "" if spec.max_cost is None else repr(spec.max_cost),
             "".join(f"{kind.value}," for kind in kinds),
             int(spec.keep_results),
-            min(settings.result_ttl_seconds, REHEARSAL_TTL)
-            if rehearsal
-            else settings.result_ttl_seconds,
+            self._ttl(spec),
             settings.max_deliveries,
             settings.max_payload_bytes // 4,
             spec.queue,
             spec.config.most_calls + settings.max_deliveries,
+            settings.result_ttl_seconds if spec.standing else "",
+            "" if spec.on_finished is None else 1,
         ]
+
+    def _ttl(self, spec: BatchSpec) -> int:
+        """Seconds for which it is kept when it is over."""
+        kept = self._settings.result_ttl_seconds
+        if spec.config.dry_run:
+            return min(kept, REHEARSAL_TTL)
+        return min(kept, self._settings.item_ttl_seconds) if spec.standing else kept
 
     async def _feeding_of(self, batch_id: str) -> _Feeding:
         feeding = self._feeding.get(batch_id)
@@ -194,38 +254,76 @@ class Feeding:
         arguments: list[Argument] = [chunk.first, *limits, grace]
         for row in chunk.rows:
             arguments += row
-        reply: Any = await _while_full(self._runner.run, scripts.FEED, batch_id, arguments)
-        fed, decision, *wake = reply
+        while True:
+            reply: Any = await _while_full(self._runner.run, scripts.FEED, batch_id, arguments)
+            fed, decision, *wake = reply
+            if decision != b"blobs":
+                break
+            await self.store_blobs(batch_id, chunk.blobs, wake[0])
         if decision == b"gap":
             return [], fed
         self._batches.sweep_if_stopped(batch_id, BatchState(text(decision)))
         return wake[0], None
 
+    async def store_blobs(
+        self, batch_id: str, blobs: Mapping[bytes, bytes], missing: Sequence[bytes]
+    ) -> None:
+        """Store what a script has found missing, several in a call.
 
-def _encode(row: Row, index: int, identity: bytes) -> tuple[bytes, bytes, bytes]:
+        Args:
+            batch_id: the batch whose payloads need them.
+            blobs: bytes by their SHA-256.
+            missing: the SHA-256 of each that is wanted.
+        """
+        arguments: list[Argument] = []
+        size = 0
+        for sha in missing:
+            arguments += (sha, blobs[sha])
+            size += len(blobs[sha])
+            if size >= FEED_BYTES or sha is missing[-1]:
+                await self._runner.run(scripts.BLOBS, batch_id, arguments)
+                arguments, size = [], 0
+
+
+_Encoded = tuple[bytes, bytes, bytes, Mapping[str, bytes]]
+
+
+def _encode(row: Row, index: int, identity: bytes) -> _Encoded:
     if isinstance(row, Payload):
         try:
-            payload = row.encode()
+            payload, blobs = row.pack()
         except (TypeError, ValueError, RecursionError) as error:
             # Its own words name the type; those of the others might quote the row.
             why = f": {error}" if isinstance(error, TypeError) else f" ({type(error).__name__})"
             raise InputError(
                 f"item {index} ({row.item_id}): its context can't be written as JSON{why}"
             ) from error
-        return fingerprint(payload, identity), payload, b""
+        return _version(row.identity) or fingerprint(payload, identity), payload, b"", blobs
+    if isinstance(row, Known):
+        return _version(row.identity), b"", (b"+" if row.success else b"-") + row.line, {}
     line = encode_result(row)
-    return fingerprint(line, b"bad row"), b"", line
+    version = _version(row.metadata.get("row", ""))
+    return version or fingerprint(line, b"bad row"), b"", line, {}
 
 
-def _chunks(first: int, rows: list[tuple[bytes, bytes, bytes]]) -> list[_Chunk]:
+def _version(identity: str) -> bytes:
+    """A row's fingerprint: its key and its question. A changed context alone is no call."""
+    return fingerprint(identity.encode(), b"row") if identity else b""
+
+
+def _chunks(first: int, rows: list[_Encoded]) -> list[_Chunk]:
     chunks: list[_Chunk] = []
     bytes_left = 0
-    for number, row in enumerate(rows):
-        size = len(row[1]) + len(row[2])
-        if not chunks or len(chunks[-1].rows) >= FEED_ROWS or size > bytes_left:
+    for number, (print_, payload, line, given) in enumerate(rows):
+        blobs = {bytes.fromhex(sha): data for sha, data in given.items()}
+        size = len(payload) + len(line)
+        held = sum(map(len, chunks[-1].blobs.values())) if chunks else 0
+        full = held > CHUNK_BLOB_BYTES or (chunks and len(chunks[-1].rows) >= FEED_ROWS)
+        if not chunks or full or size > bytes_left:
             chunks.append(_Chunk(first + number, []))
             bytes_left = FEED_BYTES
-        chunks[-1].rows.append(row)
+        chunks[-1].rows.append((print_, payload, line, b"".join(blobs)))
+        chunks[-1].blobs.update(blobs)
         bytes_left -= size
     return chunks
 

@@ -14,6 +14,8 @@ from typing_extensions import TypeVar
 from batchllm_celery.errors import FailureKind
 from batchllm_celery.models.base import Model
 from batchllm_celery.models.names import check_label
+from batchllm_celery.models.rate_limits import RateLimits
+from batchllm_celery.models.reply import RawReply
 from batchllm_celery.models.usage import NO_TOKENS, TokenUsage
 
 logger = logging.getLogger("batchllm_celery")
@@ -54,8 +56,10 @@ class LLMWorkItem(Generic[TInput, TOutput, TContext]):
     Args:
         item_id: unique within the batch.
         strategy: a registered name, a `StrategySpec`, or (in-process API only) an instance.
-        prompt: the text to send.
+        prompt: the text to send; a `Request` or a `NativeRequest` where the strategy takes one.
         context: any JSON value; comes back with the result.
+        key: recognises a row without an id of its own when its input is run again (a file's reader
+            sets it); None: the id does.
 
     Raises:
         ValueError: for an empty or non-string id, or no strategy.
@@ -63,8 +67,9 @@ class LLMWorkItem(Generic[TInput, TOutput, TContext]):
 
     item_id: str
     strategy: Any
-    prompt: str = ""
+    prompt: Any = ""  # a `Prompt`; code that knows texts only goes on to type-check
     context: TContext = NOTHING
+    key: bytes | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.item_id, str) or not self.item_id.strip():
@@ -78,7 +83,7 @@ class LLMWorkItem(Generic[TInput, TOutput, TContext]):
                 f"strategy must not be None for {self.item_id}. "
                 f"Provide an LLMCallStrategy instance."
             )
-        if len(self.prompt) > LARGE_PROMPT_CHARACTERS:
+        if isinstance(self.prompt, str) and len(self.prompt) > LARGE_PROMPT_CHARACTERS:
             logger.warning(
                 f"Very large prompt for {self.item_id}: {len(self.prompt)} chars. "
                 f"May exceed model context limits."
@@ -93,11 +98,13 @@ class BadRow:
         item_id: the row's own, or `line-N`.
         line: where it stands in the input, from 1.
         message: what is wrong, beginning with `line N: `; never the row's content.
+        key: recognises it when its input is run again.
     """
 
     item_id: str
     line: int
     message: str
+    key: bytes = field(default=b"", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,11 +115,17 @@ class Completion(Generic[TOutput]):
         output: the answer; a pydantic model, or anything JSON-serialisable.
         usage: tokens of this call.
         metadata: what else is worth keeping (safety ratings, finish reason); JSON-serialisable.
+        limits: what the reply's headers say about the provider's limits.
+        priced_as: PROVIDER:MODEL whose price the call has; None: the strategy's `model_name`.
+        reply: the provider's reply as it came, for batches that keep it.
     """
 
     output: TOutput
     usage: TokenUsage = NO_TOKENS
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    limits: RateLimits | None = None
+    priced_as: str | None = None
+    reply: RawReply | None = None
 
 
 class Timing(Model):

@@ -5,17 +5,28 @@ from __future__ import annotations
 import asyncio
 import atexit
 import difflib
+import json
+import math
 import secrets
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Iterator
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+)
 from contextlib import AsyncExitStack
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, overload
 
 from typing_extensions import TypedDict, Unpack
 
-from batchllm_celery.connection import BrokenEntry
+from batchllm_celery.connection import BrokenEntry, Reminder
 from batchllm_celery.errors import (
     BatchConflictError,
     BatchNotFoundError,
@@ -23,7 +34,8 @@ from batchllm_celery.errors import (
     StrategyNotFoundError,
 )
 from batchllm_celery.events import Events
-from batchllm_celery.ledger import WorkerInfo
+from batchllm_celery.ledger import Outcome, WorkerInfo
+from batchllm_celery.ledger.standing import ItemPlace
 from batchllm_celery.ledger.workers import list_workers
 from batchllm_celery.limiter import QuotaState
 from batchllm_celery.models import (
@@ -37,17 +49,39 @@ from batchllm_celery.models import (
     WorkItemResult,
 )
 from batchllm_celery.models.names import check_batch_id
-from batchllm_celery.producer.batch import AsyncBatch, Batch, BatchSteps, late_words
+from batchllm_celery.producer.batch import (
+    AsyncBatch,
+    Batch,
+    BatchSteps,
+    late_words,
+    say_what_is_missing,
+)
+from batchllm_celery.producer.continuing import (
+    ELSEWHERE,
+    Answered,
+    ChangedRowsError,
+    Outcomes,
+    Questions,
+    look,
+    moved,
+    refusal,
+    rerun_of,
+)
+from batchllm_celery.producer.item import AskOptions, AsyncItem, Item, ItemSteps, Question
+from batchllm_celery.producer.outputs import Outputs
 from batchllm_celery.producer.rows import (
     Row,
     RowWith,
     default_strategy,
     output_type_of,
+    spec_of,
     with_params,
 )
 from batchllm_celery.producer.session import Session
 from batchllm_celery.producer.steps import (
     Beside,
+    Blocking,
+    NextRows,
     aiterate,
     awaitable,
     block,
@@ -56,7 +90,7 @@ from batchllm_celery.producer.steps import (
     wait,
     warn_on_loop,
 )
-from batchllm_celery.queue import App
+from batchllm_celery.queue import App, host
 from batchllm_celery.settings import Settings
 
 if TYPE_CHECKING:
@@ -64,8 +98,24 @@ if TYPE_CHECKING:
 
 #: How long, in seconds, a submission looks for workers that know its strategy.
 LOOK_SECONDS = 3.0
+#: Seconds for which workers that know a strategy are taken to be there.
+RUNNABLE_SECONDS = 60.0
+#: Seconds between two looks of somebody who asked whether any worker is there.
+REMIND_SECONDS = 3.0
 
 B = TypeVar("B", bound=BatchSteps[Any, Any])
+H = TypeVar("H", bound=ItemSteps[Any])
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A batch that is there: what it runs with, its counters, 8 bytes for each row that was fed,
+    and the last of its results that a new generation supersedes."""
+
+    spec: BatchSpec
+    progress: BatchProgress
+    fed: bytes
+    superseded: str | None
 
 
 class SubmitOptions(TypedDict, total=False):
@@ -73,7 +123,8 @@ class SubmitOptions(TypedDict, total=False):
 
     Args:
         params: parameters of the strategy's factory.
-        batch_id: the same id continues a batch: finished items are not run again.
+        batch_id: the same id goes on with a batch: rows are recognised by their ids, else by what
+            stands in them, wherever they stand now. New rows run, finished ones do not.
         quota: name or `Quota` to draw on; default: the strategy's own.
         quota_update: change a quota whose limits differ, in place of refusing.
         config: attempts and time limits.
@@ -84,7 +135,14 @@ class SubmitOptions(TypedDict, total=False):
         max_cost: US dollars after which no call starts.
         token_budget: tokens after which no call starts.
         fail_fast: failure kinds that abort the batch.
+        on_finished: a Celery task (`"shop.report"`, or a signature) that a worker of the queue
+            calls with the batch's id once all items have their outcome: once for each round, by
+            the ledger. Its id is `finished-BATCH-ROUND`.
         max_outstanding: items unfinished or unread at most; default `settings.max_outstanding`.
+        rerun: what becomes of finished rows of a batch that goes on: `changed` runs those that ask
+            another question now, `none` keeps their answers, `failed` runs failed rows again, `all`
+            everything.
+        known: results that need not be paid for again; default: those that Redis has kept.
     """
 
     params: dict[str, Any] | None
@@ -99,7 +157,10 @@ class SubmitOptions(TypedDict, total=False):
     max_cost: float | None
     token_budget: int | None
     fail_fast: Iterable[FailureKind | str]
+    on_finished: str | dict[str, Any] | None
     max_outstanding: int | None
+    rerun: str | Collection[str] | None
+    known: Iterable[WorkItemResult[Any, Any] | Mapping[str, Any]] | None
 
 
 class _Submission:
@@ -121,8 +182,13 @@ class _Submission:
         max_cost: float | None = None,
         token_budget: int | None = None,
         fail_fast: Iterable[FailureKind | str] = (),
+        on_finished: Any = None,
         max_outstanding: int | None = None,
+        rerun: str | Collection[str] | None = None,
+        known: Iterable[WorkItemResult[Any, Any] | Mapping[str, Any]] | None = None,
     ) -> None:
+        self.rerun, self.known = rerun, known
+        self.goes_on = batch_id is not None or known is not None
         self.quota = quota if isinstance(quota, Quota) else None
         self.quota_update = quota_update
         self.max_outstanding = max_outstanding
@@ -139,6 +205,7 @@ class _Submission:
             token_budget=token_budget,
             fail_fast=tuple(FailureKind(kind) for kind in fail_fast),
             keep_results=keep_results,
+            on_finished=on_finished,
         )
 
 
@@ -169,6 +236,7 @@ class ProducerSteps(Generic[B]):
         given = {name: value for name, value in chosen.items() if value is not None}
         self.settings = (settings or Settings()).model_copy(update=given)
         self._session = Session(self.settings, app, events if events is not None else Events())
+        self._runnable_at: dict[tuple[str, str], float] = {}
 
     @property
     def url(self) -> str:
@@ -195,12 +263,20 @@ class ProducerSteps(Generic[B]):
         chosen, rows = await default_strategy(items, strategy)
         submission = _Submission(chosen, True, **(options or {}))
         await self._check_runnable(submission.spec)
+        spec, renew = submission.spec, False
+        feed: Iterable[Row | Answered] | AsyncIterable[Row | Answered] = rows
+        if submission.goes_on:
+            found = await self._find(spec.batch_id)
+            if found is not None or submission.known is not None:
+                spec, renew, feed = await self._prepare(
+                    spec, found, rows, rerun=submission.rerun, known=submission.known
+                )
         batch = await self._open(
-            submission.spec, quota=submission.quota, quota_update=submission.quota_update
+            spec, quota=submission.quota, quota_update=submission.quota_update, renew=renew
         )
         batch.type_outputs(output_type_of(strategy))
         try:
-            await batch._feed(rows, max_outstanding=submission.max_outstanding)
+            await batch._feed(feed, max_outstanding=submission.max_outstanding)
         except BaseException:
             # Nobody has the batch: what was fed of it must not be paid for.
             await batch._give_up()
@@ -245,13 +321,142 @@ class ProducerSteps(Generic[B]):
         if failure:
             raise failure[0]
 
+    async def _find(self, batch_id: str) -> Found | None:
+        """What Redis knows of a batch; None where there is none."""
+
+        async def find(session: Session) -> Found | None:
+            batches = session.services.ledger.batches
+            try:
+                spec, progress = await batches.spec(batch_id), await batches.progress(batch_id)
+            except BatchNotFoundError:
+                return None
+            fed, until = await batches.fingerprints(batch_id), await batches.superseded(batch_id)
+            return Found(spec, progress, fed, until)
+
+        return await self._session.step(find)
+
+    async def _quiesce(self, batch_id: str) -> None:
+        """Pause a batch, and return when no living worker holds items of it.
+
+        Raises:
+            BatchConflictError: workers go on holding some.
+        """
+        await self._session.step(lambda session: session.services.ledger.feeding.quiesce(batch_id))
+
+    async def _prepare(
+        self,
+        spec: BatchSpec,
+        found: Found | None,
+        rows: Iterable[Row] | AsyncIterable[Row],
+        *,
+        rerun: str | Collection[str] | None = None,
+        known: Iterable[WorkItemResult[Any, Any] | Mapping[str, Any]] | None = None,
+    ) -> tuple[BatchSpec, bool, Iterable[Row | Answered]]:
+        """How to go on with a batch whose results Redis keeps: the specification and `renew` for
+        `open`, and the rows for `feed`. See `submit`.
+
+        Raises:
+            ChangedRowsError: finished rows ask another question now.
+        """
+        given = await _all(rows)  # they are looked at before anything changes
+        if found is not None and found.spec.config.dry_run != spec.config.dry_run:
+            return spec, False, given  # `open` says why not
+        lines: list[bytes] = []
+        outcomes = Outcomes()
+        for line in await self._kept(found) if known is None else map(_as_line, known):
+            outcomes.add(line, len(lines))
+            lines.append(json.dumps(line).encode())
+        questions = Questions(spec, self.settings.openai_base_url)
+        fed = found.fed if found is not None else b""
+        seen = look(given, outcomes, questions, spec.strategy, fed, rerun_of(rerun))
+        if seen.refused:
+            changed = [json.loads(lines[outcomes[number][6]]) for _, number in seen.changed]
+            cost = sum(line.get("cost") or 0.0 for line in changed)
+            raise ChangedRowsError(refusal(len(changed), cost) + "rerun='changed' or 'none'")
+        if found is not None and not seen.renews and known is None:
+            return spec.model_copy(update={"generation": found.spec.generation}), False, given
+        if found is not None and known is None and found.progress.finished > len(lines):
+            raise BatchConflictError(
+                f"batch {spec.batch_id!r}: its rows differ from those that it has, and its results "
+                "are with whoever took them: give them as known=..., or take another batch id"
+            )
+        before = found.spec.generation if found is not None else 0
+        spec = spec.model_copy(update={"generation": before + 1})
+
+        def delivered(place: int, row: Row, number: int) -> bytes:
+            old = json.loads(lines[outcomes[number][6]])
+            return json.dumps(moved(old, place, row, questions, spec.strategy)).encode()
+
+        return spec, found is not None, seen.feed(given, delivered)
+
+    async def _kept(self, found: Found | None) -> list[dict[str, Any]]:
+        """The kept results of a batch. Those of a generation that was being replaced when its
+        producer ended have places that no row has."""
+        lines: list[dict[str, Any]] = []
+        if found is None:
+            return lines
+        batch = self._batch_class(self._session, found.spec, resumed=True)
+        after, old = "0", found.superseded is not None
+        while taken := await batch._read(after):
+            for one in taken:
+                line = dict(one.line)
+                if old:
+                    line["index"] = one.index + ELSEWHERE
+                    old = one.receipt != found.superseded
+                lines.append(line)
+            after = taken[-1].receipt
+        return lines
+
+    # -- single items
+
+    async def _ask(
+        self, prompt: Any, strategy: Any, timeout: float | None, options: AskOptions
+    ) -> WorkItemResult[Any, Any]:
+        question = await self._question(prompt, strategy, options)
+
+        async def ask(session: Session) -> Outcome:
+            asked = asyncio.ensure_future(question.answer(session, timeout))
+            reminder = Reminder()
+            try:
+                while not (await asyncio.wait([asked], timeout=REMIND_SECONDS))[0]:
+                    await say_what_is_missing(session, question.template, reminder)
+            finally:
+                if not asked.done():
+                    asked.cancel()
+                    await asyncio.wait([asked])
+            return asked.result()
+
+        outcome = await self._session.step(ask)
+        return Outputs(output_type_of(strategy)).read(outcome.line)
+
+    async def _enqueue(self, handle: type[H], prompt: Any, strategy: Any, options: AskOptions) -> H:
+        question = await self._question(prompt, strategy, options)
+        place = await self._session.step(question.store)
+        await Blocking(partial(question.publish, self._session, place))
+        return handle(self._session, place, output_type_of(strategy))
+
+    async def _question(self, prompt: Any, strategy: Any, options: AskOptions) -> Question:
+        question = Question(prompt, spec_of(strategy), **options)
+        known = (question.template.strategy.name, question.template.queue)
+        now = time.monotonic()
+        if now - self._runnable_at.get(known, -math.inf) > RUNNABLE_SECONDS:
+            await self._check_runnable(question.template)
+            self._runnable_at[known] = now
+        return question
+
     async def _open(
-        self, spec: BatchSpec, *, quota: Quota | None = None, quota_update: bool = False
+        self,
+        spec: BatchSpec,
+        *,
+        quota: Quota | None = None,
+        quota_update: bool = False,
+        renew: bool = False,
     ) -> B:
         """Make a batch without rows yet, or continue the one of this id; then `feed` it.
 
         A batch that was stopped goes on in a new round: items that the stop ended run again,
-        failed ones do not (see `Batch.retry_failed`).
+        failed ones do not (see `Batch.retry_failed`). With `renew` the rows of a batch that is
+        there are forgotten: a new generation of its input follows.
 
         Raises:
             BatchConflictError: another process feeds it, it runs with another strategy, or one
@@ -276,6 +481,9 @@ class ProducerSteps(Generic[B]):
                 await session.services.ledger.feeding.create(spec)
                 await lock()
                 return False
+            if renew:
+                force = await session.services.ledger.feeding.quiesce(spec.batch_id)
+                await session.services.ledger.feeding.renew(spec.batch_id, force=force)
             await session.services.ledger.feeding.create(spec)
             return True
 
@@ -439,6 +647,8 @@ class Producer(ProducerSteps[Batch[Any, Any]]):
                 missing.
             StrategyNotFoundError: live workers serve the queue, and none of them knows the
                 strategy.
+            ChangedRowsError: finished rows ask another question now, and `rerun` does not say
+                what becomes of them; nothing has changed.
             BatchConflictError: the id belongs to another job that is still running.
             QuotaConflictError: the quota exists with other limits.
             RedisDeniedError: Redis denies a right, or the password.
@@ -498,8 +708,118 @@ class Producer(ProducerSteps[Batch[Any, Any]]):
         warn_on_loop("attach")
         return block(self._attach(batch_id, strategy))
 
+    @overload
+    def ask(
+        self,
+        prompt: str,
+        *,
+        strategy: TypedStrategy[TOutput],
+        timeout: float | None = None,
+        **options: Unpack[AskOptions],
+    ) -> WorkItemResult[TOutput, Any]: ...
+    @overload
+    def ask(
+        self,
+        prompt: str,
+        *,
+        strategy: str | StrategySpec,
+        timeout: float | None = None,
+        **options: Unpack[AskOptions],
+    ) -> WorkItemResult[Any, Any]: ...
+    def ask(
+        self,
+        prompt: str,
+        *,
+        strategy: Any,
+        timeout: float | None = None,
+        **options: Unpack[AskOptions],
+    ) -> WorkItemResult[Any, Any]:
+        """One prompt, and wait for its result; a failure is a result too. The item rides on the
+        standing batch of its strategy: the fleet's quotas hold, and a lost worker costs no answer.
+
+        Args:
+            prompt: the text.
+            strategy: what `@strategy` made (its result is typed), or a registered name.
+            timeout: seconds; None: as long as it takes.
+            options: see `AskOptions`.
+
+        Raises:
+            TimeoutError: after `timeout` seconds; the item ends, unless a worker runs it.
+            StrategyNotFoundError: live workers serve the queue, and none of them knows the
+                strategy.
+        """
+        warn_on_loop("ask")
+        return block(self._ask(prompt, strategy, timeout, options))
+
+    @overload
+    async def aask(
+        self,
+        prompt: str,
+        *,
+        strategy: TypedStrategy[TOutput],
+        timeout: float | None = None,
+        **options: Unpack[AskOptions],
+    ) -> WorkItemResult[TOutput, Any]: ...
+    @overload
+    async def aask(
+        self,
+        prompt: str,
+        *,
+        strategy: str | StrategySpec,
+        timeout: float | None = None,
+        **options: Unpack[AskOptions],
+    ) -> WorkItemResult[Any, Any]: ...
+    async def aask(
+        self,
+        prompt: str,
+        *,
+        strategy: Any,
+        timeout: float | None = None,
+        **options: Unpack[AskOptions],
+    ) -> WorkItemResult[Any, Any]:
+        """`ask` for a coroutine, which goes on meanwhile."""
+        return await wait(self._ask(prompt, strategy, timeout, options))
+
+    @overload
+    def enqueue(
+        self, prompt: str, *, strategy: TypedStrategy[TOutput], **options: Unpack[AskOptions]
+    ) -> Item[TOutput]: ...
+    @overload
+    def enqueue(
+        self, prompt: str, *, strategy: str | StrategySpec, **options: Unpack[AskOptions]
+    ) -> Item[Any]: ...
+    def enqueue(self, prompt: str, *, strategy: Any, **options: Unpack[AskOptions]) -> Item[Any]:
+        """Store and send one prompt, and return a handle: `item.result(timeout=...)`.
+
+        Args:
+            prompt: the text.
+            strategy: what `@strategy` made (its result is typed), or a registered name.
+            options: see `AskOptions`.
+
+        Raises:
+            StrategyNotFoundError: live workers serve the queue, and none of them knows the
+                strategy.
+        """
+        warn_on_loop("enqueue")
+        return block(self._enqueue(Item, prompt, strategy, options))
+
+    @overload
+    def item(self, item_id: str, strategy: TypedStrategy[TOutput]) -> Item[TOutput]: ...
+    @overload
+    def item(self, item_id: str) -> Item[Any]: ...
+    def item(self, item_id: str, strategy: Any = None) -> Item[Any]:
+        """The handle of an item by its `id`; nothing is asked of Redis yet.
+
+        Raises:
+            UsageError: for what is no item's id.
+        """
+        return Item(self._session, ItemPlace.parse(item_id), output_type_of(strategy))
+
     check = blocking(ProducerSteps._check)
     open = blocking(ProducerSteps[Batch[Any, Any]]._open)
+    find = blocking(ProducerSteps._find)
+    prepare = blocking(ProducerSteps._prepare)
+    quiesce = blocking(ProducerSteps._quiesce)
     check_runnable = blocking(ProducerSteps._check_runnable)
     batches = blocking(ProducerSteps._batches)
     workers = blocking(ProducerSteps._workers)
@@ -601,6 +921,57 @@ class AsyncProducer(ProducerSteps[AsyncBatch[Any, Any]]):
         """As `Producer.attach`."""
         return await wait(self._attach(batch_id, strategy))
 
+    @overload
+    async def ask(
+        self,
+        prompt: str,
+        *,
+        strategy: TypedStrategy[TOutput],
+        timeout: float | None = None,
+        **options: Unpack[AskOptions],
+    ) -> WorkItemResult[TOutput, Any]: ...
+    @overload
+    async def ask(
+        self,
+        prompt: str,
+        *,
+        strategy: str | StrategySpec,
+        timeout: float | None = None,
+        **options: Unpack[AskOptions],
+    ) -> WorkItemResult[Any, Any]: ...
+    async def ask(
+        self,
+        prompt: str,
+        *,
+        strategy: Any,
+        timeout: float | None = None,
+        **options: Unpack[AskOptions],
+    ) -> WorkItemResult[Any, Any]:
+        """As `Producer.ask`."""
+        return await wait(self._ask(prompt, strategy, timeout, options))
+
+    @overload
+    async def enqueue(
+        self, prompt: str, *, strategy: TypedStrategy[TOutput], **options: Unpack[AskOptions]
+    ) -> AsyncItem[TOutput]: ...
+    @overload
+    async def enqueue(
+        self, prompt: str, *, strategy: str | StrategySpec, **options: Unpack[AskOptions]
+    ) -> AsyncItem[Any]: ...
+    async def enqueue(
+        self, prompt: str, *, strategy: Any, **options: Unpack[AskOptions]
+    ) -> AsyncItem[Any]:
+        """As `Producer.enqueue`."""
+        return await wait(self._enqueue(AsyncItem, prompt, strategy, options))
+
+    @overload
+    def item(self, item_id: str, strategy: TypedStrategy[TOutput]) -> AsyncItem[TOutput]: ...
+    @overload
+    def item(self, item_id: str) -> AsyncItem[Any]: ...
+    def item(self, item_id: str, strategy: Any = None) -> AsyncItem[Any]:
+        """As `Producer.item`."""
+        return AsyncItem(self._session, ItemPlace.parse(item_id), output_type_of(strategy))
+
     check = awaitable(ProducerSteps._check)
     batches = awaitable(ProducerSteps._batches)
     workers = awaitable(ProducerSteps._workers)
@@ -619,10 +990,28 @@ class AsyncProducer(ProducerSteps[AsyncBatch[Any, Any]]):
 
 @cache
 def default_producer() -> Producer:
-    """The process's own, with settings from the environment: what `summarise.submit` uses."""
-    producer = Producer()
+    """The process's own, for `summarise.submit` and the like: of the app that `install` was called
+    with, else with settings from the environment."""
+    installed = host()
+    if installed is None:
+        producer = Producer()
+    else:
+        producer = Producer(installed.settings, redis_url=installed.redis_url, app=installed.app)
     atexit.register(producer.close)  # before the loop ends: what is still to be said goes out
     return producer
+
+
+async def _all(rows: Iterable[Row] | AsyncIterable[Row]) -> list[Row]:
+    """All rows; a coroutine of steps."""
+    iterator = rows.__aiter__() if isinstance(rows, AsyncIterable) else iter(rows)
+    found: list[Row] = []
+    while some := await NextRows(iterator, 1000, 1.0):
+        found += some
+    return found
+
+
+def _as_line(result: WorkItemResult[Any, Any] | Mapping[str, Any]) -> Mapping[str, Any]:
+    return result.to_json() if isinstance(result, WorkItemResult) else result
 
 
 async def _refuse_other_kind(session: Session, spec: BatchSpec) -> None:

@@ -236,7 +236,9 @@ def test_only_the_provider_that_is_built_is_imported(name: str, own: str, others
     assert not {f"{package}.{other}" for other in others} & loaded
 
 
-@pytest.mark.parametrize("name", ["gemini", "gemini-cached", "openai", "pydantic-ai", "simulated"])
+@pytest.mark.parametrize(
+    "name", ["anthropic", "gemini", "gemini-cached", "openai", "pydantic-ai", "simulated"]
+)
 def test_a_built_in_takes_each_parameter_that_it_offers(name: str) -> None:
     """What the signature names reaches the class, a default of its own included."""
     values: dict[str, Any] = {
@@ -247,6 +249,8 @@ def test_a_built_in_takes_each_parameter_that_it_offers(name: str) -> None:
         "cache_renewal_buffer_seconds": 60,
         "cache_tags": {"team": "a"},
         "extra": {"seed": 1},
+        "allow_dropping": ["seed"],
+        "api": "responses",
     }
     factory = catalog.lookup(name).factory
     offered = inspect.signature(factory).parameters
