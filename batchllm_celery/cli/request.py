@@ -497,7 +497,9 @@ def check_price(spec: BatchSpec, instance: Any, settings: Settings) -> None:
 def batch_id_for(source: str) -> str:
     """A readable id that no other batch has, as `reviews-1122-2104-3f2a`."""
     stem = "batch" if source == STDIN else Path(source).stem
-    clean = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.")[:40] or "batch"
+    clean = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.")
+    # `dry-goods.jsonl` is no dry run: its batch could not be resumed by its id.
+    clean = re.sub(rf"^({DRY_RUN_PREFIX}[-.]*)+", "", clean)[:40] or "batch"
     return f"{clean}-{time.strftime('%m%d-%H%M')}-{secrets.token_hex(2)}"
 
 
