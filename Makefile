@@ -6,18 +6,26 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 # Nothing that the caller's shell happens to hold changes what happens here, or costs money.
-unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP VIRTUAL_ENV PIP_TARGET PIP_PREFIX PIP_USER
+unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP PYTHONWARNINGS PYTHONOPTIMIZE VIRTUAL_ENV
+unexport PYTEST_ADDOPTS PYTEST_PLUGINS
+# Of pip's options only how it gets at packages: others (PIP_TARGET, PIP_DRY_RUN) change what it does.
+unexport $(filter-out PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_NO_INDEX PIP_FIND_LINKS PIP_TRUSTED_HOST \
+	PIP_CERT PIP_CLIENT_CERT PIP_PROXY PIP_KEYRING_PROVIDER PIP_TIMEOUT PIP_DEFAULT_TIMEOUT PIP_RETRIES \
+	PIP_CACHE_DIR PIP_NO_CACHE_DIR PIP_CONFIG_FILE,$(filter PIP_%,$(.VARIABLES)))
 unexport GEMINI_API_KEY GOOGLE_API_KEY GOOGLE_GEMINI_BASE_URL OPENAI_API_KEY OPENAI_BASE_URL
 unexport ANTHROPIC_API_KEY
 unexport $(filter BATCHLLM_%,$(.VARIABLES))
 export PYTHONNOUSERSITE := 1
+# Servers on this machine, which tests start, are not behind the shell's proxy.
+export NO_PROXY := $(NO_PROXY),$(no_proxy),127.0.0.1,localhost,::1
+export no_proxy := $(NO_PROXY)
 
 # A venv works in the folder it was made in only: in a copied tree it is set up anew.
 ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
 .PHONY: $(STAMP)
 endif
 
-.PHONY: help setup demo test test-server check format bench boundary chaos wheel dist check-wheel lock clean
+.PHONY: help setup demo test test-server check format bench boundary congestion chaos wheel dist check-wheel lock clean
 
 help:
 	@echo "make demo    the main job on real text, with the simulated provider: demo/results.jsonl"
@@ -26,6 +34,7 @@ help:
 	@echo "make check   format, lint, types, import rules"
 	@echo "make bench   prints the figures"
 	@echo "make boundary  thousands of generated cases; SEED=... others, CASES=AREA:NUMBER one again"
+	@echo "make congestion  the limiter before servers without a quota, in virtual time"
 	@echo "make chaos   kills, freezes and starves for minutes"
 	@echo "make format  puts the code in order"
 	@echo "make lock    pins requirements.lock anew (needs uv)"
@@ -84,6 +93,9 @@ boundary: $(STAMP)
 	BOUNDARY_SEED=$(SEED) BOUNDARY_COUNT=$(COUNT) BOUNDARY_CASES=$(CASES) \
 		$(BIN)/python -m pytest -q -m boundary -n 2 tests/boundary
 	@echo "Seed $(SEED)"
+
+congestion: $(STAMP)
+	$(BIN)/python -m benchmarks.congestion
 
 chaos: $(STAMP)
 	$(BIN)/python -m pytest -q -s -m chaos

@@ -12,6 +12,8 @@ BatchLLMError
 ├── RedisUnavailableError (ConnectionError)
 │   └── RedisDeniedError               a right that is missing, or the password
 ├── EmbeddedServerError
+├── LedgerFullError                    as many bytes wait in Redis as may
+├── ItemFailedError                    the outcome of a single item that somebody waited for
 ├── ProviderError                      a provider call failed; strategies raise it
 └── TokenTrackingError                 carries the tokens of an exception that can't
 FrameworkTimeoutError (TimeoutError)   our own time limit for an attempt or an item
@@ -22,6 +24,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterator, Mapping
 from enum import StrEnum
+from typing import Any
 
 from batchllm_celery.redaction import printable, without_secrets
 
@@ -191,6 +194,9 @@ class ProviderError(BatchLLMError):
         retry_after: seconds the provider asked us to wait, where it did.
         usage: tokens this call consumed all the same (`TokenUsage` names).
         error_type: the name to show as `Type` in `Type: message`; default the cause's.
+        metadata: what else is worth keeping with the item's result (`partial_output`).
+        limits: what the reply's headers say about the provider's limits (a `RateLimits`).
+        reply: the reply as it came (a `RawReply`).
     """
 
     def __init__(
@@ -202,6 +208,9 @@ class ProviderError(BatchLLMError):
         retry_after: float | None = None,
         usage: Mapping[str, int] | None = None,
         error_type: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        limits: Any = None,
+        reply: Any = None,
     ) -> None:
         super().__init__(message)
         self.kind = kind
@@ -209,6 +218,39 @@ class ProviderError(BatchLLMError):
         self.retry_after = retry_after
         self.usage = usage
         self.error_type = error_type
+        self.metadata = metadata or {}
+        self.limits = limits
+        self.reply = reply
+
+
+class LedgerFullError(BatchLLMError):
+    """Payloads that wait in Redis hold as many bytes as they may: workers are behind, or away."""
+
+
+class ItemFailedError(BatchLLMError):
+    """A single item's outcome is a failure.
+
+    Its text and its `repr` are the kind alone, because Flower and logs show them; a provider's
+    message may quote the prompt.
+
+    Args:
+        kind: why; a `FailureKind` or its name.
+        message: `Type: message`, as a result has it.
+        item_id: the item.
+    """
+
+    def __init__(self, kind: str, message: str = "", item_id: str = "") -> None:
+        # As arguments: Celery's result backends keep those, and build the error again from them.
+        super().__init__(str(kind), message, item_id)
+        self.kind = FailureKind.read(str(kind))
+        self.message = message
+        self.item_id = item_id
+
+    def __str__(self) -> str:
+        return self.kind.value
+
+    def __repr__(self) -> str:
+        return f"ItemFailedError({self.kind.value!r})"
 
 
 class TokenTrackingError(BatchLLMError):

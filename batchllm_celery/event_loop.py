@@ -31,6 +31,7 @@ Bridge = Callable[[Coroutine[Any, Any, Any]], Any]
 #: How long `run` lets an interrupted coroutine clean up before it gives up on it, in seconds.
 UNWIND_SECONDS = 5.0
 _STOP_SECONDS = 2.0
+_AGAIN_SECONDS = 0.05
 
 
 class _LoopThread:
@@ -81,6 +82,38 @@ class _LoopThread:
                     type(error).__name__,
                     stack_of(error),
                 )
+
+
+class Unending:
+    """A task of this loop that runs until `end`: one that a strategy cancels begins anew.
+
+    Code that takes the loop for its own cancels every task that it finds; a process without its
+    background work would hold its items for ever.
+
+    Args:
+        work: makes the coroutine.
+    """
+
+    def __init__(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self._work = work
+        self._ending = False
+        self._begin()
+
+    def _begin(self) -> None:
+        if not self._ending:
+            self._task = asyncio.get_running_loop().create_task(self._work())
+            self._task.add_done_callback(self._begin_again)
+
+    def _begin_again(self, task: asyncio.Task[None]) -> None:
+        if task.cancelled() and not self._ending:
+            # Later: a loop that is ending cancels everything, too, and does not get there.
+            task.get_loop().call_later(_AGAIN_SECONDS, self._begin)
+
+    async def end(self) -> None:
+        """Cancel it, and wait for its end."""
+        self._ending = True
+        self._task.cancel()
+        await asyncio.wait([self._task])
 
 
 def _new_loop() -> asyncio.AbstractEventLoop:
@@ -152,6 +185,12 @@ def current() -> asyncio.AbstractEventLoop | None:
     """This process's loop if its thread is running; starts nothing."""
     thread = _thread
     return None if thread is None else thread.loop
+
+
+def is_here() -> bool:
+    """Whether the calling code runs on this process's loop, in a greenlet that may wait."""
+    thread = _thread
+    return thread is not None and thread.is_current and _bridge is not None
 
 
 def use_bridge(bridge: Bridge | None) -> None:

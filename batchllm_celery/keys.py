@@ -12,6 +12,12 @@ NS:{batch:ID}:failed  bitmap  those whose outcome is a failure
 NS:{batch:ID}:out     stream  outcomes, until the consumer has them (or the batch's TTL)
 NS:{batch:ID}:stopped bitmap  failures that a control decision caused: a resume runs them again
 NS:{batch:ID}:calls   hash    index -> calls begun in this round | cut off | what cut the last one
+NS:{batch:ID}:ids     hash    of a standing batch: id of an item -> index
+NS:{batch:ID}:places  hash    of a standing batch: index -> its entry in `out`
+NS:{batch:ID}:tasks   hash    of a standing batch: index -> the Celery task that awaits it (JSON)
+NS:{batch:ID}:owed    zset    of a standing batch: done -> when its task is sent again
+NS:{batch:ID}:done    channel of a standing batch: indexes as they get their outcomes
+NS:sealed:ID          string  arguments of a strategy's task that waits in another task's message
 NS:batches            zset    batch id -> time of submission
 NS:queue:{Q}          zset    active batches of a queue
 NS:{quota:NAME}       hash    configuration, live state (clock, cooldown, rates), history
@@ -33,6 +39,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+_MORE = ("stopped", "calls", "blob", "uses", "refs", "ids", "places", "tasks", "owed")
+
 
 @dataclass(frozen=True, slots=True)
 class BatchKeys:
@@ -50,6 +58,13 @@ class BatchKeys:
     out: str
     stopped: str
     calls: str
+    blob: str
+    uses: str
+    refs: str
+    ids: str
+    places: str
+    tasks: str
+    owed: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +98,14 @@ class Keys:
             "failed",
             "out",
         )
-        return BatchKeys(*(f"{tag}:{name}" for name in (*names, "stopped", "calls")))
+        return BatchKeys(*(f"{tag}:{name}" for name in (*names, *_MORE)))
+
+    def done(self, batch_id: str) -> str:
+        """The channel of a standing batch."""
+        return f"{self.namespace}:{{batch:{batch_id}}}:done"
+
+    def sealed(self, token: str) -> str:
+        return f"{self.namespace}:sealed:{token}"
 
     def quota(self, name: str) -> QuotaKeys:
         tag = f"{self.namespace}:{{quota:{name}}}"

@@ -8,12 +8,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, Final, TypeAlias
 from urllib.parse import parse_qs, urlsplit
 
 from celery import Celery
-from kombu import Queue
+from kombu import Queue, compression
 from kombu.exceptions import OperationalError
 from kombu.utils.uuid import uuid
 from redis.exceptions import RedisError
@@ -22,18 +23,27 @@ from batchllm_celery.connection import Reminder, broker_tls, broker_url, safe_ur
 from batchllm_celery.connection.redis_connection import denied_words, is_denial
 from batchllm_celery.embedded import resolve_url
 from batchllm_celery.errors import RedisDeniedError, UsageError, describe
+from batchllm_celery.models.names import as_label
 from batchllm_celery.settings import Settings
 
 logger = logging.getLogger("batchllm_celery")
+
+_NOT_IN_QUEUES: Final = str.maketrans(dict.fromkeys(":/@+%~=", "_"))
 
 App: TypeAlias = Celery
 """A Celery app, for those who only hand one on."""
 
 RUN_ITEMS: Final = "batchllm.run_items"
+#: A strategy's task has its name after this.
+STRATEGY_PREFIX: Final = "batchllm."
 #: How many items a message names: a worker must know before it reads the body.
 ITEMS_HEADER: Final = "items"
 #: Ids of messages begin so that a worker sent for items which no message had brought.
 OFFERED: Final = "offered-"
+#: Stands in for a host's `task_compression`: our messages are short, and one that may not be
+#: packed can't unpack to gigabytes.
+NOT_PACKED: Final = "application/x-batchllm-not-packed"
+compression.register(lambda body: body, lambda body: body, NOT_PACKED)
 DEFAULT_QUEUE: Final = "default"
 AMQP: Final = "batchllm_celery.worker.broker:Amqp"
 POOL: Final = "batchllm_celery.worker.pool:AsyncioPool"
@@ -74,6 +84,33 @@ class _EmbeddedBroker:
     def broker_url(self) -> str:
         return self._app.fleet_broker
 
+    @property
+    def result_backend(self) -> str:
+        return self._app.fleet_broker
+
+
+@dataclass(frozen=True, slots=True)
+class Installed:
+    """An app that `install` was called with, and where its ledger is."""
+
+    app: Celery
+    settings: Settings
+    redis_url: str | None
+
+
+#: Apps of this process that are no fleet's own, in the order of their installation.
+hosts: list[Installed] = []
+
+
+def host() -> Installed | None:
+    """The app of this process that work goes to where nobody names one: the first installed."""
+    return hosts[0] if hosts else None
+
+
+def lane_of_host(app: Celery, queue: str) -> str:
+    """The lane of a host's single items: workers of other apps have another result backend."""
+    return f"{queue}.{as_label(app.main or 'app').translate(_NOT_IN_QUEUES)}"[:120]
+
 
 def is_fleet(app: Celery) -> bool:
     """Whether the app is `make_app`'s own, and no host's."""
@@ -96,7 +133,13 @@ def make_app(settings: Settings, url: str | None) -> Celery:
         app.config_from_object(_EmbeddedBroker(app))
     else:
         app.fleet_broker = broker_url(url)
-        app.conf.update(broker_url=app.fleet_broker, broker_use_ssl=broker_tls(url))
+        tls = broker_tls(url)
+        app.conf.update(
+            broker_url=app.fleet_broker,
+            broker_use_ssl=tls,
+            result_backend=app.fleet_broker,
+            redis_backend_use_ssl=tls,
+        )
     app.conf.update(
         broker_transport_options=_transport_options(settings),
         broker_connection_retry_on_startup=True,
@@ -104,7 +147,9 @@ def make_app(settings: Settings, url: str | None) -> Celery:
         task_default_queue=DEFAULT_QUEUE,
         task_queues=[Queue(name) for name in settings.queues],
         task_create_missing_queues=True,
-        task_ignore_result=True,
+        # Of strategies' own tasks (`summarise.delay`): `run_items` and batches store none.
+        result_expires=settings.item_ttl_seconds,
+        result_backend_transport_options={"global_keyprefix": f"{settings.namespace}:celery:"},
         task_acks_late=True,
         task_reject_on_worker_lost=True,
         task_track_started=True,
@@ -168,8 +213,11 @@ def publish(
     priority: int = 0,
     give_up: Callable[[], bool] = lambda: False,
     offered: bool = False,
+    strategy: str | None = None,
 ) -> bool:
     """Send one message. While the broker is away, try again until it is back or `give_up()`.
+
+    Flower shows it under the name of its `strategy`.
 
     Sending again after an uncertain failure is harmless: the claim drops duplicates.
 
@@ -178,7 +226,11 @@ def publish(
 
     Raises:
         RedisDeniedError: the broker is a Redis that denies a right, or the password.
+        UsageError: the app writes messages of Celery 3.
     """
+    if app.conf.task_protocol != 2:
+        told = app.conf.task_protocol
+        raise UsageError(f"the app's task_protocol is {told!r}: batches need 2, Celery's default")
     backoff, reminder = 0.05, Reminder()
     while True:
         try:
@@ -190,8 +242,10 @@ def publish(
                 # Celery on Redis serves 0 first; ours is 0 for usual, 9 for urgent.
                 priority=9 - priority,
                 headers={ITEMS_HEADER: len(indexes)},
+                shadow=None if strategy is None else f"{STRATEGY_PREFIX}{strategy}",
                 argsrepr=show_items(batch_id, indexes),
                 kwargsrepr="",
+                compression=NOT_PACKED if app.conf.task_compression else None,
                 retry=False,
                 ignore_result=True,
             )

@@ -9,14 +9,29 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from batchllm_celery.errors import UsageError
 from batchllm_celery.models.base import MOST, MOST_SECONDS
 from batchllm_celery.models.names import check_namespace, check_queue
 from batchllm_celery.redaction import keep_secrets_in
 
 
 def _default_state_dir() -> Path:
-    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(base) / "batchllm"
+    # `~` stays as it is: who has a Redis elsewhere needs no home, which some containers lack.
+    return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state") / "batchllm"
+
+
+def absolute(state_dir: Path) -> Path:
+    """The folder that `state_dir` means.
+
+    Raises:
+        UsageError: it begins with `~`, and no home is known.
+    """
+    try:
+        return state_dir.expanduser().absolute()
+    except RuntimeError:
+        raise UsageError(
+            "no home folder is known: set HOME, or give --state-dir (BATCHLLM_STATE_DIR)"
+        ) from None
 
 
 def _is_server(url: str) -> bool:
@@ -50,6 +65,8 @@ class Settings(BaseSettings):
         max_outstanding: items that a producer keeps unfinished or unread at most.
         max_payload_bytes: bytes of payloads and unread results in Redis at most, per batch.
         result_ttl_seconds: how long a finished batch stays readable.
+        item_ttl_seconds: how long the outcome of a single item (`summarise.delay`, `producer.ask`)
+            stays in the ledger, once all of its standing batch have theirs.
         drain_seconds: how long a worker waits for its calls in flight when it is told to stop.
         heartbeat_file: touched while the event loop turns (for probes), and beside it FILE.ready
             while Redis answers too; None for none.
@@ -84,6 +101,7 @@ class Settings(BaseSettings):
     max_outstanding: int = Field(default=20_000, ge=1)
     max_payload_bytes: int = Field(default=512 * 1024 * 1024, ge=1024 * 1024, le=MOST)
     result_ttl_seconds: int = Field(default=7 * 24 * 3600, ge=60, le=MOST_SECONDS)
+    item_ttl_seconds: int = Field(default=3600, ge=60, le=MOST_SECONDS)
     drain_seconds: float = Field(default=30.0, ge=0)
     heartbeat_file: Path | None = None
     openai_base_url: str | None = None

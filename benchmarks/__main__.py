@@ -55,6 +55,11 @@ QUESTIONS = (
     ),
     Question("Next to others, over HTTP", "-m benchmarks.peers", "-m benchmarks.peers --items 400"),
     Question("The ledger's scripts", "-m benchmarks.ledger", "-m benchmarks.ledger"),
+    Question(
+        "Providers without a quota",
+        "-m benchmarks.congestion",
+        "-m benchmarks.congestion --seconds 120 --only decode",
+    ),
     Question("The limiter's scripts", "-m benchmarks.limiter_cost", "-m benchmarks.limiter_cost"),
 )
 

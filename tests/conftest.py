@@ -6,12 +6,17 @@ import os
 import signal
 import uuid
 from collections.abc import AsyncIterator, Iterator
+from importlib.metadata import entry_points
 
 import hypothesis
 import pytest
 
 from batchllm_celery.connection import Connection
 from tests.support import ValkeyServer, keys_without_ttl
+
+if not entry_points(group="pytest11", name="batchllm"):
+    # The package was installed before it had the plugin.
+    pytest_plugins = ["batchllm_celery.testing.plugin"]
 
 # A shell that starts us in the background has Ctrl-C ignored, here and in all that we start.
 signal.signal(signal.SIGINT, signal.default_int_handler)

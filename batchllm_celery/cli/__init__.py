@@ -27,6 +27,7 @@ _COMMANDS = {
     "retry-failed": ("control", "Run the failed items of a batch again."),
     "estimate": ("estimate", "Items, tokens, cost and duration, without a call."),
     "simulate": ("simulate", "A simulated provider to practise on."),
+    "demo": ("demo", "400 rows in a minute; --kill: under fire. Compares the books."),
     "doctor": ("doctor", "Check everything that a batch needs."),
     "quota": ("quota", "Show the fleet's quotas, or set one."),
     "flower": ("flower", "Watch the fleet's queue in a browser."),

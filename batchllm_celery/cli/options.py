@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
+from batchllm_celery.files.out_formats import OUT_FORMATS
 from batchllm_celery.files.readers import FORMATS
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -115,6 +116,23 @@ rows = group(
         default="auto",
         help="Format of the input; auto: by its name, then by its first line.",
     ),
+    option(
+        "--files-root",
+        metavar="FOLDER",
+        type=click.Path(file_okay=False),
+        help="Where files that rows name must lie.  [default: the folder of INPUT]",
+    ),
+    option(
+        "--override",
+        metavar="NAME,...",
+        help="Options that beat what rows in a provider's format say (model,system,...).",
+    ),
+    option(
+        "--allow-dropping",
+        metavar="NAME,...",
+        help="Parameters of rows that may be left out where the provider has no word for them.",
+    ),
+    option("--max-models", type=_COUNT, help="Models that rows may name.  [default: 32]"),
 )
 
 model = group(
@@ -185,6 +203,12 @@ batch = group(
 
 out = group(
     option("-o", "--out", metavar="OUT.jsonl", help="Result file; - for standard output."),
+    option(
+        "--out-format",
+        type=click.Choice(OUT_FORMATS),
+        help="Write OUT once more, as the provider's batch API does.",
+    ),
+    option("--keep-raw", is_flag=True, help="Keep the provider's whole reply with each result."),
     option("--ordered", is_flag=True, help="Results in the order of the input."),
     option("--overwrite", is_flag=True, help="Replace an OUT that holds other data."),
 )

@@ -16,9 +16,11 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from batchllm_celery.errors import FailureKind, StrategyNotFoundError, UsageError
+from batchllm_celery.errors import FailureKind, InputError, StrategyNotFoundError, UsageError
+from batchllm_celery.files.native import MOST_MODELS, NativeRows
+from batchllm_celery.files.out_formats import OutFormat
 from batchllm_celery.files.prompt_template import PromptTemplate
 from batchllm_celery.files.readers import STDIN, Format
 from batchllm_celery.files.rows import Rows, check_all, spooled
@@ -37,15 +39,20 @@ from batchllm_celery.models.names import as_label, check_batch_id, check_label
 from batchllm_celery.redaction import safe_url, without_secrets
 from batchllm_celery.settings import Settings
 
+if TYPE_CHECKING:
+    from batchllm_celery.producer import Producer
+
 #: Providers that `--model` reaches -> the environment variables that may hold their key.
 PROVIDER_KEYS: dict[str, tuple[str, ...]] = {
     "gemini": ("GEMINI_API_KEY", "GOOGLE_API_KEY"),
     "openai": ("OPENAI_API_KEY",),
+    "anthropic": ("ANTHROPIC_API_KEY",),
     "simulated": (),
 }
 _KEY_PAGES = {
     "gemini": "https://aistudio.google.com/apikey",
     "openai": "https://platform.openai.com/api-keys",
+    "anthropic": "https://console.anthropic.com/settings/keys",
 }
 #: Prefix of the batch ids of dry runs, so that none is the id of a real batch.
 DRY_RUN_PREFIX = "dry-"
@@ -78,6 +85,10 @@ class CommandRequest:
     prompt: str | None = None
     format: Format = "auto"
     strict: bool = False
+    files_root: str | None = None
+    override: str | None = None
+    allow_dropping: str | None = None
+    max_models: int | None = None
     # The quota. Infinity means unlimited.
     rpm: float | None = None
     tpm: float | None = None
@@ -107,6 +118,8 @@ class CommandRequest:
     slots: int | None = None
     # The output.
     out: str | None = None
+    out_format: OutFormat | None = None
+    keep_raw: bool = False
     ordered: bool = False
     overwrite: bool = False
     as_json: bool = False
@@ -132,10 +145,22 @@ def settings_of(request: CommandRequest) -> Settings:
 
 
 def strategy_of(request: CommandRequest) -> StrategySpec:
-    """What `--model`, or `--strategy` with `--params`, asks for.
+    """What the options ask for.
 
     Raises:
         UsageError: naming the option that is wrong or missing.
+    """
+    given = given_strategy(request)
+    if given is None:
+        raise UsageError("say what answers: --model PROVIDER:NAME, or --strategy NAME --app MODULE")
+    return given
+
+
+def given_strategy(request: CommandRequest) -> StrategySpec | None:
+    """What `--model`, or `--strategy` with `--params`, asks for; None where rows must say it.
+
+    Raises:
+        UsageError: naming the option that is wrong.
     """
     model, name = request.model, request.strategy
     if model and name:
@@ -144,7 +169,7 @@ def strategy_of(request: CommandRequest) -> StrategySpec:
         check_label(name, "--strategy")
         return StrategySpec(name=name, params=_params(request) | _strategy_extras(request))
     if not model:
-        raise UsageError("say what answers: --model PROVIDER:NAME, or --strategy NAME --app MODULE")
+        return None
     provider, _, model_name = model.partition(":")
     if provider not in PROVIDER_KEYS:
         known = ", ".join(f"{name}:NAME" for name in PROVIDER_KEYS if name != "simulated")
@@ -156,7 +181,55 @@ def strategy_of(request: CommandRequest) -> StrategySpec:
     if request.base_url and provider != "openai":
         raise UsageError("--base-url goes with --model openai:NAME only")
     params = {"model": model_name or SIMULATED_MODEL} | _params(request) | _strategy_extras(request)
+    if request.allow_dropping:
+        params["allow_dropping"] = names_of(request.allow_dropping)
     return StrategySpec(name=provider, params=params)
+
+
+def names_of(text: str | None) -> list[str]:
+    """The names of an option as `--override NAME,...`."""
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
+#: Options that would have to be written into a body that is sent as it is.
+_BODY_OPTIONS = ("system", "temperature", "max_output_tokens", "schema")
+
+
+def native_of(request: CommandRequest, strategy: StrategySpec | None) -> NativeRows:
+    """How rows in the format of a provider's batch file are read.
+
+    Raises:
+        UsageError: for a name in `--override` that is no option, or one that was not given.
+    """
+    overrides = names_of(request.override)
+    for name in overrides:
+        if name not in ("model", *_BODY_OPTIONS):
+            known = ", ".join(("model", *_BODY_OPTIONS))
+            raise UsageError(f"--override {name!r}: it is one of {known}")
+        if getattr(request, name) is None:
+            raise UsageError(f"--override {name}: there is no --{name.replace('_', '-')}")
+    if strategy is not None and strategy.name not in PROVIDER_KEYS:
+        return NativeRows(strategy=strategy)
+    given = [name for name in _BODY_OPTIONS if getattr(request, name) is not None]
+    options = {name: getattr(request, name) for name in given if name in overrides}
+    if "schema" in options:
+        options["schema"] = read_schema(request.schema)
+    if "model" in overrides:
+        options["model"] = request.model
+    params: dict[str, Any] = {}
+    if request.allow_dropping:
+        params["allow_dropping"] = names_of(request.allow_dropping)
+    model = None if strategy is None else strategy.params.get("model")
+    if request.model == "simulated" and "model" not in overrides:
+        model = None  # it names a provider, and rows name their models
+    return NativeRows(
+        provider=None if strategy is None else strategy.name,
+        model=model,
+        options=options,
+        refused=[name for name in given if name not in overrides],
+        params=params,
+        most_models=request.max_models or MOST_MODELS,
+    )
 
 
 def _strategy_extras(request: CommandRequest) -> dict[str, Any]:
@@ -408,7 +481,9 @@ def check_price(spec: BatchSpec, instance: Any, settings: Settings) -> None:
 def batch_id_for(source: str) -> str:
     """A readable id that no other batch has, as `reviews-1122-2104-3f2a`."""
     stem = "batch" if source == STDIN else Path(source).stem
-    clean = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.")[:40] or "batch"
+    clean = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.")
+    # `dry-goods.jsonl` is no dry run: its batch could not be resumed by its id.
+    clean = re.sub(rf"^({DRY_RUN_PREFIX}[-.]*)+", "", clean)[:40] or "batch"
     return f"{clean}-{time.strftime('%m%d-%H%M')}-{secrets.token_hex(2)}"
 
 
@@ -419,6 +494,7 @@ def spec_of(
     source: str,
     queue: str | None,
     keep_results: bool,
+    own_models: bool = False,
 ) -> BatchSpec:
     """The specification of the batch.
 
@@ -428,6 +504,7 @@ def spec_of(
         source: names the batch where `--batch-id` does not.
         queue: the default of `--queue`; None means a private queue of this batch.
         keep_results: whether results stay in Redis after they have been read.
+        own_models: whether rows choose their model: each model then has a quota of its own.
 
     Raises:
         UsageError: naming the option that is wrong. pydantic's own error names a wrong bound.
@@ -444,7 +521,10 @@ def spec_of(
     return BatchSpec(
         batch_id=batch_id,
         strategy=strategy,
-        quota=_quota_name(request, default_quota_name(strategy)),
+        quota=request.quota and _quota_name(request, "")
+        if own_models
+        else _quota_name(request, default_quota_name(strategy)),
+        keep_raw=request.keep_raw or request.out_format is not None,
         config=config_of(request),
         queue=request.queue or queue or f"run.{batch_id}",
         priority=request.priority or 0,
@@ -459,10 +539,33 @@ def spec_of(
     )
 
 
+def each_model(
+    producer: Producer, spec: BatchSpec, request: CommandRequest, rows: Rows, settings: Settings
+) -> None:
+    """What is set or checked for each model that rows name, before its first row is enqueued: the
+    limits of its quota, and its price under `--max-cost`."""
+    if not rows.native.own_models:
+        return
+
+    def prepare(model: StrategySpec) -> None:
+        quota = quota_of(request, default_quota_name(model)) if spec.quota is None else None
+        try:
+            if spec.max_cost is not None:
+                check_price(spec, check_strategy(model, settings), settings)
+            if quota is not None:
+                producer.set_quota(quota, update=request.quota_update)
+        except UsageError as error:
+            raise InputError(str(error)) from error
+
+    for model in list(rows.native.models.values()):
+        prepare(model)
+    rows.native.on_model = prepare
+
+
 # -- over which rows
 
 
-def rows_of(request: CommandRequest, source: str, strategy: StrategySpec) -> Rows:
+def rows_of(request: CommandRequest, source: str, strategy: StrategySpec | None) -> Rows:
     """The opened input.
 
     Raises:
@@ -474,12 +577,16 @@ def rows_of(request: CommandRequest, source: str, strategy: StrategySpec) -> Row
         strategy,
         template=PromptTemplate(template) if template else None,
         format=request.format,
-        tunable=strategy.name in PROVIDER_KEYS,
+        native=native_of(request, strategy),
+        files_root=Path(request.files_root) if request.files_root else None,
     )
 
 
 def open_rows(
-    request: CommandRequest, source: str, strategy: StrategySpec, stack: contextlib.ExitStack
+    request: CommandRequest,
+    source: str,
+    strategy: StrategySpec | None,
+    stack: contextlib.ExitStack,
 ) -> Rows:
     """The input, closed by `stack`.
 

@@ -33,6 +33,7 @@ from batchllm_celery.events import (
     WorkerStopped,
 )
 from batchllm_celery.execution import ItemJob, ItemRunner, OpenGate, Prices, Stopped, Unrunnable
+from batchllm_celery.files.parts import PartReader
 from batchllm_celery.keys import Keys
 from batchllm_celery.limiter import Estimator
 from batchllm_celery.models import (
@@ -43,6 +44,7 @@ from batchllm_celery.models import (
     ProcessorConfig,
     Quota,
     QuotaLimits,
+    Request,
     StrategySpec,
     TContext,
     TInput,
@@ -237,8 +239,11 @@ class ParallelBatchProcessor(Generic[TInput, TOutput, TContext]):
 
         Raises:
             UsageError: if its strategy is neither registered nor an instance.
+            PartError: (a ValueError) a file that its request names can't be used.
         """
         _check_strategy(work_item)
+        if isinstance(work_item.prompt, Request):
+            work_item.prompt = PartReader().read(work_item.prompt)
         entry = (self._added, time.monotonic(), work_item)
         self._added += 1
         if self._queue.full():

@@ -38,7 +38,6 @@ class Answer(Completion[Any]):
 
     status: int = 200
     request_id: str | None = None
-    limits: RateLimits | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +45,13 @@ class FailedAnswer(Failure):
     """A reply that is no answer, or none that can be used.
 
     `metadata` has `partial_output` where a text was cut, `finish_reason`, `model`, `response_id`.
+    `code` is the status that the error itself names, where it came under another one.
     """
 
-    metadata: Mapping[str, Any] = field(default_factory=dict)
     status: int = 0
     request_id: str | None = None
     limits: RateLimits | None = None
+    code: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ def read(
     try:
         return _read(reply, body, reader, usage)
     except RecursionError:
-        return reply.failed(_unread(reply, b"", "it is nested too deep"))
+        return _unread(reply, b"", "it is nested too deep")
 
 
 def _read(
@@ -99,13 +99,13 @@ def _read(
     reader: Callable[[Mapping[str, Any]], Read],
     usage: Callable[[Mapping[str, Any]], TokenUsage],
 ) -> Answer | FailedAnswer:
-    value = _parse(body)
+    value = _parse(body, reply.headers)
     if isinstance(value, str):
-        return reply.failed(_unread(reply, body, value))
+        return _unread(reply, body, value)
     error = find_error(value, reply.status)
     if error is not None:
         spent = usage(value) if isinstance(value, dict) else NO_TOKENS
-        return reply.failed(_read_error(reply.status, reply.headers, error, spent))
+        return _read_error(reply, error, spent)
     if not isinstance(value, dict):
         return reply.failed(_bad("the body is no JSON object"))
     try:
@@ -131,19 +131,30 @@ class _Reply:
 
     def answered(self, found: Read) -> Answer:
         return Answer(
-            found.output, found.usage, found.metadata, self.status, self.request_id, self.limits
+            found.output,
+            found.usage,
+            found.metadata,
+            limits=self.limits,
+            status=self.status,
+            request_id=self.request_id,
         )
 
-    def failed(self, failure: Failure, metadata: Mapping[str, Any] | None = None) -> FailedAnswer:
+    def failed(
+        self,
+        failure: Failure,
+        metadata: Mapping[str, Any] | None = None,
+        code: int | None = None,
+    ) -> FailedAnswer:
         return FailedAnswer(
             failure.kind,
             failure.message,
             failure.retry_after,
             failure.usage,
             metadata or {},
-            self.status,
-            self.request_id,
-            self.limits,
+            status=self.status,
+            request_id=self.request_id,
+            limits=self.limits,
+            code=code,
         )
 
 
@@ -155,11 +166,10 @@ def _bad(message: str, usage: TokenUsage = NO_TOKENS) -> Failure:
 # -- bodies
 
 
-def _parse(body: bytes) -> Any:
+def _parse(body: bytes, headers: Mapping[str, str]) -> Any:
     """The body's JSON, or a text that says why there is none."""
-    try:
-        text = body.decode("utf-8-sig")
-    except UnicodeDecodeError:
+    text = _decoded(body, headers)
+    if text is None:
         return "it is not UTF-8"
     try:
         value = _loads(text)
@@ -168,6 +178,27 @@ def _parse(body: bytes) -> Any:
     if isinstance(value, str):
         return "it is a bare JSON text"
     return _without_halves(value) if "\\ud" in text or "\\uD" in text else value
+
+
+def text_of_body(body: bytes, headers: Mapping[str, str] | None = None) -> str:
+    """A body as text, whatever it is."""
+    text = _decoded(body, headers or {})
+    return body.decode("utf-8", "replace") if text is None else text
+
+
+_CHARSET = re.compile(r"charset\s*=\s*\"?([\w.:-]{1,40})", re.IGNORECASE)
+
+
+def _decoded(body: bytes, headers: Mapping[str, str]) -> str | None:
+    """The body as text: UTF-8, as JSON should be, UTF-16 and UTF-32 by their zeros, else what the
+    header says. None for none of these."""
+    declared = _CHARSET.search(headers.get("content-type", ""))
+    for encoding in (json.detect_encoding(body), declared and declared.group(1)):
+        try:
+            return body.decode("utf-8-sig" if encoding == "utf-8" else encoding or "utf-8")
+        except (UnicodeError, LookupError):
+            continue
+    return None
 
 
 def _loads(text: str) -> Any:
@@ -204,11 +235,10 @@ def _shape_of(text: str) -> str:
     return "it is cut off" if start.startswith(("{", "[")) else "it is not JSON"
 
 
-def _unread(reply: _Reply, body: bytes, why: str) -> Failure:
+def _unread(reply: _Reply, body: bytes, why: str) -> FailedAnswer:
     if reply.status < 300:
-        return _bad(f"the body of status {reply.status} is no answer: {why}")
-    words = page_text(body.decode("utf-8", "replace"))
-    return _read_error(reply.status, reply.headers, words, NO_TOKENS)
+        return reply.failed(_bad(f"the body of status {reply.status} is no answer: {why}"))
+    return _read_error(reply, page_text(body.decode("utf-8", "replace")), NO_TOKENS)
 
 
 _TAG = re.compile(r"<[^<>]{0,2000}>")
@@ -414,7 +444,8 @@ class _Error:
     wait: float | None = None
 
 
-def _read_error(status: int, headers: Mapping[str, str], value: Any, usage: TokenUsage) -> Failure:
+def _read_error(reply: _Reply, value: Any, usage: TokenUsage) -> FailedAnswer:
+    status, headers = reply.status, reply.headers
     error = _take_apart(value)
     code = status if status >= 300 else error.code
     kind = _kind_of(code, error)
@@ -423,12 +454,14 @@ def _read_error(status: int, headers: Mapping[str, str], value: Any, usage: Toke
     if kind is FailureKind.QUOTA_EXHAUSTED and wait is None and error.details:
         wait = seconds_to_pacific_midnight(server_time(headers))
     shown = " ".join(part for part in (str(code or ""), error.words) if part)
-    return Failure(
+    title = condense(error.title or "ProviderError")
+    failure = Failure(
         kind,
-        f"{condense(error.title or 'ProviderError')}: {condense(shown) or 'no reason was given'}",
+        f"{title}: {condense(shown) or 'no reason was given'}",
         None if wait is None else clamped(wait),
         usage,
     )
+    return reply.failed(failure, code=code if code != status else None)
 
 
 def _take_apart(value: Any) -> _Error:

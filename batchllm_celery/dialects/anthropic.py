@@ -464,7 +464,7 @@ def _failure(finish: Any, output: Any) -> tuple[FailureKind, str] | None:
         return FailureKind.CONTENT_BLOCKED, "the model refused"
     if not isinstance(finish, str) or finish not in _GOOD_ENDS:
         return FailureKind.UNKNOWN, f"the answer ended with {short(finish)}"
-    if not output:
+    if not output or (isinstance(output, str) and not output.strip()):
         return FailureKind.UNKNOWN, f"the answer is empty ({finish})"
     return None
 

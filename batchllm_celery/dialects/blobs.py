@@ -13,14 +13,17 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, TypeAlias
+
+from batchllm_celery.models.request import Request
 
 #: Bytes of JSON that a payload may have.
 MOST_PAYLOAD_BYTES = 64 * 1024
 #: A text of this many characters is lifted, whatever it is.
 LONG_TEXT = 4096
 
-Encoding: TypeAlias = Literal["base64", "base64url", "text", "lifted"]
+Encoding: TypeAlias = Literal["base64", "base64url", "text", "bytes", "lifted"]
 
 _DATA_URL = re.compile(r"data:[\w.+-]+/[\w.+-]+(?:;[\w.+=-]+){0,4};base64,")
 #: Fields that hold base64 beside a media type or a format, in any dialect.
@@ -34,7 +37,8 @@ class Place:
     Args:
         path: keys and indexes from the body's root.
         sha: hex SHA-256 of the blob.
-        encoding: how its bytes become the value: base64 text, text, or a lifted body of its own.
+        encoding: how its bytes become the value: base64 text, text, the bytes themselves (of a
+            `Request`'s part), or a lifted body of its own.
         prefix: what stands before them (`data:image/png;base64,`).
     """
 
@@ -88,6 +92,30 @@ def lift(body: Any, *, most_bytes: int = MOST_PAYLOAD_BYTES, long_text: int = LO
     return Lifted(None, (Place((), _store(blobs, data), "lifted"),), blobs)
 
 
+def lift_request(
+    request: Request, *, most_bytes: int = MOST_PAYLOAD_BYTES, long_text: int = LONG_TEXT
+) -> Lifted:
+    """The same of a request's JSON, without encoding its parts on the way."""
+    blobs: dict[str, bytes] = {}
+    places: list[Place] = []
+    messages = []
+    for i, message in enumerate(request.messages):
+        content = message.content
+        if not isinstance(content, str):
+            parts = list(content)
+            for j, part in enumerate(parts):
+                data = getattr(part, "data", None)
+                if data is not None:
+                    path = ("messages", i, "content", j, "data")
+                    places.append(Place(path, _store(blobs, data), "bytes"))
+                    parts[j] = part.model_copy(update={"data": None})
+            message = message.model_copy(update={"content": tuple(parts)})
+        messages.append(message)
+    bare = request.model_copy(update={"messages": tuple(messages)})
+    lifted = lift(bare.to_json(), most_bytes=most_bytes, long_text=long_text)
+    return Lifted(lifted.body, (*lifted.places, *places), {**lifted.blobs, **blobs})
+
+
 def restore(body: Any, places: tuple[Place, ...], blobs: Mapping[str, bytes]) -> Any:
     """The body as it was. What has no places is not copied; `body` is not changed.
 
@@ -101,8 +129,9 @@ def restore(body: Any, places: tuple[Place, ...], blobs: Mapping[str, bytes]) ->
             raise BlobMissingError(place.sha) from None
         if place.encoding == "lifted":
             inner, listed = json.loads(data.decode("utf-8", "surrogatepass"))
-            return restore(inner, tuple(Place.of(entry) for entry in listed), blobs)
-        body = _put(body, place.path, _value(place, data))
+            body = restore(inner, tuple(Place.of(entry) for entry in listed), blobs)
+        else:
+            body = _put(body, place.path, _value(place, data))
     return body
 
 
@@ -165,12 +194,19 @@ def _decoded(text: str) -> Iterator[tuple[Encoding, bytes]]:
 
 
 def _store(blobs: dict[str, bytes], data: bytes) -> str:
-    sha = hashlib.sha256(data).hexdigest()
+    sha = _sha(data)
     blobs[sha] = data
     return sha
 
 
+@lru_cache(maxsize=4)  # many rows may share one object of many megabytes
+def _sha(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
 def _value(place: Place, data: bytes) -> Any:
+    if place.encoding == "bytes":
+        return data
     if place.encoding == "base64":
         return place.prefix + base64.b64encode(data).decode("ascii")
     if place.encoding == "base64url":
@@ -184,5 +220,5 @@ def _put(body: Any, path: tuple[str | int, ...], value: Any) -> Any:
         return value
     first, rest = path[0], path[1:]
     copy = dict(body) if isinstance(body, dict) else list(body)
-    copy[first] = _put(body[first], rest, value)  # type: ignore[index]
+    copy[first] = _put(body[first], rest, value) if rest else value  # type: ignore[index]
     return copy

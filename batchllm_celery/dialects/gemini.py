@@ -596,14 +596,15 @@ def _failure(
     candidate: Mapping[str, Any], parts: Sequence[Any], output: Any
 ) -> tuple[FailureKind, str] | None:
     finish = _get(candidate, "finishReason")
-    if finish == "MAX_TOKENS":
+    end = finish.strip().upper() if isinstance(finish, str) else ""
+    if end == "MAX_TOKENS":
         return FailureKind.TRUNCATED, CUT
-    if isinstance(finish, str) and finish in _BLOCKED:
-        return FailureKind.CONTENT_BLOCKED, f"the answer was blocked: {finish}"
-    if finish != "STOP":
+    if end in _BLOCKED:
+        return FailureKind.CONTENT_BLOCKED, f"the answer was blocked: {end}"
+    if end != "STOP":
         # Malformed calls too: the model's answer was not seen, so there is nothing to feed back.
         return FailureKind.UNKNOWN, f"the answer ended with {short(finish)}"
-    if not output:
+    if not output or (isinstance(output, str) and not output.strip()):
         kinds = sorted({name for part in parts for name in part if name != "text"})
         return FailureKind.UNKNOWN, f"the answer is empty ({', '.join(kinds) or finish})"[:200]
     return None

@@ -426,6 +426,7 @@ _GOOD_ENDS = frozenset(
         "complete",
     }
 )
+_CALL_ENDS = frozenset({"tool_calls", "function_call"})
 _CUT_ENDS = frozenset({"length", "max_tokens", "max_output_tokens", "model_length"})
 _BLOCKED_ENDS = frozenset({"content_filter", "safety", "refusal", "recitation"})
 
@@ -511,16 +512,16 @@ def _read_choice(choice: Any) -> Read:
 def _failure(
     finish: Any, message: Mapping[str, Any], text: str, calls: list[Any]
 ) -> tuple[FailureKind, str] | None:
-    end = finish.lower() if isinstance(finish, str) else ""
+    end = finish.strip().lower() if isinstance(finish, str) else ""
     if end in _CUT_ENDS:
         return FailureKind.TRUNCATED, CUT
     if end in _BLOCKED_ENDS:
         return FailureKind.CONTENT_BLOCKED, f"the answer was blocked: {end}"
     if message.get("refusal") or _refused(message.get("content")):
         return FailureKind.CONTENT_BLOCKED, "the model refused"
-    if end not in _GOOD_ENDS:
+    if end not in _GOOD_ENDS or (end in _CALL_ENDS and not calls):
         return FailureKind.UNKNOWN, f"the answer ended with {short(finish)}"
-    if not text and not calls:
+    if not text.strip() and not calls:
         return FailureKind.UNKNOWN, f"the answer is empty ({finish})"
     return None
 

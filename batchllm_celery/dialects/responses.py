@@ -382,7 +382,7 @@ def _failure(
         return FailureKind.CONTENT_BLOCKED, "the model refused"
     if body.get("status", "completed") != "completed" or reason is not None:
         return FailureKind.UNKNOWN, f"the answer ended with {short(reason or body.get('status'))}"
-    if not output:
+    if not output or (isinstance(output, str) and not output.strip()):
         return FailureKind.UNKNOWN, "the answer is empty (completed)"
     return None
 

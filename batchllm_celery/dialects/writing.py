@@ -6,6 +6,7 @@ import base64
 import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from batchllm_celery.dialects.media import media_type_of
@@ -76,7 +77,9 @@ class Writer:
         if media_type is None:
             self.refuse(f"{path}.media_type", "is missing, and the content does not tell")
             return None
-        return media_type, base64.b64encode(part.data).decode("ascii")
+        if isinstance(part, ImagePart) and not media_type.startswith("image/"):
+            self.refuse(path, f"is no image, but {media_type}")
+        return media_type, _base64(part.data)
 
     def arguments(self, call: ToolCall, path: str) -> dict[str, Any]:
         """A tool call's arguments as an object, for providers that want one."""
@@ -113,6 +116,20 @@ class Writer:
             else:
                 self.refuse(f"{path}.{name}", "the request itself writes this field")
 
+
+#: Bytes of data whose base64 text is kept for the next row: several may share one file.
+_KEPT_BYTES = 64 * 1024
+
+
+def _base64(data: bytes) -> str:
+    return _kept_base64(data) if len(data) >= _KEPT_BYTES else _encoded(data)
+
+
+def _encoded(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
+
+
+_kept_base64 = lru_cache(maxsize=2)(_encoded)
 
 _SPELLINGS = {
     "image/jpg": "image/jpeg",

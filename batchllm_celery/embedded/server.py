@@ -23,7 +23,7 @@ from pathlib import Path
 from batchllm_celery.embedded import supervisor
 from batchllm_celery.errors import BatchLLMError, EmbeddedServerError, describe
 from batchllm_celery.events import ConnectionLost, Event, Events
-from batchllm_celery.settings import Settings
+from batchllm_celery.settings import Settings, absolute
 
 logger = logging.getLogger("batchllm_celery")
 
@@ -58,8 +58,9 @@ class EmbeddedServer:
 
         Raises:
             EmbeddedServerError: it can't be used; one line with the folder and the server's reason.
+            UsageError: no home is known for a `~` in `state_dir`.
         """
-        folder = state_dir.expanduser().absolute() / "valkey"
+        folder = absolute(state_dir) / "valkey"
         try:
             folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             folder.mkdir(mode=0o700, exist_ok=True)

@@ -17,6 +17,7 @@ from typing import Any
 from pydantic_core import to_json
 from redis.exceptions import RedisError
 
+from batchllm_celery.dialects.answers import text_of_body
 from batchllm_celery.errors import (
     BatchLLMError,
     FailureKind,
@@ -30,6 +31,7 @@ from batchllm_celery.events import AttemptFailed, AttemptStarted, Events, ItemFi
 from batchllm_celery.execution.job import ItemJob, Stopped, Unrunnable
 from batchllm_celery.execution.output import json_form, plain_metadata
 from batchllm_celery.execution.pricing import Prices
+from batchllm_celery.execution.prompts import input_tokens, most_output_tokens
 from batchllm_celery.execution.retry import delay_before_next, refused_too_often
 from batchllm_celery.execution.user_code import ends, from_user, stand_in
 from batchllm_celery.limiter import CallOutcome, Estimator, Limiter, Permit
@@ -44,7 +46,8 @@ from batchllm_celery.models import (
     TokenUsage,
     WorkItemResult,
 )
-from batchllm_celery.strategies.base import as_completion
+from batchllm_celery.models.current_item import CurrentItem, set_current_item
+from batchllm_celery.strategies.base import as_completion, unsupported
 from batchllm_celery.strategies.failures import (
     classify,
     classify_for,
@@ -174,6 +177,7 @@ class _Run:
         "called_at",
         "cost",
         "estimate_key",
+        "estimate_of",
         "executed",
         "is_retry",
         "job",
@@ -195,6 +199,8 @@ class _Run:
         self.usage_estimated = False
         self.limit = job.config.timeout_per_item
         self.estimate_key = f"{job.quota}/{type(job.strategy).__name__}"
+        self.estimate_of: str | int = job.prompt if isinstance(job.prompt, str) else 0
+        """The text; of another prompt about its input tokens."""
         self.last: Failure | None = None
         self.baseline: int | None = None
         self.blamed: list[float] = []
@@ -232,6 +238,8 @@ class _Run:
         )
 
     async def _drive(self) -> _Outcome:
+        if why := unsupported(self.job.strategy, self.job.prompt):
+            return Failure(FailureKind.INVALID_INPUT, f"InvalidInput: {why}")
         if self.job.config.dry_run:
             return await self._rehearse()
         try:
@@ -263,11 +271,14 @@ class _Run:
         if refusal is not None:
             return refusal
         self.job.attempts += 1
+        self._say_who(self.job.attempts)
         try:
             answer = await from_user(self.job.strategy.dry_run, self.job.prompt)
             completion = as_completion(answer)
         except Exception as error:
             return self._failure(error)
+        finally:
+            set_current_item(None)
         self._spend(completion.usage)
         return completion
 
@@ -275,14 +286,20 @@ class _Run:
         """One call; None if another one follows."""
         job, runner = self.job, self.runner
         try:
+            if self.estimate_of == 0:
+                self.estimate_of = await input_tokens(job.prompt, job.strategy)
             estimate = partial(
                 runner.estimator.estimate,
                 self.estimate_key,
-                job.prompt,
-                job.strategy.max_output_tokens,
+                self.estimate_of,
+                most_output_tokens(job.prompt, job.strategy),
             )
             permit = await runner.limiter.acquire(
-                job.quota, estimate, priority=job.priority, retry=self.is_retry
+                job.quota,
+                estimate,
+                priority=job.priority,
+                retry=self.is_retry,
+                tried=job.refusals + job.overloads + job.attempts,
             )
         except QuotaUnavailableError as error:
             return await self._day_is_over(classify(error), error.until)
@@ -332,6 +349,7 @@ class _Run:
         started = time.monotonic()
         scope = asyncio.timeout(self.limit)
         task = asyncio.current_task()
+        self._say_who(job.attempts + 1)
         job.gate.calls(True)
         self.called_at = started
         try:
@@ -360,6 +378,11 @@ class _Run:
             raise
         finally:
             self.executed += time.monotonic() - started
+            set_current_item(None)
+
+    def _say_who(self, attempt: int) -> None:
+        job = self.job
+        set_current_item(CurrentItem(job.batch_id, job.item_id, job.index, attempt, job.context))
 
     def _succeeded(self, permit: Permit, completion: Completion[Any]) -> None:
         job, runner = self.job, self.runner
@@ -377,13 +400,13 @@ class _Run:
         runner.forbidden.pop(job.batch_id, None)
         runner.succeeded_at[job.quota] = time.monotonic()
         if known:
-            runner.estimator.observe(self.estimate_key, job.prompt, known)
+            runner.estimator.observe(self.estimate_key, self.estimate_of, known)
         job.attempts += 1
         if not usage and job.estimate_usage:
             usage = self._estimated_usage(completion.output)
             job.usage = job.usage + usage
         else:
-            self._spend(usage, completion.metadata.get("model"))
+            self._spend(usage, completion.priced_as or completion.metadata.get("model"))
 
     async def _failed(self, permit: Permit, error: Exception) -> _Outcome | None:
         job = self.job
@@ -441,7 +464,7 @@ class _Run:
         except ValueError:  # it has no JSON form, which is a failure of its own
             text = ""
         return TokenUsage(
-            input_tokens=plain_tokens(self.job.prompt),
+            input_tokens=plain_tokens(self.estimate_of),
             output_tokens=plain_tokens(text) if text else 0,
         )
 
@@ -612,7 +635,7 @@ class _Run:
             except BaseException as error:  # the answer is worth more
                 self.runner.report(self.job, "unwritable_metadata", error)
                 metadata = {"metadata_dropped": type(error).__name__}
-        return Completion(output, completion.usage, metadata)
+        return replace(completion, output=output, metadata=metadata)
 
     def _result(self, outcome: Completion[Any] | Failure) -> WorkItemResult[Any, Any]:
         job = self.job
@@ -631,11 +654,35 @@ class _Run:
                 success=False,
                 error=outcome.message,
                 error_kind=outcome.kind,
-                metadata=metadata,
+                metadata={**self._notes(outcome), **metadata, **self._kept(outcome)},
                 **common,
             )
-        metadata = {**outcome.metadata, **metadata}
+        metadata = {**outcome.metadata, **metadata, **self._kept(outcome)}
         return WorkItemResult(success=True, output=outcome.output, metadata=metadata, **common)
+
+    def _notes(self, failure: Failure) -> Any:
+        """What a failure says besides, as far as it has a JSON form."""
+        if not failure.metadata or not self.runner.json_output:
+            return failure.metadata
+        try:
+            return plain_metadata(failure.metadata)
+        except Exception as error:
+            self.runner.report(self.job, "unwritable_metadata", error)
+            return {"metadata_dropped": type(error).__name__}
+
+    def _kept(self, outcome: Completion[Any] | Failure) -> dict[str, Any]:
+        """The provider's reply, for a batch that keeps it."""
+        reply = outcome.reply
+        if not self.job.keep_raw or reply is None:
+            return {}
+        kept = {
+            "raw": text_of_body(reply.body),
+            "status": reply.status,
+            "request_id": reply.request_id,
+            "dialect": reply.dialect,
+            "priced_as": self.job.strategy.model_name,
+        }
+        return {name: value for name, value in kept.items() if value is not None}
 
     def _timing(self) -> Timing:
         """What is neither before the start nor a call was a wait: every moment has its place."""

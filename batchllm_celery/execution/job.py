@@ -14,6 +14,7 @@ from batchllm_celery.models import (
     BatchState,
     Failure,
     ProcessorConfig,
+    Prompt,
     RetryState,
     TokenUsage,
 )
@@ -106,6 +107,7 @@ class ItemJob:
         needs_prices: whether a model without a known price is not called (the batch's money is
             bounded, and nobody could count it).
         estimate_usage: whether calls that tell no tokens count as estimated, for a token budget.
+        keep_raw: whether the provider's whole reply stays with the result.
         parks: whether the day's exhausted quota sends the item back (else it fails); a function is
             asked when that happens, because the quota's setting may change in mid-run.
     """
@@ -113,7 +115,7 @@ class ItemJob:
     batch_id: str
     item_id: str
     index: int
-    prompt: str
+    prompt: Prompt
     context: Any
     strategy: LLMCallStrategy[Any]
     prepare: Callable[[], Awaitable[None]]
@@ -131,6 +133,7 @@ class ItemJob:
     prices: Mapping[str, ModelPrices] = field(default_factory=dict)
     needs_prices: bool = False
     estimate_usage: bool = False
+    keep_raw: bool = False
     parks: bool | Callable[[], Awaitable[bool]] = True
     error: Exception | None = None
     """The last exception of the strategy, for whoever runs in the same process."""

@@ -220,6 +220,10 @@ class Batches:
         """
         return BatchLock(self._runner, batch_id, role, lease, wait)
 
+    async def told(self, batch_id: str, round_: int) -> None:
+        """Whoever was to be told that this round is over has been told."""
+        await self._runner.run(scripts.TOLD, batch_id, [round_])
+
     async def sweep(self, batch_id: str) -> BatchState:
         """Write the outcome of every item of a stopped batch that nobody holds, 1,000 at a time.
 

@@ -111,6 +111,11 @@ class Claims:
         self.moving = asyncio.Lock()
         """Held while items are released or reclaimed: one must not undo the other."""
 
+    def known_spec(self, batch_id: str) -> BatchSpec | None:
+        """What a batch runs with, as this process saw it last; None where it has not."""
+        calls = self._calls.get(batch_id)
+        return None if calls is None else calls.spec
+
     async def claim(self, batch_id: str, indexes: Sequence[int]) -> ClaimReply:
         """Take the items that a message named.
 
@@ -139,6 +144,14 @@ class Claims:
         answer = await self._of(claim.batch_id).begin.submit(claim)
         claim.calling, claim.unused = answer is None, False
         return answer
+
+    async def blobs(self, batch_id: str, shas: Sequence[str]) -> dict[str, bytes]:
+        """Large values of payloads by hex SHA-256; those that are gone are missing."""
+        connection = self._runner.connection
+        client: Any = connection.client
+        key, fields = self._runner.keys.batch(batch_id).blob, [bytes.fromhex(sha) for sha in shas]
+        found = await connection.patiently(partial(client.hmget, key, fields))
+        return {sha: data for sha, data in zip(shas, found, strict=True) if data is not None}
 
     async def save(
         self,

@@ -5,16 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import pydantic_core
 
+from batchllm_celery.dialects.blobs import Place, lift, lift_request, restore
 from batchllm_celery.errors import FailureKind, UsageError
 from batchllm_celery.models import (
     NO_TOKENS,
     SCHEMA_VERSION,
     BatchSpec,
+    NativeRequest,
+    Prompt,
+    Request,
     RetryState,
     StrategySpec,
     TokenUsage,
@@ -23,6 +28,9 @@ from batchllm_celery.models import (
 
 logger = logging.getLogger("batchllm_celery")
 
+#: Version of a payload that holds no plain text: a process that knows texts only would send the
+#: JSON of a request as a prompt.
+REQUEST_PAYLOAD = 2
 #: Bytes of a row's fingerprint.
 FINGERPRINT_BYTES = 8
 #: Most levels of nesting in a row's context; see `too_deep`.
@@ -46,31 +54,81 @@ MESSAGES = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class StoredRequest:
+    """A `Request` or `NativeRequest` as a payload holds it; `build` makes it again."""
+
+    form: str
+    """`request` or `native`."""
+    data: bytes
+    """JSON: what is left of it, and the places of the values that stand elsewhere."""
+    shas: tuple[str, ...] = ()
+    """Hex SHA-256 of each blob that it needs."""
+
+    def build(self, blobs: Mapping[str, bytes]) -> Request | NativeRequest:
+        """The prompt as it was submitted.
+
+        Raises:
+            BlobMissingError: `blobs` lacks one of `shas`.
+            UsageError: it is of a newer version of this package.
+        """
+        body, places = json.loads(self.data.decode("utf-8", "surrogatepass"))
+        value = restore(body, tuple(Place.of(place) for place in places), blobs)
+        return Request.of(value) if self.form == Request.FORM else NativeRequest.of(value)
+
+
 @dataclass(slots=True)
 class Payload:
-    """One row. `strategy` None: the batch's. `context` is any JSON value."""
+    """One row. `strategy` None: the batch's. `context` is any JSON value.
+
+    `prompt` is a `StoredRequest` where a payload was read that holds no text.
+    """
 
     item_id: str
-    prompt: str
+    prompt: Prompt | StoredRequest
     context: Any = None
     strategy: StrategySpec | None = None
+    expires_at: float | None = None
+    """Unix time of the Redis server after which no call of it starts; None: never."""
     problem: str | None = None
     """Why this row can't be run, where that was found out when it was read; never stored."""
 
     def encode(self) -> bytes:
+        """What `pack` gives, without the blobs."""
+        return self.pack()[0]
+
+    def pack(self) -> tuple[bytes, Mapping[str, bytes]]:
         """A line of JSON, then the prompt as it is: scripts cut the line off for outcomes that
-        they write themselves, and never parse it.
+        they write themselves, and never parse it. Beside it the large values of a request, which
+        are stored once by content: bytes by their hex SHA-256.
 
         Raises:
-            TypeError: if the context or the parameters are no JSON.
+            TypeError: if the context, the parameters or a native body are no JSON.
         """
+        prompt = self.prompt
         head: dict[str, Any] = {"v": SCHEMA_VERSION, "id": self.item_id}
+        content, blobs = b"", dict[str, bytes]()
+        if isinstance(prompt, str):
+            content = prompt.encode("utf-8", "surrogatepass")
+        elif isinstance(prompt, StoredRequest):
+            head |= {"v": REQUEST_PAYLOAD, "f": prompt.form, "b": list(prompt.shas)}
+            content = prompt.data
+        else:
+            native = prompt if isinstance(prompt, NativeRequest) else None
+            lifted = lift(native.to_json()) if native else lift_request(cast(Request, prompt))
+            blobs = dict(lifted.blobs)
+            head |= {"v": REQUEST_PAYLOAD, "f": prompt.FORM, "b": list(blobs)}
+            places = [place.to_json() for place in lifted.places]
+            whole = json.dumps([lifted.body, places], ensure_ascii=False, separators=(",", ":"))
+            content = whole.encode("utf-8", "surrogatepass")
         if self.context is not None:
             head["c"] = self.context
         if self.strategy is not None:
             head["s"] = {"name": self.strategy.name, "params": self.strategy.params}
+        if self.expires_at is not None:
+            head["x"] = self.expires_at
         line = json.dumps(head, separators=(",", ":"))
-        return line.encode("ascii") + b"\n" + self.prompt.encode("utf-8", "surrogatepass")
+        return line.encode("ascii") + b"\n" + content, blobs
 
     @classmethod
     def decode(cls, data: bytes) -> Payload:
@@ -81,12 +139,15 @@ class Payload:
         """
         line, _, prompt = data.partition(b"\n")
         head = decode_head(line)
-        strategy = head.get("s")
+        strategy, form = head.get("s"), head.get("f")
         return cls(
             head["id"],
-            prompt.decode("utf-8", "surrogatepass"),
+            prompt.decode("utf-8", "surrogatepass")
+            if form is None
+            else StoredRequest(form, prompt, tuple(head["b"])),
             head.get("c"),
             None if strategy is None else StrategySpec(**strategy),
+            head.get("x"),
             head.get("problem"),
         )
 
@@ -100,10 +161,10 @@ def decode_head(line: bytes) -> dict[str, Any]:
     if too_deep(line):
         return _outline(line)
     head: dict[str, Any] = json.loads(line)
-    if head["v"] > SCHEMA_VERSION:
+    if head["v"] > REQUEST_PAYLOAD:
         raise UsageError(
             f"a row was written by a newer batchllm-celery (format {head['v']}, "
-            f"this one reads {SCHEMA_VERSION}): update this process"
+            f"this one reads {REQUEST_PAYLOAD}): update this process"
         )
     return head
 

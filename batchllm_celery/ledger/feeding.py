@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -24,6 +24,8 @@ Row = Payload | WorkItemResult[Any, Any]
 #: One feed script takes this many rows, or this many bytes, at most.
 FEED_ROWS = 500
 FEED_BYTES = 2 * 1024 * 1024
+#: Blobs of one chunk: they are kept as long as its rows.
+CHUNK_BLOB_BYTES = 16 * 1024 * 1024
 #: Seconds for which fed rows are kept here: a Redis that restarts may lose its last second.
 UNSYNCED_SECONDS = 3.0
 #: Items or bytes: more than any batch has.
@@ -54,8 +56,10 @@ class Created:
 @dataclass(frozen=True, slots=True)
 class _Chunk:
     first: int
-    rows: list[tuple[bytes, bytes, bytes]]
-    """Fingerprint, payload, result line of a bad row."""
+    rows: list[tuple[bytes, bytes, bytes, bytes]]
+    """Fingerprint, payload, result line of a bad row, SHAs of its blobs."""
+    blobs: dict[bytes, bytes] = field(default_factory=dict)
+    """What the payloads need beside them, by SHA-256."""
 
     @property
     def end(self) -> int:
@@ -142,9 +146,10 @@ class Feeding:
         return BatchState(text(state))
 
     def _create_arguments(self, spec: BatchSpec, identity: bytes) -> list[Argument]:
-        settings, rehearsal = self._settings, spec.config.dry_run
+        settings = self._settings
         stopping = {kind for kind, policy in FAILURE_POLICIES.items() if policy.stops_batch}
-        kinds = sorted({*spec.fail_fast, *stopping})
+        # The items of a standing batch have nothing to do with each other.
+        kinds = [] if spec.standing else sorted({*spec.fail_fast, *stopping})
         return [
             spec.model_dump_json(),
             identity,
@@ -153,14 +158,21 @@ class Feeding:
             "" if spec.max_cost is None else repr(spec.max_cost),
             "".join(f"{kind.value}," for kind in kinds),
             int(spec.keep_results),
-            min(settings.result_ttl_seconds, REHEARSAL_TTL)
-            if rehearsal
-            else settings.result_ttl_seconds,
+            self._ttl(spec),
             settings.max_deliveries,
             settings.max_payload_bytes // 4,
             spec.queue,
             spec.config.most_calls + settings.max_deliveries,
+            settings.result_ttl_seconds if spec.standing else "",
+            "" if spec.on_finished is None else 1,
         ]
+
+    def _ttl(self, spec: BatchSpec) -> int:
+        """Seconds for which it is kept when it is over."""
+        kept = self._settings.result_ttl_seconds
+        if spec.config.dry_run:
+            return min(kept, REHEARSAL_TTL)
+        return min(kept, self._settings.item_ttl_seconds) if spec.standing else kept
 
     async def _feeding_of(self, batch_id: str) -> _Feeding:
         feeding = self._feeding.get(batch_id)
@@ -194,38 +206,68 @@ class Feeding:
         arguments: list[Argument] = [chunk.first, *limits, grace]
         for row in chunk.rows:
             arguments += row
-        reply: Any = await _while_full(self._runner.run, scripts.FEED, batch_id, arguments)
-        fed, decision, *wake = reply
+        while True:
+            reply: Any = await _while_full(self._runner.run, scripts.FEED, batch_id, arguments)
+            fed, decision, *wake = reply
+            if decision != b"blobs":
+                break
+            await self.store_blobs(batch_id, chunk.blobs, wake[0])
         if decision == b"gap":
             return [], fed
         self._batches.sweep_if_stopped(batch_id, BatchState(text(decision)))
         return wake[0], None
 
+    async def store_blobs(
+        self, batch_id: str, blobs: Mapping[bytes, bytes], missing: Sequence[bytes]
+    ) -> None:
+        """Store what a script has found missing, several in a call.
 
-def _encode(row: Row, index: int, identity: bytes) -> tuple[bytes, bytes, bytes]:
+        Args:
+            batch_id: the batch whose payloads need them.
+            blobs: bytes by their SHA-256.
+            missing: the SHA-256 of each that is wanted.
+        """
+        arguments: list[Argument] = []
+        size = 0
+        for sha in missing:
+            arguments += (sha, blobs[sha])
+            size += len(blobs[sha])
+            if size >= FEED_BYTES or sha is missing[-1]:
+                await self._runner.run(scripts.BLOBS, batch_id, arguments)
+                arguments, size = [], 0
+
+
+_Encoded = tuple[bytes, bytes, bytes, Mapping[str, bytes]]
+
+
+def _encode(row: Row, index: int, identity: bytes) -> _Encoded:
     if isinstance(row, Payload):
         try:
-            payload = row.encode()
+            payload, blobs = row.pack()
         except (TypeError, ValueError, RecursionError) as error:
             # Its own words name the type; those of the others might quote the row.
             why = f": {error}" if isinstance(error, TypeError) else f" ({type(error).__name__})"
             raise InputError(
                 f"item {index} ({row.item_id}): its context can't be written as JSON{why}"
             ) from error
-        return fingerprint(payload, identity), payload, b""
+        return fingerprint(payload, identity), payload, b"", blobs
     line = encode_result(row)
-    return fingerprint(line, b"bad row"), b"", line
+    return fingerprint(line, b"bad row"), b"", line, {}
 
 
-def _chunks(first: int, rows: list[tuple[bytes, bytes, bytes]]) -> list[_Chunk]:
+def _chunks(first: int, rows: list[_Encoded]) -> list[_Chunk]:
     chunks: list[_Chunk] = []
     bytes_left = 0
-    for number, row in enumerate(rows):
-        size = len(row[1]) + len(row[2])
-        if not chunks or len(chunks[-1].rows) >= FEED_ROWS or size > bytes_left:
+    for number, (print_, payload, line, given) in enumerate(rows):
+        blobs = {bytes.fromhex(sha): data for sha, data in given.items()}
+        size = len(payload) + len(line)
+        held = sum(map(len, chunks[-1].blobs.values())) if chunks else 0
+        full = held > CHUNK_BLOB_BYTES or (chunks and len(chunks[-1].rows) >= FEED_ROWS)
+        if not chunks or full or size > bytes_left:
             chunks.append(_Chunk(first + number, []))
             bytes_left = FEED_BYTES
-        chunks[-1].rows.append(row)
+        chunks[-1].rows.append((print_, payload, line, b"".join(blobs)))
+        chunks[-1].blobs.update(blobs)
         bytes_left -= size
     return chunks
 

@@ -16,6 +16,7 @@ from batchllm_celery.ledger.claims import Claims
 from batchllm_celery.ledger.feeding import Feeding
 from batchllm_celery.ledger.recovery import Recovery
 from batchllm_celery.ledger.scripts import ScriptRunner
+from batchllm_celery.ledger.standing import Standing
 from batchllm_celery.settings import Settings
 
 
@@ -28,6 +29,7 @@ class Ledger:
         batches: look at batches, steer them, read results (anybody).
         feeding: create a batch and store its rows (a producer).
         claims: the items that this process runs (a worker).
+        standing: single items, and those who wait for them (anybody).
         recovery: items of dead processes and lost messages (a worker).
 
     Args:
@@ -46,6 +48,7 @@ class Ledger:
         self.background = BackgroundWork()
         self.batches = Batches(self.runner, self.background, settings)
         self.feeding = Feeding(self.runner, self.batches, settings)
+        self.standing = Standing(self.runner, self.batches, self.feeding, self.background, settings)
         self.claims = Claims(self.runner, self.batches, self.background, settings)
         self.recovery = Recovery(self.runner, self.batches, self.claims, settings)
 

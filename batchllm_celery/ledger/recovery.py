@@ -50,6 +50,11 @@ class Recovery:
         self._seen_until: dict[str, int] = {}
         self._not_running: set[Claim] = set()
         self._reconciled_at = time.monotonic()
+        self.ended: list[tuple[str, int]] = []
+        """Batches whose end somebody is to be told, and their rounds; as `owed`."""
+        self.owed: list[tuple[str, int, bytes]] = []
+        """Celery tasks that wait although their items are done: batch, index, task. `requeue` finds
+        them; whoever called it sends them again, and empties this."""
 
     async def requeue(
         self,
@@ -193,7 +198,11 @@ class Recovery:
         again = round(self._settings.offer_seconds * REQUEUE_AGAIN * 1000)
         arguments = [max(0, n), again, int(lost_only)]
         reply = await self._runner.run(scripts.REQUEUE, batch_id, arguments)
-        state, indexes, ready, unfinished, procs = reply
+        state, indexes, ready, unfinished, procs, owed, ended = reply
+        if ended >= 0:
+            self.ended.append((batch_id, ended))
+        tasks = zip(owed[::2], owed[1::2], strict=True)
+        self.owed += [(batch_id, int(index), task) for index, task in tasks if task]
         if ready:
             self._batches.sweep_if_stopped(batch_id, BatchState(text(state)))
         pairs = zip(procs[::2], procs[1::2], strict=True)

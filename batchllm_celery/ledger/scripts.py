@@ -31,6 +31,7 @@ def _load(name: str, *, at_maxmemory: bool = True) -> Script:
 
 CREATE = _load("create.lua", at_maxmemory=False)
 FEED = _load("feed.lua", at_maxmemory=False)
+BLOBS = _load("blobs.lua", at_maxmemory=False)
 SEAL = _load("seal.lua")
 CLAIM = _load("claim.lua")
 BEGIN = _load("begin.lua")
@@ -47,6 +48,10 @@ REOPEN = _load("reopen.lua")
 TRIM = _load("trim.lua")
 LOCK = _load("lock.lua")
 PROGRESS = _load("progress.lua")
+APPEND = _load("append.lua", at_maxmemory=False)
+LOOKUP = _load("lookup.lua")
+CANCEL_ITEM = _load("cancel_item.lua")
+TOLD = _load("told.lua")
 
 
 class ScriptRunner:

@@ -45,8 +45,13 @@ class Estimator:
     def __init__(self) -> None:
         self._learned: dict[str, _Learned] = {}
 
-    def estimate(self, key: str, prompt: str, max_output_tokens: int | None = None) -> Estimate:
-        """Input and output tokens of one call; the output is at most `max_output_tokens`."""
+    def estimate(
+        self, key: str, prompt: str | int, max_output_tokens: int | None = None
+    ) -> Estimate:
+        """Input and output tokens of one call; the output is at most `max_output_tokens`.
+
+        `prompt` is the text, or the guess of its tokens where it is no text.
+        """
         plain = plain_tokens(prompt)
         learned = self._learned.get(key)
         if learned is None or not learned.count:
@@ -57,14 +62,17 @@ class Estimator:
             output = min(output, max_output_tokens)
         return Estimate(max(round(plain * learned.input_factor), 1), output)
 
-    def observe(self, key: str, prompt: str, usage: TokenUsage) -> None:
+    def observe(self, key: str, prompt: str | int, usage: TokenUsage) -> None:
         """Learn from what a call with this prompt used."""
         if usage:
             self._learned.setdefault(key, _Learned()).observe(plain_tokens(prompt), usage)
 
 
-def plain_tokens(prompt: str) -> int:
-    """UTF-8 bytes / 3, at least 1: closer than characters / 4 on Chinese and on JSON."""
+def plain_tokens(prompt: str | int) -> int:
+    """UTF-8 bytes / 3, at least 1: closer than characters / 4 on Chinese and on JSON. A number is
+    a guess already."""
+    if isinstance(prompt, int):
+        return max(prompt, 1)
     if not prompt.isascii():
         return max(len(prompt.encode("utf-8", "surrogatepass")) // 3, 1)
     return max(len(prompt) // 3, 1)

@@ -14,6 +14,7 @@ from redis.exceptions import ResponseError
 
 from batchllm_celery.connection import Connection, is_broken, readable
 from batchllm_celery.errors import QuotaConflictError
+from batchllm_celery.event_loop import Unending
 from batchllm_celery.events import Events, RateLimitHit
 from batchllm_celery.keys import Keys
 from batchllm_celery.limiter.permit import (
@@ -64,20 +65,21 @@ class Limiter:
         self._clock = clock
         self._clients: dict[str, QuotaClient] = {}
         self._full_speed: set[str] = set()
-        self._listener: asyncio.Task[None] | None = None
+        self._listener: Unending | None = None
         self._opened = asyncio.Event()
         """A quota is used for the first time: its channel is not subscribed to yet."""
         self._background: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
-        self._listener = asyncio.create_task(self._listen(), name="limiter-listener")
+        self._listener = Unending(self._listen)
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        tasks = [*self._background, *([self._listener] if self._listener else [])]
-        for task in tasks:
+        if self._listener is not None:
+            await self._listener.end()
+        for task in self._background:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._background, return_exceptions=True)
         await asyncio.gather(*(client.close() for client in self._clients.values()))
 
     async def configure(self, quota: Quota, *, update: bool = False) -> Quota:
@@ -110,6 +112,7 @@ class Limiter:
         *,
         priority: int = 0,
         retry: bool = False,
+        tried: int = 0,
     ) -> Permit:
         """Wait for a permit, and return at its start time: the caller starts its call at once.
 
@@ -124,13 +127,15 @@ class Limiter:
                 stale: it goes before others of its priority. (Behind them, each item of a long
                 queue could be refused once, with no success in between, and the cooldowns would
                 grow to their longest.)
+            tried: calls that were made for the caller already. While the breaker is open, its one
+                call at a time goes to whoever has the fewest.
 
         Raises:
             QuotaUnavailableError: the day's quota is used up; raised at once, not waited for.
         """
         client = self._clients.get(quota) or self._open(quota)
         function = estimate if callable(estimate) else lambda: estimate
-        return await client.acquire(function, priority, is_retry=retry)
+        return await client.acquire(function, priority, is_retry=retry, tried=tried)
 
     def may_start(self, permit: Permit) -> bool:
         """Whether a call with this permit may (still) start now.

@@ -58,13 +58,18 @@ class QuotaClient:
         self._closed = False
 
     async def acquire(
-        self, estimate: Callable[[], Estimate], priority: int, *, is_retry: bool
+        self,
+        estimate: Callable[[], Estimate],
+        priority: int,
+        *,
+        is_retry: bool,
+        tried: int = 0,
     ) -> Permit:
         """Wait for a permit; `Limiter.acquire` describes it."""
         queue = self.queue
         permit = queue.take_prefetched(self._now(), estimate())
         while permit is None:
-            waiter = Waiter(estimate, self._loop.create_future(), priority, is_retry)
+            waiter = Waiter(estimate, self._loop.create_future(), priority, is_retry, tried)
             queue.join(waiter)
             self._wake(min(queue.next_request(), queue.next_start()))
             try:

@@ -70,6 +70,8 @@ class Waiter:
     permit: asyncio.Future[Permit]
     priority: int = 0
     is_retry: bool = False
+    tried: int = 0
+    """Calls that were made for it already."""
     has_reservation: bool = False
 
 
@@ -203,7 +205,15 @@ class WaitQueue:
 
     def _waiter_for(self, reservation: Reservation) -> Waiter | None:
         """Who uses it: the most urgent one, if it goes before the reservation's own waiter. If that
-        one is gone, the next without a reservation, or else the next."""
+        one is gone, the next without a reservation, or else the next.
+
+        The breaker's probe goes to the one that was called least: in a long outage the same few
+        would else use up all the calls that they may make, and fail.
+        """
+        if reservation.probe:
+            order = ((-waiter.priority, waiter.tried) for waiter in self.in_turn())
+            least = min(order, default=None)
+            return next((w for w in self.in_turn() if (-w.priority, w.tried) == least), None)
         first, own = next(self.in_turn(), None), reservation.waiter
         if own is None or own.permit.done():
             own = next(self._without_reservation(), None) or first

@@ -8,6 +8,7 @@ from batchllm_celery.models.config import (
     RateLimitConfig,
     RetryConfig,
 )
+from batchllm_celery.models.current_item import CurrentItem, current_item
 from batchllm_celery.models.failure import (
     FAILURE_POLICIES,
     Failure,
@@ -26,6 +27,9 @@ from batchllm_celery.models.item import (
     WorkItemResult,
 )
 from batchllm_celery.models.quota import CooldownPolicy, Quota, QuotaLimits
+from batchllm_celery.models.rate_limits import LimitWindow, RateLimits
+from batchllm_celery.models.reply import RawReply
+from batchllm_celery.models.request import NativeRequest, Prompt, Request
 from batchllm_celery.models.retry_state import RetryState
 from batchllm_celery.models.usage import NO_TOKENS, TokenUsage
 
@@ -41,14 +45,21 @@ __all__ = [
     "BatchState",
     "Completion",
     "CooldownPolicy",
+    "CurrentItem",
     "Failure",
     "FailurePolicy",
     "LLMWorkItem",
+    "LimitWindow",
     "Model",
+    "NativeRequest",
     "ProcessorConfig",
+    "Prompt",
     "Quota",
     "QuotaLimits",
     "RateLimitConfig",
+    "RateLimits",
+    "RawReply",
+    "Request",
     "RetryConfig",
     "RetryState",
     "StrategySpec",
@@ -58,4 +69,5 @@ __all__ = [
     "Timing",
     "TokenUsage",
     "WorkItemResult",
+    "current_item",
 ]

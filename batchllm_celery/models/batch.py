@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
@@ -63,6 +63,9 @@ class BatchSpec(Model):
         prices: US dollars per million tokens, in and out, of `PROVIDER:NAME`, before all other
             prices; under "" of every model that is not named.
         model: `PROVIDER:NAME`, the key of its price, if it is known.
+        on_finished: the Celery task that is called, with the batch's id, when every item has its
+            outcome: `{"task": "app.task", ...}`, a signature as Celery writes it.
+        standing: items are added one by one, and it is never fed to an end (`ledger/standing.py`).
     """
 
     version: int = Field(default=SCHEMA_VERSION, ge=SCHEMA_VERSION, le=SCHEMA_VERSION)
@@ -77,9 +80,12 @@ class BatchSpec(Model):
     max_cost: float | None = Field(default=None, gt=0, le=MOST)
     token_budget: int | None = Field(default=None, gt=0, le=MOST)
     fail_fast: tuple[FailureKind, ...] = ()
+    keep_raw: bool = False
     keep_results: bool = True
     prices: dict[str, tuple[Price, Price]] = Field(default_factory=dict)
     model: str | None = None
+    standing: bool = False
+    on_finished: dict[str, Any] | None = None
 
     @field_validator("batch_id")
     @classmethod
@@ -90,6 +96,21 @@ class BatchSpec(Model):
     @classmethod
     def _check_queue(cls, queue: str) -> str:
         return check_queue(queue)
+
+    @field_validator("on_finished", mode="before")
+    @classmethod
+    def _check_on_finished(cls, value: Any) -> Any:
+        value = {"task": value} if isinstance(value, str) else value
+        if value is None:
+            return None
+        if (
+            not isinstance(value, dict)
+            or not isinstance(value.get("task"), str)
+            or not value["task"]
+        ):
+            raise ValueError("must be the name of a Celery task, or a signature")
+        # A signature is a dict that knows its app.
+        return {str(key): part for key, part in value.items()}
 
     @field_validator("quota")
     @classmethod

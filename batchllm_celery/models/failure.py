@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from batchllm_celery.errors import FailureKind
+from batchllm_celery.models.reply import RawReply
 from batchllm_celery.models.usage import NO_TOKENS, TokenUsage
 
 
@@ -19,6 +22,11 @@ class Failure:
     """Seconds the provider asked us to wait."""
     usage: TokenUsage = NO_TOKENS
     """Tokens that the failed attempt consumed."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """What else the provider said, for the item's result: a text that was cut (`partial_output`),
+    the finish reason; JSON-serialisable."""
+    reply: RawReply | None = None
+    """The provider's reply as it came, for batches that keep it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,8 @@ from typing_extensions import TypeVar
 from batchllm_celery.errors import FailureKind
 from batchllm_celery.models.base import Model
 from batchllm_celery.models.names import check_label
+from batchllm_celery.models.rate_limits import RateLimits
+from batchllm_celery.models.reply import RawReply
 from batchllm_celery.models.usage import NO_TOKENS, TokenUsage
 
 logger = logging.getLogger("batchllm_celery")
@@ -54,7 +56,7 @@ class LLMWorkItem(Generic[TInput, TOutput, TContext]):
     Args:
         item_id: unique within the batch.
         strategy: a registered name, a `StrategySpec`, or (in-process API only) an instance.
-        prompt: the text to send.
+        prompt: the text to send; a `Request` or a `NativeRequest` where the strategy takes one.
         context: any JSON value; comes back with the result.
 
     Raises:
@@ -63,7 +65,7 @@ class LLMWorkItem(Generic[TInput, TOutput, TContext]):
 
     item_id: str
     strategy: Any
-    prompt: str = ""
+    prompt: Any = ""  # a `Prompt`; code that knows texts only goes on to type-check
     context: TContext = NOTHING
 
     def __post_init__(self) -> None:
@@ -78,7 +80,7 @@ class LLMWorkItem(Generic[TInput, TOutput, TContext]):
                 f"strategy must not be None for {self.item_id}. "
                 f"Provide an LLMCallStrategy instance."
             )
-        if len(self.prompt) > LARGE_PROMPT_CHARACTERS:
+        if isinstance(self.prompt, str) and len(self.prompt) > LARGE_PROMPT_CHARACTERS:
             logger.warning(
                 f"Very large prompt for {self.item_id}: {len(self.prompt)} chars. "
                 f"May exceed model context limits."
@@ -108,11 +110,17 @@ class Completion(Generic[TOutput]):
         output: the answer; a pydantic model, or anything JSON-serialisable.
         usage: tokens of this call.
         metadata: what else is worth keeping (safety ratings, finish reason); JSON-serialisable.
+        limits: what the reply's headers say about the provider's limits.
+        priced_as: PROVIDER:MODEL whose price the call has; None: the strategy's `model_name`.
+        reply: the provider's reply as it came, for batches that keep it.
     """
 
     output: TOutput
     usage: TokenUsage = NO_TOKENS
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    limits: RateLimits | None = None
+    priced_as: str | None = None
+    reply: RawReply | None = None
 
 
 class Timing(Model):

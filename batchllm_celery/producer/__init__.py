@@ -2,6 +2,7 @@
 
 from batchllm_celery.ledger import WorkerInfo
 from batchllm_celery.producer.batch import AsyncBatch, Batch, Delivered, Results
+from batchllm_celery.producer.item import AskOptions, AsyncItem, Item
 from batchllm_celery.producer.producer import (
     AsyncProducer,
     Producer,
@@ -13,11 +14,14 @@ from batchllm_celery.producer.rows import Row, RowWith
 from batchllm_celery.producer.steps import BlockingCallWarning
 
 __all__ = [
+    "AskOptions",
     "AsyncBatch",
+    "AsyncItem",
     "AsyncProducer",
     "Batch",
     "BlockingCallWarning",
     "Delivered",
+    "Item",
     "Producer",
     "Results",
     "Row",

@@ -27,6 +27,7 @@ from typing import Any, Generic, TypeVar
 from batchllm_celery.connection import Reminder
 from batchllm_celery.errors import FailureKind, InputError, UsageError, describe
 from batchllm_celery.files.item_ids import SeenIds
+from batchllm_celery.files.requests import Requests
 from batchllm_celery.ledger import Ledger, Outcome, Payload
 from batchllm_celery.ledger.workers import list_workers
 from batchllm_celery.models import (
@@ -39,6 +40,7 @@ from batchllm_celery.models import (
     WorkItemResult,
 )
 from batchllm_celery.producer.outputs import Outputs
+from batchllm_celery.producer.requests import prepare
 from batchllm_celery.producer.rows import Row, as_payload, refuse_single
 from batchllm_celery.producer.session import Session
 from batchllm_celery.producer.steps import (
@@ -160,14 +162,14 @@ class BatchSteps(Generic[TOutput, TContext]):
     ) -> int | None:
         refuse_single(rows)
         iterator = rows.__aiter__() if isinstance(rows, AsyncIterable) else iter(rows)
-        fed, size, seen = 0, FIRST_CHUNK, SeenIds()
+        fed, size, seen, requests = 0, FIRST_CHUNK, SeenIds(), Requests()
         while not stop.is_set():
             # Chunks grow, and are cut short when the rows come slowly.
             chunk: list[Row] = await NextRows(iterator, size, CHUNK_SECONDS)
             if not chunk:
                 break
             size = min(CHUNK, size * 2)
-            stored = [self._stored(row, fed + n, seen) for n, row in enumerate(chunk)]
+            stored = [self._stored(row, fed + n, seen, requests) for n, row in enumerate(chunk)]
             wake = await self._until(stop, fed, stored, max_outstanding)
             if wake is None or not await Blocking(partial(self._enqueue, wake, stop)):
                 return None
@@ -184,7 +186,9 @@ class BatchSteps(Generic[TOutput, TContext]):
             self.id, first, rows, max_outstanding=max_outstanding
         )
 
-    def _stored(self, row: Row, index: int, seen: SeenIds) -> Payload | WorkItemResult[Any, Any]:
+    def _stored(
+        self, row: Row, index: int, seen: SeenIds, requests: Requests
+    ) -> Payload | WorkItemResult[Any, Any]:
         try:
             payload = as_payload(row, index, self.spec.strategy)
         except UsageError:
@@ -196,6 +200,7 @@ class BatchSteps(Generic[TOutput, TContext]):
         own = payload.item_id == str(index)
         if not (seen.add_index(index) if own else seen.add(payload.item_id)):
             raise InputError(f"item {index}: an earlier row has its item_id {payload.item_id!r}")
+        prepare(requests, payload, index, self.spec.strategy)
         return payload
 
     def _until(
@@ -228,7 +233,9 @@ class BatchSteps(Generic[TOutput, TContext]):
         while done < len(indexes):
             size = items_per_task(spec.items_per_task, indexes[done])
             some = indexes[done : done + size]
-            if not self._session.publish(self.id, some, spec.queue, spec.priority, give_up):
+            if not self._session.publish(
+                self.id, some, spec.queue, spec.priority, give_up, spec.strategy.name
+            ):
                 if time.monotonic() > self._feed_until:
                     raise TimeoutError(late_words(spec))
                 return False
@@ -263,7 +270,7 @@ class BatchSteps(Generic[TOutput, TContext]):
                 return progress
             seen = f"{progress.finished} of {progress.total} items finished"
             await self._session.step(
-                lambda session: _say_what_is_missing(session, self.spec, reminder)
+                lambda session: say_what_is_missing(session, self.spec, reminder)
             )
             if time.monotonic() >= give_up:
                 break
@@ -310,7 +317,7 @@ class BatchSteps(Generic[TOutput, TContext]):
         batches = session.services.ledger.batches
         over = not follow or (await batches.progress(self.id)).is_over
         if not over:
-            await _say_what_is_missing(session, self.spec, reminder)
+            await say_what_is_missing(session, self.spec, reminder)
         block = 0.0 if over else READ_BLOCK
         return await batches.results(self.id, after, READ_COUNT, block), over
 
@@ -479,7 +486,7 @@ def late_words(spec: BatchSpec) -> str:
     )
 
 
-async def _say_what_is_missing(session: Session, spec: BatchSpec, reminder: Reminder) -> None:
+async def say_what_is_missing(session: Session, spec: BatchSpec, reminder: Reminder) -> None:
     """A word for whoever waits for a batch that nobody works for."""
     if not reminder.due():
         return

@@ -5,17 +5,18 @@ from __future__ import annotations
 import asyncio
 import atexit
 import difflib
+import math
 import secrets
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Iterator
 from contextlib import AsyncExitStack
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, overload
 
 from typing_extensions import TypedDict, Unpack
 
-from batchllm_celery.connection import BrokenEntry
+from batchllm_celery.connection import BrokenEntry, Reminder
 from batchllm_celery.errors import (
     BatchConflictError,
     BatchNotFoundError,
@@ -23,7 +24,8 @@ from batchllm_celery.errors import (
     StrategyNotFoundError,
 )
 from batchllm_celery.events import Events
-from batchllm_celery.ledger import WorkerInfo
+from batchllm_celery.ledger import Outcome, WorkerInfo
+from batchllm_celery.ledger.standing import ItemPlace
 from batchllm_celery.ledger.workers import list_workers
 from batchllm_celery.limiter import QuotaState
 from batchllm_celery.models import (
@@ -37,17 +39,27 @@ from batchllm_celery.models import (
     WorkItemResult,
 )
 from batchllm_celery.models.names import check_batch_id
-from batchllm_celery.producer.batch import AsyncBatch, Batch, BatchSteps, late_words
+from batchllm_celery.producer.batch import (
+    AsyncBatch,
+    Batch,
+    BatchSteps,
+    late_words,
+    say_what_is_missing,
+)
+from batchllm_celery.producer.item import AskOptions, AsyncItem, Item, ItemSteps, Question
+from batchllm_celery.producer.outputs import Outputs
 from batchllm_celery.producer.rows import (
     Row,
     RowWith,
     default_strategy,
     output_type_of,
+    spec_of,
     with_params,
 )
 from batchllm_celery.producer.session import Session
 from batchllm_celery.producer.steps import (
     Beside,
+    Blocking,
     aiterate,
     awaitable,
     block,
@@ -56,7 +68,7 @@ from batchllm_celery.producer.steps import (
     wait,
     warn_on_loop,
 )
-from batchllm_celery.queue import App
+from batchllm_celery.queue import App, host
 from batchllm_celery.settings import Settings
 
 if TYPE_CHECKING:
@@ -64,8 +76,13 @@ if TYPE_CHECKING:
 
 #: How long, in seconds, a submission looks for workers that know its strategy.
 LOOK_SECONDS = 3.0
+#: Seconds for which workers that know a strategy are taken to be there.
+RUNNABLE_SECONDS = 60.0
+#: Seconds between two looks of somebody who asked whether any worker is there.
+REMIND_SECONDS = 3.0
 
 B = TypeVar("B", bound=BatchSteps[Any, Any])
+H = TypeVar("H", bound=ItemSteps[Any])
 
 
 class SubmitOptions(TypedDict, total=False):
@@ -84,6 +101,9 @@ class SubmitOptions(TypedDict, total=False):
         max_cost: US dollars after which no call starts.
         token_budget: tokens after which no call starts.
         fail_fast: failure kinds that abort the batch.
+        on_finished: a Celery task (`"shop.report"`, or a signature) that a worker of the queue
+            calls with the batch's id once all items have their outcome: once for each round, by
+            the ledger. Its id is `finished-BATCH-ROUND`.
         max_outstanding: items unfinished or unread at most; default `settings.max_outstanding`.
     """
 
@@ -99,6 +119,7 @@ class SubmitOptions(TypedDict, total=False):
     max_cost: float | None
     token_budget: int | None
     fail_fast: Iterable[FailureKind | str]
+    on_finished: str | dict[str, Any] | None
     max_outstanding: int | None
 
 
@@ -121,6 +142,7 @@ class _Submission:
         max_cost: float | None = None,
         token_budget: int | None = None,
         fail_fast: Iterable[FailureKind | str] = (),
+        on_finished: Any = None,
         max_outstanding: int | None = None,
     ) -> None:
         self.quota = quota if isinstance(quota, Quota) else None
@@ -139,6 +161,7 @@ class _Submission:
             token_budget=token_budget,
             fail_fast=tuple(FailureKind(kind) for kind in fail_fast),
             keep_results=keep_results,
+            on_finished=on_finished,
         )
 
 
@@ -169,6 +192,7 @@ class ProducerSteps(Generic[B]):
         given = {name: value for name, value in chosen.items() if value is not None}
         self.settings = (settings or Settings()).model_copy(update=given)
         self._session = Session(self.settings, app, events if events is not None else Events())
+        self._runnable_at: dict[tuple[str, str], float] = {}
 
     @property
     def url(self) -> str:
@@ -244,6 +268,43 @@ class ProducerSteps(Generic[B]):
             await feeder.joined()
         if failure:
             raise failure[0]
+
+    # -- single items
+
+    async def _ask(
+        self, prompt: Any, strategy: Any, timeout: float | None, options: AskOptions
+    ) -> WorkItemResult[Any, Any]:
+        question = await self._question(prompt, strategy, options)
+
+        async def ask(session: Session) -> Outcome:
+            asked = asyncio.ensure_future(question.answer(session, timeout))
+            reminder = Reminder()
+            try:
+                while not (await asyncio.wait([asked], timeout=REMIND_SECONDS))[0]:
+                    await say_what_is_missing(session, question.template, reminder)
+            finally:
+                if not asked.done():
+                    asked.cancel()
+                    await asyncio.wait([asked])
+            return asked.result()
+
+        outcome = await self._session.step(ask)
+        return Outputs(output_type_of(strategy)).read(outcome.line)
+
+    async def _enqueue(self, handle: type[H], prompt: Any, strategy: Any, options: AskOptions) -> H:
+        question = await self._question(prompt, strategy, options)
+        place = await self._session.step(question.store)
+        await Blocking(partial(question.publish, self._session, place))
+        return handle(self._session, place, output_type_of(strategy))
+
+    async def _question(self, prompt: Any, strategy: Any, options: AskOptions) -> Question:
+        question = Question(prompt, spec_of(strategy), **options)
+        known = (question.template.strategy.name, question.template.queue)
+        now = time.monotonic()
+        if now - self._runnable_at.get(known, -math.inf) > RUNNABLE_SECONDS:
+            await self._check_runnable(question.template)
+            self._runnable_at[known] = now
+        return question
 
     async def _open(
         self, spec: BatchSpec, *, quota: Quota | None = None, quota_update: bool = False
@@ -498,6 +559,113 @@ class Producer(ProducerSteps[Batch[Any, Any]]):
         warn_on_loop("attach")
         return block(self._attach(batch_id, strategy))
 
+    @overload
+    def ask(
+        self,
+        prompt: str,
+        *,
+        strategy: TypedStrategy[TOutput],
+        timeout: float | None = None,
+        **options: Unpack[AskOptions],
+    ) -> WorkItemResult[TOutput, Any]: ...
+    @overload
+    def ask(
+        self,
+        prompt: str,
+        *,
+        strategy: str | StrategySpec,
+        timeout: float | None = None,
+        **options: Unpack[AskOptions],
+    ) -> WorkItemResult[Any, Any]: ...
+    def ask(
+        self,
+        prompt: str,
+        *,
+        strategy: Any,
+        timeout: float | None = None,
+        **options: Unpack[AskOptions],
+    ) -> WorkItemResult[Any, Any]:
+        """One prompt, and wait for its result; a failure is a result too. The item rides on the
+        standing batch of its strategy: the fleet's quotas hold, and a lost worker costs no answer.
+
+        Args:
+            prompt: the text.
+            strategy: what `@strategy` made (its result is typed), or a registered name.
+            timeout: seconds; None: as long as it takes.
+            options: see `AskOptions`.
+
+        Raises:
+            TimeoutError: after `timeout` seconds; the item ends, unless a worker runs it.
+            StrategyNotFoundError: live workers serve the queue, and none of them knows the
+                strategy.
+        """
+        warn_on_loop("ask")
+        return block(self._ask(prompt, strategy, timeout, options))
+
+    @overload
+    async def aask(
+        self,
+        prompt: str,
+        *,
+        strategy: TypedStrategy[TOutput],
+        timeout: float | None = None,
+        **options: Unpack[AskOptions],
+    ) -> WorkItemResult[TOutput, Any]: ...
+    @overload
+    async def aask(
+        self,
+        prompt: str,
+        *,
+        strategy: str | StrategySpec,
+        timeout: float | None = None,
+        **options: Unpack[AskOptions],
+    ) -> WorkItemResult[Any, Any]: ...
+    async def aask(
+        self,
+        prompt: str,
+        *,
+        strategy: Any,
+        timeout: float | None = None,
+        **options: Unpack[AskOptions],
+    ) -> WorkItemResult[Any, Any]:
+        """`ask` for a coroutine, which goes on meanwhile."""
+        return await wait(self._ask(prompt, strategy, timeout, options))
+
+    @overload
+    def enqueue(
+        self, prompt: str, *, strategy: TypedStrategy[TOutput], **options: Unpack[AskOptions]
+    ) -> Item[TOutput]: ...
+    @overload
+    def enqueue(
+        self, prompt: str, *, strategy: str | StrategySpec, **options: Unpack[AskOptions]
+    ) -> Item[Any]: ...
+    def enqueue(self, prompt: str, *, strategy: Any, **options: Unpack[AskOptions]) -> Item[Any]:
+        """Store and send one prompt, and return a handle: `item.result(timeout=...)`.
+
+        Args:
+            prompt: the text.
+            strategy: what `@strategy` made (its result is typed), or a registered name.
+            options: see `AskOptions`.
+
+        Raises:
+            StrategyNotFoundError: live workers serve the queue, and none of them knows the
+                strategy.
+        """
+        warn_on_loop("enqueue")
+        return block(self._enqueue(Item, prompt, strategy, options))
+
+    @overload
+    def item(self, item_id: str, strategy: TypedStrategy[TOutput]) -> Item[TOutput]: ...
+    @overload
+    def item(self, item_id: str) -> Item[Any]: ...
+    def item(self, item_id: str, strategy: Any = None) -> Item[Any]:
+        """The handle of an item by its `id`; nothing is asked of Redis yet.
+
+        Raises:
+            UsageError: for what is no item's id.
+        """
+        return Item(self._session, ItemPlace.parse(item_id), output_type_of(strategy))
+
     check = blocking(ProducerSteps._check)
     open = blocking(ProducerSteps[Batch[Any, Any]]._open)
     check_runnable = blocking(ProducerSteps._check_runnable)
@@ -601,6 +769,57 @@ class AsyncProducer(ProducerSteps[AsyncBatch[Any, Any]]):
         """As `Producer.attach`."""
         return await wait(self._attach(batch_id, strategy))
 
+    @overload
+    async def ask(
+        self,
+        prompt: str,
+        *,
+        strategy: TypedStrategy[TOutput],
+        timeout: float | None = None,
+        **options: Unpack[AskOptions],
+    ) -> WorkItemResult[TOutput, Any]: ...
+    @overload
+    async def ask(
+        self,
+        prompt: str,
+        *,
+        strategy: str | StrategySpec,
+        timeout: float | None = None,
+        **options: Unpack[AskOptions],
+    ) -> WorkItemResult[Any, Any]: ...
+    async def ask(
+        self,
+        prompt: str,
+        *,
+        strategy: Any,
+        timeout: float | None = None,
+        **options: Unpack[AskOptions],
+    ) -> WorkItemResult[Any, Any]:
+        """As `Producer.ask`."""
+        return await wait(self._ask(prompt, strategy, timeout, options))
+
+    @overload
+    async def enqueue(
+        self, prompt: str, *, strategy: TypedStrategy[TOutput], **options: Unpack[AskOptions]
+    ) -> AsyncItem[TOutput]: ...
+    @overload
+    async def enqueue(
+        self, prompt: str, *, strategy: str | StrategySpec, **options: Unpack[AskOptions]
+    ) -> AsyncItem[Any]: ...
+    async def enqueue(
+        self, prompt: str, *, strategy: Any, **options: Unpack[AskOptions]
+    ) -> AsyncItem[Any]:
+        """As `Producer.enqueue`."""
+        return await wait(self._enqueue(AsyncItem, prompt, strategy, options))
+
+    @overload
+    def item(self, item_id: str, strategy: TypedStrategy[TOutput]) -> AsyncItem[TOutput]: ...
+    @overload
+    def item(self, item_id: str) -> AsyncItem[Any]: ...
+    def item(self, item_id: str, strategy: Any = None) -> AsyncItem[Any]:
+        """As `Producer.item`."""
+        return AsyncItem(self._session, ItemPlace.parse(item_id), output_type_of(strategy))
+
     check = awaitable(ProducerSteps._check)
     batches = awaitable(ProducerSteps._batches)
     workers = awaitable(ProducerSteps._workers)
@@ -619,8 +838,13 @@ class AsyncProducer(ProducerSteps[AsyncBatch[Any, Any]]):
 
 @cache
 def default_producer() -> Producer:
-    """The process's own, with settings from the environment: what `summarise.submit` uses."""
-    producer = Producer()
+    """The process's own, for `summarise.submit` and the like: of the app that `install` was called
+    with, else with settings from the environment."""
+    installed = host()
+    if installed is None:
+        producer = Producer()
+    else:
+        producer = Producer(installed.settings, redis_url=installed.redis_url, app=installed.app)
     atexit.register(producer.close)  # before the loop ends: what is still to be said goes out
     return producer
 

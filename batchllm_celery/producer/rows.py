@@ -8,12 +8,21 @@ from typing import Any, TypeAlias
 
 from batchllm_celery.errors import InputError, UsageError
 from batchllm_celery.ledger import Payload
-from batchllm_celery.models import BadRow, LLMWorkItem, StrategySpec, TContext
+from batchllm_celery.models import (
+    BadRow,
+    LLMWorkItem,
+    NativeRequest,
+    Prompt,
+    Request,
+    StrategySpec,
+    TContext,
+)
 from batchllm_celery.producer.steps import NextRows
 
-RowWith: TypeAlias = LLMWorkItem[Any, Any, TContext] | BadRow | Mapping[str, Any] | str
+RowWith: TypeAlias = LLMWorkItem[Any, Any, TContext] | BadRow | Mapping[str, Any] | Prompt
 """What a batch is made of; the items' contexts have one type."""
 Row: TypeAlias = RowWith[Any]
+_PROMPTS = (str, Request, NativeRequest)
 
 
 def spec_of(strategy: Any) -> StrategySpec:
@@ -72,7 +81,7 @@ def as_payload(row: Row, index: int, default: StrategySpec) -> Payload | BadRow:
     if isinstance(row, BadRow):
         return row
     payload = _payload(row, index, default)
-    if not _is_text(payload.prompt):
+    if isinstance(payload.prompt, str) and not _is_text(payload.prompt):
         raise InputError(f"item {index}: half a surrogate pair in its prompt is not text")
     return payload
 
@@ -86,12 +95,15 @@ def _is_text(prompt: str) -> bool:
 
 
 def _payload(row: Any, index: int, default: StrategySpec) -> Payload:
-    if isinstance(row, str):
+    if isinstance(row, _PROMPTS):
         return Payload(item_id=str(index), prompt=row, context=None, strategy=None)
     if isinstance(row, LLMWorkItem):
-        if not isinstance(row.prompt, str):
+        if not isinstance(row.prompt, _PROMPTS):
             kind = type(row.prompt).__name__
-            raise InputError(f"item {index} ({row.item_id}): its prompt is no text, but {kind}")
+            raise InputError(
+                f"item {index} ({row.item_id}): its prompt is no text, Request or NativeRequest, "
+                f"but {kind}"
+            )
         chosen = spec_of(row.strategy)
         return Payload(
             item_id=row.item_id,
@@ -99,7 +111,7 @@ def _payload(row: Any, index: int, default: StrategySpec) -> Payload:
             context=row.context,
             strategy=None if chosen == default else chosen,
         )
-    if isinstance(row, Mapping) and isinstance(row.get("prompt"), str):
+    if isinstance(row, Mapping) and isinstance(row.get("prompt"), _PROMPTS):
         if unknown := [str(key) for key in row if key not in _KEYS]:
             raise InputError(
                 f"item {index}: unknown key {', '.join(map(repr, unknown[:5]))}; a mapping has "
@@ -113,8 +125,8 @@ def _payload(row: Any, index: int, default: StrategySpec) -> Payload:
             item_id=item_id, prompt=row["prompt"], context=row.get("context"), strategy=None
         )
     raise InputError(
-        f"item {index}: a row is a string, an LLMWorkItem or a mapping with a string 'prompt', "
-        f"not {type(row).__name__}"
+        f"item {index}: a row is a string, a Request, a NativeRequest, an LLMWorkItem or a mapping "
+        f"with one of these as its 'prompt', not {type(row).__name__}"
     )
 
 

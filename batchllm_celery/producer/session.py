@@ -78,9 +78,18 @@ class Session:
         queue: str,
         priority: int,
         give_up: Callable[[], bool] = lambda: False,
+        strategy: str | None = None,
     ) -> bool:
         """Send one message; blocks, so never on the loop thread. False where it gave up."""
-        return publish(self.app, batch_id, indexes, queue=queue, priority=priority, give_up=give_up)
+        return publish(
+            self.app,
+            batch_id,
+            indexes,
+            queue=queue,
+            priority=priority,
+            give_up=give_up,
+            strategy=strategy,
+        )
 
     def _forget_after_fork(self) -> None:
         """A child opens its own: what the parent has belongs to the parent's loop. It is kept, not
@@ -100,9 +109,14 @@ class Session:
     async def _open(self) -> None:
         self._forget_after_fork()
         if self._services is None:
-            url: str = await asyncio.to_thread(lambda: self.url)
-            if self._services is None:  # nobody was faster
-                self._services = Services(self.settings, url, events=self._events)
+            await asyncio.to_thread(lambda: self.url)  # it may start a server
+            self.open_services()
+
+    def open_services(self) -> Services:
+        """The services before anything is connected; on our own loop only."""
+        if self._services is None:
+            self._services = Services(self.settings, self.url, events=self._events)
+        return self._services
 
     def step_close(self) -> Step[None]:
         """`close`, from anywhere; starts no loop where nothing was opened."""

@@ -14,6 +14,7 @@ from batchllm_celery.strategies.base import LLMCallStrategy
 from batchllm_celery.strategies.registry import Factory, Registration
 
 if TYPE_CHECKING:
+    from batchllm_celery.providers.anthropic import AnthropicStrategy
     from batchllm_celery.providers.gemini import (
         GeminiCachedStrategy,
         GeminiResponse,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from batchllm_celery.providers.simulated import SimulatedStrategy
 
 __all__ = [
+    "AnthropicStrategy",
     "GeminiCachedStrategy",
     "GeminiResponse",
     "GeminiStrategy",
@@ -35,6 +37,7 @@ __all__ = [
 
 #: Class -> the module that it is imported from at its first use.
 _HOMES = {
+    "AnthropicStrategy": "anthropic",
     "GeminiCachedStrategy": "gemini",
     "GeminiResponse": "gemini",
     "GeminiStrategy": "gemini",
@@ -53,6 +56,7 @@ def __getattr__(name: str) -> Any:
 # -- strategies by name
 
 _OPTIONS = ("system", "schema", "temperature", "max_output_tokens")
+_REQUEST_OPTIONS = (*_OPTIONS, "allow_dropping")
 _CACHE_OPTIONS = (
     "cached_content",
     "cache_ttl_seconds",
@@ -90,16 +94,20 @@ def _factory(path: str, *options: str, model: str | None = None) -> Factory:
 
 def builtin_registrations() -> tuple[Registration, ...]:
     """The built-in names."""
-    thinking = (*_OPTIONS, "thinking_budget")
+    thinking = (*_REQUEST_OPTIONS, "thinking_budget")
     gemini = _factory("gemini:GeminiStrategy", *thinking)
-    cached = _factory("gemini:GeminiCachedStrategy", *_CACHE_OPTIONS, *thinking)
-    openai = _factory("openai:OpenAICompatibleStrategy", *_OPTIONS, "extra")
+    cached = _factory("gemini:GeminiCachedStrategy", *_CACHE_OPTIONS, *_OPTIONS, "thinking_budget")
+    openai = _factory("openai:OpenAICompatibleStrategy", *_REQUEST_OPTIONS, "extra", "api")
+    claude = _factory(
+        "anthropic:AnthropicStrategy", *_REQUEST_OPTIONS, "thinking_budget", "cache", "extra"
+    )
     agent = _factory("pydantic_ai:PydanticAIModelStrategy", *_OPTIONS)
     simulated = _factory("simulated:SimulatedStrategy", *thinking, model="simulated-flash")
     return (
         Registration("gemini", gemini, provider="gemini"),
         Registration("gemini-cached", cached, provider="gemini"),
         Registration("openai", openai, provider="openai"),
+        Registration("anthropic", claude, provider="anthropic"),
         # Its `model` names its provider: pydantic-ai:gemini:NAME draws on gemini:NAME's quota.
         Registration("pydantic-ai", agent, provider=""),
         Registration("simulated", simulated, provider="simulated"),

@@ -93,6 +93,9 @@ class SimulationConfig(Model):
         api_key: the only key accepted; None: any, or none at all.
         seed: another seed, other decisions.
         keep_calls: how many of the latest calls `calls` remembers.
+        strict: whether unknown fields, wrong roles and wrong media types are a 400, as with the
+            real providers.
+        keep_bodies: whether each call in `calls` keeps its whole body.
         log_file: one JSON line for each arrival, written at once; see `Journal`.
     """
 
@@ -144,6 +147,8 @@ class SimulationConfig(Model):
     api_key: str | None = None
     seed: int = 0
     keep_calls: int = Field(default=100_000, ge=0)
+    strict: bool = True
+    keep_bodies: bool = False
     log_file: Path | None = None
 
     @model_validator(mode="after")

@@ -13,6 +13,7 @@ from batchllm_celery.simulation.config import RetryHint
 from batchllm_celery.simulation.provider import Provider
 from batchllm_celery.simulation.quotas import QuotaRefusal
 from batchllm_celery.simulation.replies import GenerateRequest, Reply, ReplyOutcome
+from batchllm_celery.simulation.strictness import check
 from batchllm_celery.simulation.wire import HttpAnswer, WireError, retry_after_header
 
 _STATUS_NAMES = {
@@ -74,8 +75,11 @@ def check_model(provider: Provider, model: str) -> None:
 
 def parse_generate(provider: Provider, model: str, body: Mapping[str, Any]) -> GenerateRequest:
     """Read a generateContent body; both spellings of field names are understood."""
-    prompt = _user_text(_get(body, "contents"))
-    if not prompt:
+    if provider.config.strict:
+        check("gemini", body)
+    contents = _get(body, "contents")
+    prompt = _user_text(contents)
+    if not prompt and not _has_parts(contents):
         raise WireError(400, "* GenerateContentRequest.contents: contents is not specified")
     settings = _get(body, "generationConfig") or {}
     tool, schema = _forced_tool(body)
@@ -92,6 +96,7 @@ def parse_generate(provider: Provider, model: str, body: Mapping[str, Any]) -> G
         tool=tool,
         max_output_tokens=_get(settings, "maxOutputTokens"),
         cached_tokens=_cached_tokens(provider, model, body),
+        body=body,
     )
 
 
@@ -251,6 +256,11 @@ def _user_text(contents: Any) -> str:
         one for one in contents if not (isinstance(one, Mapping) and one.get("role") == "model")
     ]
     return _text(asked)
+
+
+def _has_parts(contents: Any) -> bool:
+    turns = contents if isinstance(contents, list) else [contents]
+    return any(isinstance(turn, Mapping) and turn.get("parts") for turn in turns)
 
 
 def _forced_tool(body: Mapping[str, Any]) -> tuple[str | None, Mapping[str, Any] | None]:

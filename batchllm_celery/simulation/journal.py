@@ -41,7 +41,8 @@ class Call:
     """Whether the client went away before its answer."""
     user: str | None = None
     """OpenAI's `user`, where one was given."""
-
+    body: Mapping[str, Any] | None = None
+    """The whole body, under `keep_bodies`."""
     headers: Mapping[str, str] = field(default_factory=dict)
     """What its answer says of the limits, as they stood when it arrived."""
 
@@ -49,6 +50,8 @@ class Call:
         """The call as a JSON object, with the digest that its answer holds."""
         fields = asdict(self)
         del fields["headers"]
+        if self.body is None:
+            del fields["body"]
         return {**fields, "digest": digest_of(self.prompt)}
 
 

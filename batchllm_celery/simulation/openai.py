@@ -10,6 +10,7 @@ from batchllm_celery.simulation.config import RetryHint
 from batchllm_celery.simulation.provider import Provider
 from batchllm_celery.simulation.quotas import QuotaRefusal
 from batchllm_celery.simulation.replies import GenerateRequest, Reply, ReplyOutcome
+from batchllm_celery.simulation.strictness import check
 from batchllm_celery.simulation.wire import HttpAnswer, WireError, retry_after_header
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -34,6 +35,8 @@ def check_key(provider: Provider, authorization: str | None) -> None:
 
 def parse_chat(provider: Provider, body: Mapping[str, Any]) -> GenerateRequest:
     """Read a chat completion's body."""
+    if provider.config.strict:
+        check("openai", body)
     model = str(body.get("model") or "")
     messages = body.get("messages")
     if not model or not isinstance(messages, list) or not messages:
@@ -55,6 +58,7 @@ def parse_chat(provider: Provider, body: Mapping[str, Any]) -> GenerateRequest:
         tool=tool,
         max_output_tokens=body.get("max_completion_tokens") or body.get("max_tokens"),
         user=str(body["user"]) if body.get("user") is not None else None,
+        body=body,
     )
 
 
@@ -73,7 +77,7 @@ def completed(
         "object": "chat.completion",
         "created": int(provider.clock()),
         "model": request.model,
-        "choices": [_choice(reply, digest_of(request.prompt))],
+        "choices": [_choice(request, reply, index) for index in range(_answers_of(request))],
         "usage": _usage(reply, cached),
     }
     return HttpAnswer(200, body)
@@ -153,7 +157,22 @@ def _forced_tool(body: Mapping[str, Any]) -> tuple[str | None, Mapping[str, Any]
     return tools[0]["name"], tools[0].get("parameters") or {"type": "object"}
 
 
-def _choice(reply: Reply, digest: str) -> dict[str, Any]:
+def _answers_of(request: GenerateRequest) -> int:
+    asked = (request.body or {}).get("n")
+    return asked if isinstance(asked, int) and 1 <= asked <= 128 else 1
+
+
+def _logprobs(request: GenerateRequest, reply: Reply) -> dict[str, Any] | None:
+    body = request.body or {}
+    if not body.get("logprobs"):
+        return None
+    tops = [{"token": reply.text[:4], "logprob": -0.1, "bytes": None}]
+    token = {**tops[0], "top_logprobs": tops[: int(body.get("top_logprobs") or 0)]}
+    return {"content": [token], "refusal": None}
+
+
+def _choice(request: GenerateRequest, reply: Reply, index: int) -> dict[str, Any]:
+    digest = digest_of(request.prompt)
     message: dict[str, Any] = {"role": "assistant", "content": reply.text, "refusal": None}
     finish = "length" if reply.outcome is ReplyOutcome.TRUNCATED else "stop"
     if reply.outcome is ReplyOutcome.BLOCKED:
@@ -164,7 +183,8 @@ def _choice(reply: Reply, digest: str) -> dict[str, Any]:
         called = [{"id": f"call_{digest}", "type": "function", "function": function}]
         message |= {"content": None, "tool_calls": called}
         finish = "tool_calls" if finish == "stop" else finish
-    return {"index": 0, "message": message, "logprobs": None, "finish_reason": finish}
+    logprobs = _logprobs(request, reply)
+    return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish}
 
 
 def _usage(reply: Reply, cached: int) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -130,6 +130,12 @@ class Provider:
         """Refuse the next `count` calls with a 429, whatever the limits say."""
         self._injected = _Injected(count, retry_after)
 
+    def remembers(self, prefix: str) -> bool:
+        """Whether an earlier call has left this prefix in the prompt cache; it does from now on."""
+        known = hash(prefix) in self._systems
+        self._systems.add(hash(prefix))
+        return known
+
     def close(self) -> None:
         """Close the log file."""
         self._journal.close()
@@ -171,9 +177,13 @@ class Provider:
         self._admitted[hash(request.prompt)] += 1
         return await self._serve(self._admit(wire, request, reply, attempt), reply), reply
 
-    def reject(self, wire: str, model: str, status: int) -> None:
+    def reject(
+        self, wire: str, model: str, status: int, body: Mapping[str, Any] | None = None
+    ) -> None:
         """Count a request for an answer that is wrong in itself."""
-        self._arrive(Call(0, 0, wire, model, "", 0, status, ReplyOutcome.REJECTED))
+        call = Call(0, 0, wire, model, "", 0, status, ReplyOutcome.REJECTED)
+        call.body = body if self.config.keep_bodies else None
+        self._arrive(call)
 
     def _refusal(self, request: GenerateRequest) -> QuotaRefusal | None:
         if self.config.billing_exhausted:
@@ -200,6 +210,7 @@ class Provider:
                 limit=refusal.limit_name,
                 retry_after=refusal.retry_after,
                 user=request.user,
+                body=request.body if self.config.keep_bodies else None,
             )
         )
 
@@ -217,6 +228,7 @@ class Provider:
             output_tokens=reply.output_tokens + reply.thoughts_tokens,
             cached_tokens=reply.cached_tokens,
             user=request.user,
+            body=request.body if self.config.keep_bodies else None,
         )
         return self._arrive(call)
 

@@ -48,6 +48,10 @@ class GenerateRequest:
     cached_tokens: int = 0
     user: str | None = None
     """Whom the caller says it asks for (OpenAI's `user`): tests name their process so."""
+    body: Mapping[str, Any] | None = None
+    """The whole body, as it came."""
+    only_input: bool = False
+    """Whether the answer has no output tokens, as embeddings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +104,8 @@ def decide(config: SimulationConfig, request: GenerateRequest, attempt: int) -> 
     if Chance(config.seed, request.prompt, 0)[0] < config.block_rate:
         return Reply(ReplyOutcome.BLOCKED, 200, latency, input_tokens=tokens, cached_tokens=cached)
     outcome, text, output_tokens = _answer(config, request, chance[3])
+    if request.only_input:
+        return Reply(ReplyOutcome.OK, 200, latency, input_tokens=tokens)
     if config.output_tail:
         factor = _lognormal(config.output_tail, Chance(config.seed, request.prompt, -attempt)[3])
         output_tokens = max(1, round(output_tokens * factor))

@@ -14,12 +14,12 @@ from typing import Any, Self
 
 from aiohttp import web
 
-from batchllm_celery.simulation import gemini, openai
+from batchllm_celery.simulation import anthropic, gemini, openai, responses
 from batchllm_celery.simulation.config import SimulationConfig
 from batchllm_celery.simulation.journal import Call
 from batchllm_celery.simulation.provider import Provider, Stats
 from batchllm_celery.simulation.quotas import QuotaRefusal
-from batchllm_celery.simulation.replies import ReplyOutcome
+from batchllm_celery.simulation.replies import GenerateRequest, Reply, ReplyOutcome
 from batchllm_celery.simulation.wire import HttpAnswer, WireError
 
 _GEMINI_VERSIONS = ("v1", "v1beta", "v1alpha")
@@ -183,6 +183,9 @@ def application(provider: Provider) -> web.Application:
         routes.add_patch(f"{caches}/{{id}}", _bind(_update_cache, provider))
         routes.add_delete(f"{caches}/{{id}}", _bind(_delete_cache, provider))
     routes.add_post("/v1/chat/completions", _bind(_chat, provider))
+    routes.add_post("/v1/responses", _bind(_responses, provider))
+    routes.add_post("/v1/embeddings", _bind(_embeddings, provider))
+    routes.add_post("/v1/messages", _bind(_messages, provider))
     routes.add_get("/v1/models", _bind(_models, provider))
     routes.add_get("/_simulation/stats", _bind(_stats, provider))
     routes.add_get("/_simulation/calls", _bind(_calls, provider))
@@ -202,14 +205,16 @@ async def _gemini_call(provider: Provider, request: web.Request) -> web.StreamRe
         return await _gemini_operation(
             provider, request, "count_tokens", lambda body: gemini.count(body)
         )
+    body: dict[str, Any] = {}
     try:
         gemini.check_key(provider, _gemini_key(request))
         gemini.check_model(provider, model)
         if method != "generateContent":
             raise WireError(404, f"Method {method!r} is not simulated")
-        asked = gemini.parse_generate(provider, model, await _body(request))
+        body = await _body(request)
+        asked = gemini.parse_generate(provider, model, body)
     except WireError as problem:
-        provider.reject("gemini", model, problem.status)
+        provider.reject("gemini", model, problem.status, body)
         return _response(gemini.error(problem))
     _, reply = await provider.answer("gemini", asked)
     if isinstance(reply, QuotaRefusal):
@@ -220,21 +225,62 @@ async def _gemini_call(provider: Provider, request: web.Request) -> web.StreamRe
 
 
 async def _chat(provider: Provider, request: web.Request) -> web.StreamResponse:
-    model = ""
+    return await _openai_call(provider, request, "openai", openai.parse_chat, openai.completed)
+
+
+async def _responses(provider: Provider, request: web.Request) -> web.StreamResponse:
+    return await _openai_call(
+        provider, request, "responses", responses.parse_response, responses.responded
+    )
+
+
+async def _embeddings(provider: Provider, request: web.Request) -> web.StreamResponse:
+    def write(provider: Provider, asked: GenerateRequest, reply: Reply, _: int) -> HttpAnswer:
+        return responses.embedded(provider, asked, reply)
+
+    return await _openai_call(provider, request, "embeddings", responses.parse_embeddings, write)
+
+
+async def _openai_call(
+    provider: Provider,
+    request: web.Request,
+    wire: str,
+    parse: Callable[[Provider, Mapping[str, Any]], GenerateRequest],
+    write: Callable[[Provider, GenerateRequest, Reply, int], HttpAnswer],
+) -> web.StreamResponse:
+    body: dict[str, Any] = {}
     try:
         openai.check_key(provider, request.headers.get("Authorization"))
         body = await _body(request)
-        model = str(body.get("model"))
-        asked = openai.parse_chat(provider, body)
+        asked = parse(provider, body)
     except WireError as problem:
-        provider.reject("openai", model, problem.status)
+        provider.reject(wire, str(body.get("model")), problem.status, body)
         return _response(openai.error(problem))
-    call, reply = await provider.answer("openai", asked)
+    call, reply = await provider.answer(wire, asked)
     if isinstance(reply, QuotaRefusal):
         return _response(openai.refused(provider, asked, reply), call.headers)
     if reply.outcome is ReplyOutcome.DROPPED:
         return _dropped(request)
-    return _response(openai.completed(provider, asked, reply, call.number), call.headers)
+    request_id = {"x-request-id": f"req_{call.number:08x}", **call.headers}
+    return _response(write(provider, asked, reply, call.number), request_id)
+
+
+async def _messages(provider: Provider, request: web.Request) -> web.StreamResponse:
+    body: dict[str, Any] = {}
+    try:
+        headers = request.headers
+        anthropic.check_key(provider, headers.get("x-api-key"), headers.get("anthropic-version"))
+        body = await _body(request)
+        asked = anthropic.parse_message(provider, body)
+    except WireError as problem:
+        provider.reject("anthropic", str(body.get("model")), problem.status, body)
+        return _response(anthropic.error(problem))
+    call, reply = await provider.answer("anthropic", asked)
+    if isinstance(reply, QuotaRefusal):
+        return _response(anthropic.refused(asked, reply), call.headers)
+    if reply.outcome is ReplyOutcome.DROPPED:
+        return _dropped(request)
+    return _response(anthropic.answered(provider, asked, reply, call.number), call.headers)
 
 
 async def _create_cache(provider: Provider, request: web.Request) -> web.StreamResponse:

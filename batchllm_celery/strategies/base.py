@@ -7,7 +7,7 @@ import inspect
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
 from batchllm_celery.errors import describe
@@ -17,10 +17,14 @@ from batchllm_celery.models import (
     NO_TOKENS,
     Completion,
     Failure,
+    NativeRequest,
+    Prompt,
+    Request,
     RetryState,
     TokenUsage,
     TOutput,
 )
+from batchllm_celery.models.request import DialectName, text_of
 from batchllm_celery.settings import Settings
 from batchllm_celery.strategies.failures import charged
 from batchllm_celery.strategies.usage import Reading, understand
@@ -128,6 +132,11 @@ class LLMCallStrategy(ABC, Generic[TOutput]):
     model_name: str | None = None
     #: Most tokens that one answer may have, for the limiter's estimate; None: not bounded.
     max_output_tokens: int | None = None
+    #: Forms of prompts that `execute` takes: `str`, `Request`, `NativeRequest`. An item of another
+    #: form is refused when it is submitted, or before its first call.
+    accepts: tuple[type[Any], ...] = (str,)
+    #: Whose rules count the tokens of images and files, for the limiter's estimate.
+    dialect: DialectName = "openai"
     #: Set by the registry before `prepare`.
     resources: ProcessResources | None = None
 
@@ -137,17 +146,22 @@ class LLMCallStrategy(ABC, Generic[TOutput]):
         True without a model name. Otherwise the rate starts low and grows."""
         return self.model_name is None
 
+    def refusal(self, prompt: Prompt) -> str | None:
+        """Why this prompt can't be sent; None where it can. Asked where an item is submitted, if
+        the strategy is registered there, and before its first call; it makes no call itself."""
+        return unsupported(self, prompt)
+
     async def prepare(self) -> None:
         """Open what all calls share: once per instance; after a failure the next item retries."""
 
     @abstractmethod
     async def execute(
-        self, prompt: str, attempt: int, timeout: float, state: RetryState | None = None
+        self, prompt: Any, attempt: int, timeout: float, state: RetryState | None = None
     ) -> Answer[TOutput]:
         """Make one call and return `(output, usage)` or a `Completion`.
 
         Args:
-            prompt: the item's text.
+            prompt: the item's text; a `Request` or a `NativeRequest` where `accepts` has these.
             attempt: 1 for the first; a refusal (429) does not count.
             timeout: seconds that this attempt has; the runner cancels it after that.
             state: what earlier attempts at this item left behind.
@@ -174,9 +188,9 @@ class LLMCallStrategy(ABC, Generic[TOutput]):
     async def close(self) -> None:
         """Once, when the process ends; also after a failed `prepare`. Has `CLOSE_SECONDS`."""
 
-    async def dry_run(self, prompt: str) -> Answer[Any]:
+    async def dry_run(self, prompt: Any) -> Answer[Any]:
         """Stands in for `execute` in a rehearsal: no provider is called."""
-        output = f"[DRY-RUN] Mock output for prompt: {prompt[:50]}..."
+        output = f"[DRY-RUN] Mock output for prompt: {text_of(prompt)[:50]}..."
         return output, TokenUsage(input_tokens=100, output_tokens=50, total_tokens=150)
 
     def models(self) -> tuple[str, ...]:
@@ -208,8 +222,9 @@ def as_completion(answer: Any) -> Completion[Any]:
 
 
 def _completion(answer: Any) -> Completion[Any]:
-    if isinstance(answer, Completion):
-        output, usage, metadata = answer.output, answer.usage, answer.metadata
+    given = answer if isinstance(answer, Completion) else None
+    if given is not None:
+        output, usage, metadata = given.output, given.usage, given.metadata
     elif isinstance(answer, tuple) and len(answer) == 2:
         (output, usage), metadata = answer, {}
     elif inspect.isawaitable(answer):
@@ -227,7 +242,26 @@ def _completion(answer: Any) -> Completion[Any]:
         notes = _metadata(metadata)
     if reading.guessed:
         notes = {**notes, "usage_guessed": True}
-    return Completion(output, reading.usage, notes)
+    if given is None:
+        return Completion(output, reading.usage, notes)
+    if given.usage is reading.usage and given.metadata is notes:
+        return given
+    return replace(given, usage=reading.usage, metadata=notes)
+
+
+_FORMS: dict[type[Any], str] = {
+    str: "texts",
+    Request: "a Request",
+    NativeRequest: "a NativeRequest",
+}
+
+
+def unsupported(strategy: LLMCallStrategy[Any], prompt: Prompt) -> str | None:
+    """Why a strategy can't take this prompt; None where it can."""
+    if isinstance(prompt, strategy.accepts):
+        return None
+    taken = " or ".join(_FORMS.get(form, form.__name__) for form in strategy.accepts)
+    return f"unsupported: {type(strategy).__name__} takes {taken}, not a {type(prompt).__name__}"
 
 
 def usage_in(usage: Any) -> Reading | None:

@@ -25,23 +25,26 @@ class CallableStrategy(LLMCallStrategy[TOutput]):
         model_name: `PROVIDER:MODEL`, for prices and the default quota.
         quota: the quota to draw on.
         max_output_tokens: for the limiter's estimate.
+        accepts: forms of prompts that the function takes: `str`, `Request`, `NativeRequest`.
     """
 
     def __init__(
         self,
-        function: Callable[[str], Awaitable[Any]],
+        function: Callable[[Any], Awaitable[Any]],
         *,
         model_name: str | None = None,
         quota: str | None = None,
         max_output_tokens: int | None = None,
+        accepts: tuple[type[Any], ...] = (str,),
     ) -> None:
         self.function = function
         self.model_name = model_name
         self.quota = quota
         self.max_output_tokens = max_output_tokens
+        self.accepts = accepts
 
     async def execute(
-        self, prompt: str, attempt: int, timeout: float, state: RetryState | None = None
+        self, prompt: Any, attempt: int, timeout: float, state: RetryState | None = None
     ) -> Completion[Any]:
         """Await the function. An answer without usage counts no tokens."""
         called = self.function(prompt)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from batchllm_celery.errors import FailureKind, ProviderError, UsageError
@@ -59,6 +60,10 @@ class EscalatingStrategy(LLMCallStrategy[TOutput]):
         self._prepared = 0
         self.quota = quota or levels[0].quota or levels[0].model_name
         self.model_name = levels[0].model_name
+        self.dialect = levels[0].dialect
+        self.accepts = tuple(
+            form for form in levels[0].accepts if all(form in one.accepts for one in levels)
+        )
         limits = [level.max_output_tokens for level in levels]
         known = [limit for limit in limits if limit is not None]
         self.max_output_tokens = max(known) if len(known) == len(limits) else None
@@ -86,7 +91,7 @@ class EscalatingStrategy(LLMCallStrategy[TOutput]):
             await level.cleanup()
 
     async def execute(
-        self, prompt: str, attempt: int, timeout: float, state: RetryState | None = None
+        self, prompt: Any, attempt: int, timeout: float, state: RetryState | None = None
     ) -> Completion[Any]:
         """One call, at the level this item has reached.
 
@@ -105,7 +110,7 @@ class EscalatingStrategy(LLMCallStrategy[TOutput]):
             self._escalate(error, level, state)
             raise
         metadata = {**completion.metadata, **({"model": model} if model else {})}
-        return Completion(completion.output, completion.usage, metadata)
+        return replace(completion, metadata=metadata, priced_as=completion.priced_as or model)
 
     async def on_error(
         self, exception: Exception, attempt: int, state: RetryState | None = None

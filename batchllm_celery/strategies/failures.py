@@ -190,6 +190,8 @@ def classify(exception: BaseException) -> Failure:
                 else retry_after_of(_headers_of(said))
             ),
             usage=extract_token_usage(exception),
+            metadata=said.metadata if isinstance(said, ProviderError) else {},
+            reply=said.reply if isinstance(said, ProviderError) else None,
         )
     except BaseException as error:  # an attribute of it fails, or even leaves
         message = f"{type(exception).__name__}: it can't be looked at ({type(error).__name__})"
@@ -249,6 +251,8 @@ def _checked(failure: Failure) -> Failure:
         str(failure.message),
         None if failure.retry_after is None else _seconds(failure.retry_after),
         read_usage(failure.usage),
+        failure.metadata,
+        failure.reply,
     )
 
 

@@ -14,6 +14,8 @@ from batchllm_celery.models import StrategySpec, TContext, TOutput
 from batchllm_celery.strategies.base import LLMCallStrategy
 
 if TYPE_CHECKING:
+    from celery import Signature, Task
+    from celery.result import AsyncResult
     from typing_extensions import Unpack
 
     from batchllm_celery.producer import Batch, RowWith, SubmitOptions
@@ -56,6 +58,38 @@ class TypedStrategy(Generic[TOutput]):
         batch: Batch[TOutput, TContext] = producer.submit(items, strategy=self, **options)
         return batch
 
+    # -- one item, as Celery's tasks are called
+
+    @property
+    def task(self) -> Task[Any, TOutput]:
+        """The Celery task: of the app that `install` was called with first, else of the fleet's.
+
+        Raises:
+            StrategyNotFoundError: the app has no task of this name.
+        """
+        tasks = importlib.import_module("batchllm_celery.worker.tasks")
+        found: Task[Any, TOutput] = tasks.task_of(self.name)
+        return found
+
+    def delay(self, prompt: str, /) -> AsyncResult[TOutput]:
+        """Send one item as a task. `.get()` is the output, or raises `ItemFailedError`."""
+        return self.task.apply_async((prompt,), dict(self.spec.params))
+
+    def apply_async(
+        self, args: tuple[str] | list[str], kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> AsyncResult[TOutput]:
+        """`delay` with Celery's options: `queue`, `priority` (0 to 9, urgent), `expires`,
+        `countdown`, `eta`, `link`, `link_error`, `task_id`."""
+        return self.task.apply_async(tuple(args), {**self.spec.params, **(kwargs or {})}, **options)
+
+    def s(self, *prompt: str) -> Signature[TOutput]:
+        """A signature for chains, groups, chords; in a chain the task before gives the prompt."""
+        return self.task.signature(prompt, dict(self.spec.params))
+
+    def si(self, prompt: str) -> Signature[TOutput]:
+        """A signature that takes nothing from the task before it."""
+        return self.task.signature((prompt,), dict(self.spec.params), immutable=True)
+
     def __repr__(self) -> str:
         # Parameters may hold what nobody should read.
         return f"<strategy {self.name!r}>"
@@ -96,6 +130,13 @@ class RegisteredStrategy(TypedStrategy[TOutput], Generic[P, TOutput]):
         return TypedStrategy(
             StrategySpec(name=self.name, params=named(self.name, self._factory, args, kwargs)),
             self.output_type,
+        )
+
+    def delay(self, prompt: str, /, *args: P.args, **kwargs: P.kwargs) -> AsyncResult[TOutput]:
+        """Send one item as a task, with parameters. `.get()` is the output, or raises
+        `ItemFailedError`."""
+        return self.bind(*args, **kwargs).task.apply_async(
+            (prompt,), named(self.name, self._factory, args, kwargs)
         )
 
 

@@ -7,6 +7,7 @@ Registry   (name, parameters) -> instance, prepared once, closed once
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib
 import inspect
 import time
@@ -114,6 +115,8 @@ class StrategyCatalog:
 
     def __init__(self, builtins: str | None = None) -> None:
         self._builtins = builtins
+        self.listeners: list[Callable[[Registration], None]] = []
+        """Told of each name that is registered from then on."""
         self._registrations: dict[str, Registration] = {}
 
     @property
@@ -143,6 +146,8 @@ class StrategyCatalog:
                 f"{known.factory.__module__}.{known.factory.__qualname__}; choose another name"
             )
         self._known[registration.name] = registration
+        for listen in self.listeners:
+            listen(registration)
 
     def lookup(self, name: str) -> Registration:
         """The registration of `name`.
@@ -157,6 +162,16 @@ class StrategyCatalog:
                 f"no strategy {name!r} is registered here; known are {', '.join(sorted(self))}. "
                 f"Import the module that registers it with --app MODULE (or BATCHLLM_APP)."
             ) from None
+
+    @contextlib.contextmanager
+    def replaced(self, registration: Registration) -> Iterator[None]:
+        """Another registration under a known name, inside the block: for tests."""
+        known = self.lookup(registration.name)
+        self._known[registration.name] = registration
+        try:
+            yield
+        finally:
+            self._known[registration.name] = known
 
     def __iter__(self) -> Iterator[str]:
         return iter(tuple(self._known))
@@ -216,6 +231,8 @@ def strategy(name: str, *, quota: str | None = None) -> _Register:
             what is no factory, or if the class has an `execute` that is not async.
     """
     check_label(name, "strategy name")
+    if name == "run_items":
+        raise UsageError("a strategy can't be called run_items: a task of ours has that name")
     if quota is not None:
         check_label(quota, "quota name")
 

@@ -8,14 +8,15 @@ import math
 import re
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import regex
 from pydantic import BaseModel, ValidationError
 
 from batchllm_celery.errors import FailureKind, ProviderError, UsageError
-from batchllm_celery.models import Completion, RetryState, TOutput
+from batchllm_celery.models import Completion, NativeRequest, Request, RetryState, TOutput
 from batchllm_celery.strategies.base import (
     LLMCallStrategy,
     ProcessResources,
@@ -37,9 +38,9 @@ _TOKEN = re.compile(r'"(?:[^"\\]|\\.?)*+"?|[{}\[\]]', re.DOTALL)
 _MEMBER = re.compile(r'"\s*:\s*\Z')
 _NOT_JSON = (ValueError, RecursionError)  # the latter: brackets nested without end
 _MOST_ERRORS = 5
-#: Seconds that the patterns of a schema may take on one answer. Some patterns never finish on some
-#: texts, and they block the event loop.
-PATTERN_SECONDS = 0.5
+#: Seconds that checking one answer may take. Some patterns never finish on some texts, nor do some
+#: schemas on some values, and they block the event loop.
+CHECK_SECONDS = 0.5
 
 
 class OutputSchema:
@@ -51,7 +52,7 @@ class OutputSchema:
 
     def __init__(self, schema: Schema[Any]) -> None:
         self.model = schema if isinstance(schema, type) and issubclass(schema, BaseModel) else None
-        self._patterns_until = 0.0
+        self._check_until = math.inf
         if self.model is not None:
             self.json_schema: dict[str, Any] = self.model.model_json_schema()
         elif isinstance(schema, Mapping):
@@ -74,7 +75,7 @@ class OutputSchema:
         Raises:
             ProviderError: of kind `validation`; says what is wrong, never quotes the answer.
         """
-        self._patterns_until = time.monotonic() + PATTERN_SECONDS
+        self._check_until = time.monotonic() + CHECK_SECONDS
         problem: str | None = "the answer is not valid JSON"
         values = json_values(text)
         if values:
@@ -109,7 +110,9 @@ class OutputSchema:
                 (error.absolute_path, f"must satisfy {_rule(error)}") for error in errors
             )
         except TimeoutError:
-            return f"a pattern of the schema was not done with it within {PATTERN_SECONDS:g} s"
+            return f"the schema could not be checked within {CHECK_SECONDS:g} s"
+        except RecursionError:
+            return "the answer is nested too deep to be checked"
 
     @cached_property
     def _validator(self) -> Any:
@@ -138,22 +141,48 @@ class OutputSchema:
                 }
                 yield from additional(validator, rule, left, {})
 
+        ours = {
+            "pattern": pattern,
+            "patternProperties": by_pattern,
+            "additionalProperties": others,
+            "uniqueItems": _unique_items,
+        }
+        rules = {**draft.VALIDATORS, **ours}
         bounded = validators.extend(
-            draft,
-            {"pattern": pattern, "patternProperties": by_pattern, "additionalProperties": others},
+            draft, {name: self._in_time(rule) for name, rule in rules.items()}
         )
         # With "$schema" in it, a reference to the root would bring the unbounded validator back.
         return bounded({key: part for key, part in self.json_schema.items() if key != "$schema"})
+
+    def _in_time(self, rule: Any) -> Any:
+        """A schema's rule that ends when the answer's time is over."""
+
+        def bounded(validator: Any, value: Any, instance: Any, schema: Any) -> Iterator[Any]:
+            self._time_left()
+            for error in rule(validator, value, instance, schema) or ():
+                self._time_left()
+                yield error
+
+        return bounded
+
+    def _time_left(self) -> float:
+        """Seconds, more than none.
+
+        Raises:
+            TimeoutError: the answer's time is over.
+        """
+        left = self._check_until - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        return left
 
     def _search(self, pattern: str, text: str) -> bool:
         """Whether the pattern is found; by an engine that can be stopped, unlike `re`.
 
         Raises:
-            TimeoutError: the answer's time for patterns is over.
+            TimeoutError: the answer's time is over.
         """
-        left = self._patterns_until - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
+        left = min(self._time_left(), CHECK_SECONDS)
         return regex.search(pattern, text, timeout=left) is not None
 
     def _check_schema(self) -> None:
@@ -245,6 +274,22 @@ def _look_up(resolver: Any, reference: str) -> Any:
             f"not a usable JSON Schema: {reference!r} leads nowhere (a schema must hold all that "
             f"it refers to; nothing is fetched)"
         ) from error
+
+
+def _unique_items(validator: Any, unique: Any, instance: Any, schema: Any) -> Iterator[Any]:
+    """Linear in the value's size; jsonschema compares each object with each."""
+    wanted = unique and validator.is_type(instance, "array")
+    if wanted and len({_hashable(item) for item in instance}) < len(instance):
+        yield _error("items are not unique")
+
+
+def _hashable(value: Any) -> Any:
+    """Equal for values that are equal in JSON: 1 and 1.0 are, 1 and true are not."""
+    if isinstance(value, dict):
+        return frozenset((name, _hashable(inner)) for name, inner in value.items())
+    if isinstance(value, list):
+        return tuple(map(_hashable, value))
+    return (bool, value) if isinstance(value, bool) else value
 
 
 def _error(message: str) -> Any:
@@ -366,15 +411,26 @@ def remember_feedback(exception: BaseException, state: RetryState | None) -> Non
         state.set(FEEDBACK, failure.message)
 
 
-def with_feedback(prompt: str, state: RetryState | None) -> str:
-    """`prompt`, and what was wrong with the previous answer where there was one."""
+PromptT = TypeVar("PromptT", str, Request, str | Request)
+
+
+def with_feedback(prompt: PromptT, state: RetryState | None) -> PromptT:
+    """`prompt`, and what was wrong with the previous answer where there was one: of a `Request` as
+    a further user message."""
     feedback = state.get(FEEDBACK) if state is not None else None
     if not feedback:
         return prompt
-    return (
-        f"{prompt}\n\nYour previous answer was rejected: {feedback}\n"
+    words = (
+        f"Your previous answer was rejected: {feedback}\n"
         f"Answer again, correcting this. Reply with nothing but the corrected answer."
     )
+    return _with_text(prompt, words)
+
+
+def _with_text(prompt: PromptT, text: str) -> PromptT:
+    if isinstance(prompt, Request):
+        return prompt.with_user_text(text)
+    return f"{prompt}\n\n{text}"
 
 
 class StructuredStrategy(LLMCallStrategy[TOutput]):
@@ -396,6 +452,9 @@ class StructuredStrategy(LLMCallStrategy[TOutput]):
         self.quota = inner.quota
         self.model_name = inner.model_name
         self.max_output_tokens = inner.max_output_tokens
+        self.dialect = inner.dialect
+        # A native body is sent as it is: the schema would have no place in it.
+        self.accepts = tuple(form for form in inner.accepts if form is not NativeRequest)
 
     @property
     def full_speed(self) -> bool:
@@ -408,7 +467,7 @@ class StructuredStrategy(LLMCallStrategy[TOutput]):
         await self.inner.prepare()
 
     async def execute(
-        self, prompt: str, attempt: int, timeout: float, state: RetryState | None = None
+        self, prompt: Any, attempt: int, timeout: float, state: RetryState | None = None
     ) -> Completion[Any]:
         """One call; its text is parsed and checked.
 
@@ -416,12 +475,12 @@ class StructuredStrategy(LLMCallStrategy[TOutput]):
             ProviderError: of kind `validation`, carrying the tokens of the answer.
         """
         schema = json.dumps(self.schema.json_schema)
-        asked = f"{prompt}\n\nAnswer with JSON only, of this JSON Schema:\n{schema}"
+        asked = _with_text(prompt, f"Answer with JSON only, of this JSON Schema:\n{schema}")
         answer = await self.inner.execute(with_feedback(asked, state), attempt, timeout, state)
         completion = as_completion(answer)
         with charged(completion.usage):
             output = self.schema.parse(str(completion.output))
-        return Completion(output, completion.usage, completion.metadata)
+        return replace(completion, output=output)
 
     async def on_error(
         self, exception: Exception, attempt: int, state: RetryState | None = None

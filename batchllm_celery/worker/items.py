@@ -9,6 +9,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from functools import cached_property
 from typing import Any
 
+from batchllm_celery.dialects.blobs import BlobMissingError
 from batchllm_celery.errors import (
     FailureKind,
     StrategyNotFoundError,
@@ -25,6 +26,7 @@ from batchllm_celery.models import (
     BatchSpec,
     BatchState,
     Failure,
+    Prompt,
     Quota,
     RetryState,
     StrategySpec,
@@ -35,6 +37,7 @@ from batchllm_celery.services import Services
 from batchllm_celery.strategies import LLMCallStrategy
 from batchllm_celery.strategies.failures import log_bug, status_of
 from batchllm_celery.worker.admission import Admission
+from batchllm_celery.worker.prompts import Prompts
 from batchllm_celery.worker.slots import Slots
 from batchllm_celery.worker.unrunnable import (
     MOST_DELAY,
@@ -94,6 +97,10 @@ class Items:
         services = self.services
         prices = Prices(services.settings.prices_file)
         return ItemRunner(services.limiter, Estimator(), services.events, prices)
+
+    @cached_property
+    def prompts(self) -> Prompts:
+        return Prompts(self.services.ledger.claims)
 
     def start(self, spec: BatchSpec, claim: Claim) -> asyncio.Task[_Result | None]:
         """Run a claimed item; the task's result is None for one that went back to Redis."""
@@ -237,11 +244,22 @@ class Item:
         if claim.payload.problem is not None:
             problem = f"InvalidInput: {claim.payload.problem}"
             return self._without_call(FailureKind.INVALID_INPUT, problem)
+        expires = claim.payload.expires_at
+        if expires is not None and claim.server_now > expires:
+            return self._without_call(FailureKind.DEADLINE, "Expired: before it was run")
         if faults.found and (fault := faults.waiting(chosen)):
             return Unrunnable(fault.reason, parameters=fault.parameters)
         try:
+            prompt = await items.prompts.of(claim)
+        except BlobMissingError:
+            gone = "InvalidInput: a part of its request is no longer in Redis: submit it again"
+            return self._without_call(FailureKind.INVALID_INPUT, gone)
+        except (ValueError, LookupError, TypeError) as error:
+            unread = f"InvalidInput: its request can't be read here ({type(error).__name__})"
+            return self._without_call(FailureKind.INVALID_INPUT, unread)
+        try:
             strategy = self._strategy = await registry.get(chosen)
-            job = self._job(strategy)
+            job = self._job(strategy, prompt)
         except UsageError as error:
             return self._not_built(error)
         except BaseException as error:  # a property of it fails: it would each time
@@ -262,7 +280,7 @@ class Item:
             claim.usage, claim.last_error = job.usage, job.last_error
         return outcome
 
-    def _job(self, strategy: LLMCallStrategy[Any]) -> ItemJob:
+    def _job(self, strategy: LLMCallStrategy[Any], prompt: Prompt) -> ItemJob:
         spec, claim = self._spec, self.claim
         payload = claim.payload
         quota = self._quota = spec.quota or strategy.quota or spec.strategy.name
@@ -275,7 +293,7 @@ class Item:
             batch_id=claim.batch_id,
             item_id=payload.item_id,
             index=claim.index,
-            prompt=payload.prompt,
+            prompt=prompt,
             context=payload.context,
             strategy=strategy,
             prepare=self.prepare,
@@ -292,6 +310,7 @@ class Item:
             prices=given_prices(spec.prices),
             needs_prices=spec.max_cost is not None,
             estimate_usage=spec.token_budget is not None,
+            keep_raw=spec.keep_raw,
             gate=self,
             parks=self.parks,
         )

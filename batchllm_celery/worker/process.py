@@ -8,8 +8,9 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from batchllm_celery.errors import (
@@ -18,6 +19,7 @@ from batchllm_celery.errors import (
     FailureKind,
     describe,
 )
+from batchllm_celery.event_loop import Unending
 from batchllm_celery.events import Events, WorkerStarted, WorkerStopped
 from batchllm_celery.ledger import Beat, Heartbeat, WorkerInfo, able
 from batchllm_celery.models import BatchState, WorkItemResult
@@ -119,6 +121,10 @@ class Runtime:
         )
         self.queues = list(queues or settings.queues)
         self.dropped_messages: Callable[[], int] = lambda: 0
+        self.send_again: Callable[[str, int, bytes], None] = lambda *_: None
+        """Sends the message of a Celery task again whose item is done; blocks."""
+        self.tell_end: Callable[[str, int, dict[str, Any]], None] = lambda *_: None
+        """Calls the Celery task that is to be told that a batch is over; blocks."""
         self._publish = publish
         self._slots = Slots(slots)
         self._faults = Faults()
@@ -145,11 +151,11 @@ class Runtime:
             await services.enter(services.limiter)
             _ = services.registry, self.items.runner
             self._start_heartbeat()
-            self._in_background(self._requeue_forever())
+            self._in_background(self._requeue_forever)
             settings = services.settings
             if settings.heartbeat_file is not None:
                 file, interval = ready_file(settings.heartbeat_file), settings.heartbeat_seconds
-                self._in_background(touch_forever(file, interval, self._has_redis))
+                self._in_background(partial(touch_forever, file, interval, self._has_redis))
             self._is_open = True
         services.events.emit(WorkerStarted(services.process_id))
 
@@ -168,14 +174,8 @@ class Runtime:
         self._heartbeat.start()
         services.stack.callback(self._heartbeat.stop)
 
-    def _in_background(self, work: Awaitable[None]) -> None:
-        task = asyncio.ensure_future(work)
-
-        async def end() -> None:
-            task.cancel()
-            await asyncio.wait([task])
-
-        self.services.stack.push_async_callback(end)
+    def _in_background(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self.services.stack.push_async_callback(Unending(work).end)
 
     def drain(self) -> None:
         """Start no further call: items that wait go back at once, calls in flight may end within
@@ -347,10 +347,32 @@ class Runtime:
         )
         if idle and wanted:  # only this loop brings work, after a pause for instance
             self._starved = sum(len(indexes) for _, indexes in requeued) >= wanted
+        owed, self.services.ledger.recovery.owed = self.services.ledger.recovery.owed, []
+        ended, self.services.ledger.recovery.ended = self.services.ledger.recovery.ended, []
+        for batch_id, round_ in ended:
+            spec = await self.services.ledger.batches.spec(batch_id)
+            if spec.on_finished is not None:
+                await asyncio.to_thread(self.tell_end, batch_id, round_, spec.on_finished)
+            await self.services.ledger.batches.told(batch_id, round_)
+        for batch_id, index, task in owed:
+            await asyncio.to_thread(self.send_again, batch_id, index, task)
         for batch_id, indexes in requeued:
             for first in range(0, len(indexes), REQUEUED_PER_MESSAGE):
                 some = indexes[first : first + REQUEUED_PER_MESSAGE]
                 await asyncio.to_thread(self._publish, batch_id, some, queue, priority)
+
+    async def send_owed(self, batch_id: str, indexes: Sequence[int]) -> None:
+        """Have Celery tell the tasks that await these items, where they are done: what ran them was
+        a message of a worker's own."""
+        ledger = self.services.ledger
+        spec = ledger.claims.known_spec(batch_id)
+        if spec is None or not spec.standing:
+            return
+        for index, found in zip(
+            indexes, await ledger.standing.look(batch_id, indexes, tasks=True), strict=True
+        ):
+            if found.outcome is not None and found.task:
+                await asyncio.to_thread(self.send_again, batch_id, index, found.task)
 
     def _has_redis(self) -> bool:
         """Whether Redis has answered lately."""

@@ -5,39 +5,57 @@ from __future__ import annotations
 import asyncio
 import gc
 import importlib
+import json
 import logging
 import os
 import sys
 import threading
+import time
 import traceback
 import weakref
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import redis
-from celery import Celery, bootsteps, signals
-from celery.exceptions import WorkerShutdown
+from celery import Celery, Signature, bootsteps, signals
+from celery.exceptions import Ignore, WorkerShutdown
 from celery.worker import state as worker_state
 from kombu.utils.imports import symbol_by_name
 
 from batchllm_celery import event_loop
 from batchllm_celery.connection import broker_url, safe_url
 from batchllm_celery.embedded import resolve_url, revive_when_lost
-from batchllm_celery.errors import UsageError, describe
+from batchllm_celery.errors import (
+    FailureKind,
+    ItemFailedError,
+    StrategyNotFoundError,
+    UsageError,
+    describe,
+)
 from batchllm_celery.events import Events, Listener
+from batchllm_celery.ledger.standing import ItemPlace
+from batchllm_celery.models import WorkItemResult
 from batchllm_celery.observability import LogListener, switched_on
 from batchllm_celery.queue import (
     DEFAULT_QUEUE,
     ITEMS_HEADER,
     OFFERED,
     RUN_ITEMS,
+    STRATEGY_PREFIX,
+    Installed,
+    host,
+    hosts,
     is_fleet,
+    lane_of_host,
     make_app,
     publish,
     redis_of,
 )
+from batchllm_celery.services import Services
 from batchllm_celery.settings import Settings
+from batchllm_celery.strategies.registry import Registration, catalog
 from batchllm_celery.worker.pool import watchdog
 from batchllm_celery.worker.pool.bad_messages import MOST_ITEMS, dropped, guarded
 from batchllm_celery.worker.pool.task_events import gather_task_events
@@ -45,12 +63,25 @@ from batchllm_celery.worker.pool.transport import fetch_together, use_in
 from batchllm_celery.worker.process import Runtime
 from batchllm_celery.worker.retry_events import RetryEvents
 from batchllm_celery.worker.startup import touch_forever, wait_for_redis
+from batchllm_celery.worker.strategy_task import (
+    Expired,
+    StrategyTask,
+    lane_of,
+    make_task,
+    reference,
+    seal,
+    send_again,
+)
 
 logger = logging.getLogger("batchllm_celery")
 
 REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
 
 
+#: Seconds for which outcomes gather that Celery has been told of.
+TELL_SECONDS = 0.02
+#: Seconds for which a revoked item that runs is waited for.
+CANCEL_SECONDS = 30.0
 #: Seconds.
 NO_TIME_LIMIT = 10**8
 
@@ -132,6 +163,9 @@ def install(
         request = self.request
         return event_loop.run(process.run_items(request.id, request.hostname, batch_id, indexes))
 
+    if not is_fleet(app):
+        hosts.append(Installed(app, settings, redis_url))
+    process.register_strategies()
     process.connect()
     return app
 
@@ -143,7 +177,56 @@ _installed: weakref.WeakKeyDictionary[Celery, _Process] = weakref.WeakKeyDiction
 def has_only_our_tasks(app: Celery) -> bool:
     """Whether every message of an app may be lost: a batch's items are offered again, but an
     app's other tasks would be gone."""
-    return all(name == RUN_ITEMS or name.startswith("celery.") for name in app.tasks)
+    return all(
+        name == RUN_ITEMS or name.startswith("celery.") or isinstance(task, StrategyTask)
+        for name, task in app.tasks.items()
+    )
+
+
+def task_of(name: str) -> StrategyTask:
+    """A strategy's task: of the app that was installed first, else of the fleet's own.
+
+    Raises:
+        StrategyNotFoundError: the app has none of this name.
+    """
+    installed = host()
+    app = importlib.import_module("batchllm_celery").app if installed is None else installed.app
+    task = app.tasks.get(f"{STRATEGY_PREFIX}{name}")
+    if not isinstance(task, StrategyTask):
+        raise StrategyNotFoundError(f"no strategy {name!r} is registered in this process")
+    return task
+
+
+def _services_of(task: str) -> Services | None:
+    """Where the arguments of a strategy's task are kept; None of other tasks."""
+    for app, process in list(_installed.items()):
+        if isinstance(app.tasks.get(task), StrategyTask):
+            return process.sender()
+    return None
+
+
+@signals.before_task_publish.connect(weak=False)
+def _seal(sender: Any = None, body: Any = None, **_: Any) -> None:
+    """No message carries a prompt in clear, that of another task's either: `chain(fetch.s(),
+    summarise.si("text"))` embeds the second signature in the first message."""
+    if isinstance(body, tuple) and len(body) == 3 and isinstance(body[2], dict):
+        embedded = body[2]
+        for key, value in embedded.items():
+            if value:
+                embedded[key] = seal(value, _services_of)
+        if sender == "celery.chord_unlock":  # of backends that don't count: the body is an argument
+            for value in body[0]:
+                if isinstance(value, dict):
+                    value.update(seal(value, _services_of))
+
+
+@signals.task_revoked.connect(weak=False)
+def _cancel_revoked(sender: Any = None, request: Any = None, **_: Any) -> None:
+    """Revoke, in Flower or by `AsyncResult.revoke`, ends the item too."""
+    if isinstance(sender, StrategyTask):
+        place = reference(tuple(request.args or ()), request.kwargs or {})
+        if place is not None:
+            sender.host.cancel(place)
 
 
 def _nothing() -> None:
@@ -175,6 +258,10 @@ class _Process:
         self._openers: list[switched_on.Opener] = []
         self._opened: list[Listener] = []
         self._retry_events = RetryEvents(app, lambda: self._task_events)
+        self._sender: Services | None = None
+        self._sender_pid = 0
+        self._told: deque[tuple[str, int]] = deque()
+        self._telling: asyncio.Task[None] | None = None
 
     async def run_items(
         self, task_id: str, hostname: str | None, batch_id: str, indexes: list[int]
@@ -187,6 +274,8 @@ class _Process:
                 requeued=task_id.startswith(OFFERED),
                 time_limit=self._time_limit(),
             )
+        if task_id.startswith(OFFERED):
+            await runtime.send_owed(batch_id, indexes)
         if tally.unknown:
             raise ItemsFailed(
                 f"batch {batch_id!r} is unknown to this worker's Redis; is its producer's another?"
@@ -194,6 +283,91 @@ class _Process:
         if tally.failed:
             raise ItemsFailed(f"{tally}{retries}")
         return TaskOutcome(f"{tally}{retries}")
+
+    # -- single items
+
+    def register_strategies(self) -> None:
+        """A task for each strategy that somebody has registered, and for those to come."""
+        for name in catalog:
+            self._register(catalog.lookup(name))
+        catalog.listeners.append(self._register)
+
+    def _register(self, registration: Registration) -> None:
+        if registration.provider is None:  # built-ins are named by `PROVIDER:MODEL`
+            make_task(self._app, registration, self)
+
+    def sender(self) -> Services:
+        if self._sender is None or self._sender_pid != os.getpid():
+            self._sender = Services(self.settings, self.redis())
+            self._sender_pid = os.getpid()
+        return self._sender
+
+    def lane(self, queue: str | None) -> str:
+        lane = lane_of(self._app, queue)
+        return lane if is_fleet(self._app) else lane_of_host(self._app, lane)
+
+    async def run_single(
+        self, task_id: str, hostname: str | None, batch_id: str, index: int
+    ) -> tuple[Any, str]:
+        runtime = self._current()
+        async with self._retry_events.of(task_id, hostname) as retries:
+            tally = await runtime.run_items(batch_id, [index], time_limit=self._time_limit())
+        if tally.unknown:
+            raise ItemFailedError(FailureKind.UNKNOWN, "Expired: its standing batch is gone")
+        standing = runtime.services.ledger.standing
+        found = (await standing.look(batch_id, [index], tasks=True))[0]
+        if found.outcome is None or not found.task:
+            # It went back, runs elsewhere, or somebody has told Celery: not this message's to say.
+            raise Ignore
+        result = WorkItemResult.from_json(json.loads(found.outcome.line))
+        if not result.success:
+            if result.error_kind is FailureKind.DEADLINE and (result.error or "")[:7] == "Expired":
+                raise Expired
+            raise ItemFailedError(str(result.error_kind), result.error or "", result.item_id)
+        return result.output, f"{tally}{retries}"
+
+    def told(self, batch_id: str, index: int) -> None:
+        self._told.append((batch_id, index))
+        loop = event_loop.loop()
+        loop.call_soon_threadsafe(self._tell_soon, loop)
+
+    def _tell_soon(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._telling is None or self._telling.done():
+            self._telling = loop.create_task(self._tell())
+
+    async def _tell(self) -> None:
+        """Note in the ledger, many at a time, that Celery knows of these outcomes."""
+        await asyncio.sleep(TELL_SECONDS)
+        while self._told:
+            batches: dict[str, list[int]] = {}
+            while self._told:
+                batch_id, index = self._told.popleft()
+                batches.setdefault(batch_id, []).append(index)
+            for batch_id, indexes in batches.items():
+                await self._current().services.ledger.standing.told(batch_id, indexes)
+
+    def cancel(self, place: ItemPlace) -> None:
+        async def cancel() -> None:
+            standing = self._current().services.ledger.standing
+            give_up = time.monotonic() + CANCEL_SECONDS
+            while await standing.cancel(place.batch_id, place.index) is None:
+                if time.monotonic() >= give_up:
+                    logger.warning("item.not_cancelled item=%s: it runs", place)
+                    return
+                await asyncio.sleep(0.1)
+            await standing.told(place.batch_id, [place.index])
+
+        asyncio.run_coroutine_threadsafe(cancel(), event_loop.loop())
+
+    def _send_again(self, batch_id: str, index: int, task: bytes) -> None:
+        send_again(self._app, ItemPlace(batch_id, index), task)
+
+    def _tell_end(self, batch_id: str, round_: int, signature: dict[str, Any]) -> None:
+        """The same id each time: whoever was called twice (a worker died in between) can tell."""
+        task = {"args": (), "kwargs": {}, "options": {}, **signature}
+        Signature.from_dict(task, app=self._app).apply_async(
+            () if task.get("immutable") else (batch_id,), task_id=f"finished-{batch_id}-{round_}"
+        )
 
     def connect(self) -> None:
         """Listen to the worker's signals, which reach this process only if it is a worker."""
@@ -239,6 +413,8 @@ class _Process:
             queues=self._lanes(),
         )
         runtime.dropped_messages = lambda: dropped.count
+        runtime.send_again = self._send_again
+        runtime.tell_end = self._tell_end
         if self._pool is not None:
             runtime.admission.on_room = self._pool.look_again
         watchdog.events.listen(runtime.services.events.emit)
@@ -272,9 +448,15 @@ class _Process:
         """The lanes that this worker consumes; the app's default queue is the lane `default`."""
         default = self._app.conf.task_default_queue
         consumed = list(self._app.amqp.queues.consume_from) or self.settings.queues
-        return [DEFAULT_QUEUE if name == default else name for name in consumed]
+        lanes = [DEFAULT_QUEUE if name == default else name for name in consumed]
+        if is_fleet(self._app):
+            return lanes
+        return lanes + [lane_of_host(self._app, lane) for lane in lanes]
 
     def _publish(self, batch_id: str, indexes: Any, queue: str, priority: int) -> None:
+        lanes = self._lanes()
+        if not is_fleet(self._app) and queue in lanes[len(lanes) // 2 :]:
+            queue = lanes[lanes.index(queue) - len(lanes) // 2]
         publish(self._app, batch_id, indexes, queue=queue, priority=priority, offered=True)
 
     # -- signals ----------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def test_flower_shows_what_the_batch_did_and_nothing_secret(fleet: Fleet, watche
         )
         assert tokens == sum(line["token_usage"]["total_tokens"] for line in its)
         assert task["state"] == ("FAILURE" if failed else "SUCCESS")
-        assert task["name"] == "batchllm.run_items"
+        assert task["name"] == "batchllm.gemini"
         assert task["worker"].startswith("batchllm")
         assert task["runtime"] is None or task["runtime"] > 0
         if any(line["attempts"] > 1 for line in its):

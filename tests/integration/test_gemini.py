@@ -14,10 +14,10 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from pydantic import BaseModel
 
+from batchllm_celery.dialects.answers import seconds_to_pacific_midnight
 from batchllm_celery.errors import FailureKind, ProviderError, UsageError
 from batchllm_celery.models import RetryState, StrategySpec, TokenUsage
 from batchllm_celery.providers import GeminiResponse, GeminiStrategy, SimulatedStrategy
-from batchllm_celery.providers.gemini.client import seconds_to_pacific_midnight
 from batchllm_celery.settings import Settings
 from batchllm_celery.simulation import SimulatedProvider, answer_to
 from batchllm_celery.strategies import (
@@ -65,6 +65,9 @@ async def test_a_prompt_is_answered_with_its_tokens() -> None:
     assert completion.metadata == {
         "finish_reason": "STOP",
         "safety_ratings": {"HARM_CATEGORY_DANGEROUS_CONTENT": "NEGLIGIBLE"},
+        "model": "m",
+        "response_id": "simulated",
+        "reasoning_tokens": 7,
     }
 
 
@@ -299,7 +302,7 @@ async def test_a_429_carries_the_wait_with_its_fraction_and_is_not_retried_by_th
         assert provider.stats.calls == 1
     failure = classify_for(strategy, caught.value)
     assert (failure.kind, failure.retry_after) == (FailureKind.RATE_LIMITED, 1.25)
-    assert failure.message.startswith("ClientError: 429 RESOURCE_EXHAUSTED.")
+    assert failure.message.startswith("RESOURCE_EXHAUSTED: 429 ")
 
 
 async def test_the_day_s_quota_is_not_a_minute_s() -> None:
@@ -320,8 +323,12 @@ def test_the_day_ends_at_midnight_pacific() -> None:
     from zoneinfo import ZoneInfo
 
     pacific = ZoneInfo("America/Los_Angeles")
-    assert seconds_to_pacific_midnight(datetime(2026, 6, 1, 23, 0, tzinfo=pacific)) == 3600
-    assert seconds_to_pacific_midnight(datetime(2026, 11, 1, 0, 0, tzinfo=pacific)) == 25 * 3600
+    evening, change = (
+        datetime(2026, 6, 1, 23, 0, tzinfo=pacific),
+        datetime(2026, 11, 1, tzinfo=pacific),
+    )
+    assert seconds_to_pacific_midnight(evening.timestamp()) == 3600
+    assert seconds_to_pacific_midnight(change.timestamp()) == 25 * 3600
 
 
 # -- answers and errors that the simulated provider does not give

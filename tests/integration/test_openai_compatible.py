@@ -285,5 +285,6 @@ def test_the_output_limit_has_the_server_s_own_name(
     """OpenAI's newer models refuse `max_tokens`, many other servers know nothing else."""
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     strategy = Strategy("m", base_url=base_url, max_output_tokens=9, extra={"top_k": 1})
-    request = strategy._build_request()
-    assert request == {"model": "m", name: 9, "extra_body": {"top_k": 1}}
+    messages = [{"role": "user", "content": "hello"}]
+    body = strategy._asked("hello", None).body
+    assert body == {"model": "m", "messages": messages, name: 9, "top_k": 1}

@@ -115,7 +115,7 @@ def row(**changes: Any) -> dict[str, Any]:
         (row(context=circular()), r"item 250 \(odd\): .*JSON"),
         (row(context={(1, 2): "x"}), r"item 250 \(odd\): .*tuple"),
         (LLMWorkItem("odd", "s", "x", context={1, 2}), r"item 250 \(odd\): .*set"),
-        (LLMWorkItem("odd", "s", ["x"]), r"item 250 \(odd\): its prompt is no text"),  # type: ignore[arg-type]
+        (LLMWorkItem("odd", "s", ["x"]), r"item 250 \(odd\): its prompt is no text"),
         (row(temperature=0.5, model="m"), r"item 250: unknown key 'temperature', 'model'"),
         (row(Prompt="x"), r"item 250: unknown key 'Prompt'"),
         (row(item_id="id-3"), r"item 250: an earlier row has its item_id 'id-3'"),

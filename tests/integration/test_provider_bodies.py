@@ -509,3 +509,32 @@ async def test_pydantic_ai_s_words_do_not_hide_whose_fault_it_was(
         assert done is not None
         assert kind is None
         assert (done.output, done.metadata) == ("par", {"finish_reason": finish})
+
+
+# -- whole answers in an unusual wrapping
+
+
+@WIRES
+@pytest.mark.parametrize("status", [201, 203, 206])
+async def test_a_whole_answer_of_another_2xx_is_an_answer(wire: str, status: int) -> None:
+    """It is paid for: asking again would pay twice."""
+    async with calling(wire, Sent(http(good(wire), status))) as strategy:
+        assert as_completion(await strategy.execute("p", 1, 9)).output == "fine"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "declared"),
+    [("utf-16", ""), ("utf-16-le", ""), ("utf-32", ""), ("latin-1", "ISO-8859-1")],
+)
+async def test_an_answer_in_another_encoding_is_read(encoding: str, declared: str) -> None:
+    """By its zeros, or as its header says."""
+    body = json.dumps(good("openai", "schön"), ensure_ascii=False).encode(encoding)
+    type_ = f"{JSON}; charset={declared}" if declared else JSON
+    async with calling("openai", Sent(http(body, type_=type_))) as strategy:
+        assert as_completion(await strategy.execute("p", 1, 9)).output == "schön"
+
+
+@WIRES
+async def test_an_error_in_words_alone_is_understood(wire: str) -> None:
+    """A 200 that says `rate limit` is one."""
+    assert (await failure_of(wire, http({"error": "rate limit"}))).kind is K.RATE_LIMITED

@@ -226,3 +226,23 @@ async def test_a_client_of_ones_own_that_follows_nothing_is_understood_too(
     failed = classify_for(strategy, raised.value)
     assert failed.kind is FailureKind.INVALID_REQUEST
     assert "redirects to http://elsewhere.invalid:8," in failed.message
+
+
+@pytest.mark.parametrize("variable", ["http_proxy", "HTTP_PROXY"])
+async def test_no_proxy_of_the_shell_stands_before_the_simulated_provider(
+    stack: AsyncExitStack, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    """It is a server of ours, mostly on this machine: every row of a first try failed."""
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, "http://127.0.0.1:9")
+
+    async def answers(request: web.Request) -> web.Response:
+        return web.json_response(ANSWER["gemini"])
+
+    url = str((await serve(stack, answers)).make_url("/")).rstrip("/")
+    registry = Registry(ProcessResources(settings=Settings(simulated_url=url)))
+    stack.push_async_callback(registry.close)
+    strategy = await registry.get(StrategySpec(name="simulated", params={"model": "m"}))
+    await registry.prepare(strategy)
+    assert as_completion(await strategy.execute(PROMPT, 1, 9)).output == "yes"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pwd
 import stat
 import subprocess
 import sys
@@ -12,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from batchllm_celery.embedded import EmbeddedServer
-from batchllm_celery.errors import EmbeddedServerError
+from batchllm_celery.errors import EmbeddedServerError, UsageError
 from batchllm_celery.files.result_file import OutputError, ResultFile
+from batchllm_celery.settings import Settings, absolute
 from tests.unit.test_result_file import result
 
 RUN = [sys.executable, "-m", "batchllm_celery.cli", "run", "rows.jsonl", "--model", "simulated"]
@@ -115,3 +117,21 @@ def test_a_link_beside_the_result_file_is_not_followed(tmp_path: Path, name: str
             file.write([result(0, "two")])
         file.finish()
     assert target.read_text() == "mine\n"
+
+
+def test_without_a_home_only_what_needs_a_folder_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As in a container under a user id of nobody: a Redis elsewhere needs no home."""
+
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    for name in ("HOME", "XDG_STATE_HOME", "BATCHLLM_STATE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    settings = Settings(redis_url="redis://elsewhere")
+    with pytest.raises(UsageError, match="BATCHLLM_STATE_DIR"):
+        EmbeddedServer.acquire(settings.state_dir)
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert str(absolute(settings.state_dir)) == "/home/somebody/.local/state/batchllm"

@@ -420,3 +420,27 @@ def test_calls_that_a_time_limit_cuts_off_end_their_item(
     for result in results:
         assert result.error_kind is FailureKind.CUT_OFF
         assert "time limit=2" in (result.error or "")
+
+
+async def test_a_strategy_that_cancels_every_task_ends_no_background_work(
+    redis_url: str, namespace: str, tmp_path: Path
+) -> None:
+    """As code does that takes the loop for its own: the items that it cut off would hang."""
+
+    def ours() -> set[str]:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        names = {getattr(task.get_coro(), "__qualname__", "") for task in tasks}
+        return names & {"Limiter._listen", "Runtime._requeue_forever", "touch_forever"}
+
+    settings = Settings(
+        redis_url=redis_url, namespace=namespace, heartbeat_file=tmp_path / "heartbeat"
+    )
+    runtime = Runtime(settings, redis_url, lambda *_: None)
+    await runtime.open()
+    assert len(ours()) == 3
+    for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        task.cancel()
+    await wait_until_async(lambda: not ours(), interval=0)
+    await wait_until_async(lambda: len(ours()) == 3)
+    await runtime.close()
+    assert not ours()

@@ -25,8 +25,10 @@ from batchllm_celery import (
     RegisteredStrategy,
     TypedStrategy,
     WorkItemResult,
+    quota,
     strategy,
 )
+from batchllm_celery.testing import run_item
 
 
 class Person(BaseModel):
@@ -112,6 +114,22 @@ def batches(producer: Producer) -> None:
     assert_type(person.submit(["Ann"], queue="express").collect().results[0].output, Person)
 
 
+def single_items(producer: Producer) -> None:
+    assert_type(person.delay("Ann", model="m").get(), Person)
+    assert_type(person.bind(model="m").delay("Ann").get(), Person)
+    assert_type(producer.ask("Ann", strategy=person).output, Person)
+    assert_type(producer.enqueue("Ann", strategy=text).result(timeout=3.0).output, str)
+    assert_type(producer.item("batch:7", person).result().output, Person)
+    assert_type(run_item(person, "Ann").output, Person)
+    with quota("openai:gpt-5-mini", tokens=1200) as permit:
+        permit.refused(retry_after=2.0)
+    person.delay("Ann", modle="m")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    person.delay(7)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    producer.ask("Ann", strategy=person, prioritty=1)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
+    with quota("q", token=1):  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+        pass
+
+
 async def from_a_loop(texts: AsyncIterator[str]) -> None:
     async with AsyncProducer() as producer:
         batch = await producer.submit(texts, strategy=text)
@@ -119,5 +137,8 @@ async def from_a_loop(texts: AsyncIterator[str]) -> None:
             assert_type(result.output, str)
         assert_type(await batch.progress(), BatchProgress)
         assert_type(await producer.attach("b"), AsyncBatch)
+        assert_type((await producer.ask("Ann", strategy=person)).output, Person)
+        async with quota("openai:gpt-5-mini", tokens=1200) as permit:
+            permit.used({"input_tokens": 7})
         print(batch.progress().finished)  # type: ignore[attr-defined]  # pyright: ignore
         list(batch.results())  # type: ignore[call-overload]  # pyright: ignore

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from hypothesis import strategies as st
 from batchllm_celery.errors import InputError, UsageError
 from batchllm_celery.files import readers
 from batchllm_celery.files.item_ids import SeenIds
+from batchllm_celery.files.native import NativeRows
 from batchllm_celery.files.prompt_template import MissingFieldError, PromptTemplate
 from batchllm_celery.files.rows import Rows, check_all, spooled
-from batchllm_celery.models import BadRow, LLMWorkItem, StrategySpec
+from batchllm_celery.models import BadRow, LLMWorkItem, NativeRequest, StrategySpec
+from tests.unit.dialects.files import png
 
 SPEC = StrategySpec(name="gemini", params={"model": "m"})
 TEMPLATE = "Say {text}, please"
@@ -57,6 +60,7 @@ OPENAI = json.dumps(
         "body": {"model": "gpt-x", "messages": [{"role": "user", "content": "one"}]},
     }
 )
+CHAT = NativeRequest(dialect="openai", body=json.loads(OPENAI)["body"])
 AB = [("a", "one", {"k": [1]}), ("1", "zwei ä", None)]
 SAID = [("a", "Say one, please", {"text": "one", "n": 1}), ("1", "Say two, please", 7)]
 CSV = 'item_id,prompt,colour\na,one,red\n,"two, with ""quotes""\nand a line",blue\n'
@@ -90,7 +94,7 @@ CSV_ROWS = [
             id="text",
         ),
         pytest.param("rows", "one\n", TEMPLATE, [("0", "Say one, please", None)], id="a"),
-        pytest.param("batch.jsonl", OPENAI, None, [("r1", "one", None)], id="OpenAI batch file"),
+        pytest.param("batch.jsonl", OPENAI, None, [("r1", CHAT, None)], id="OpenAI batch file"),
     ],
 )  # fmt: skip
 def test_every_form_of_input_becomes_items(
@@ -155,12 +159,16 @@ def test_parquet_without_the_extra_says_what_to_install(
         ("a.jsonl", b'{"prompt": "x", "context": NaN}', "NaN is not JSON"),
         ("a.jsonl", b'{"prompt": "x", "context": 1e400}', "1e400 is out of range"),
         ("a.jsonl", b'{"prompt": ' + b"[" * 100_000, "nested too deeply"),
-        ("a.jsonl", b'{"custom_id": "c", "body": {}}', "no messages"),
-        ("a.jsonl", b'{"custom_id": "c", "url": "/v1/embeddings", "body": {}}', "not supported"),
+        ("a.jsonl", b'{"custom_id": "c", "body": {}}', "body.messages: is missing"),
+        (
+            "a.jsonl",
+            b'{"custom_id": "c", "url": "/v1/embeddings", "body": {}}',
+            "body.input: is missing",
+        ),
         (
             "a.jsonl",
             b'{"body": {"messages": [{"content": [{"type": "image_url"}]}]}}',
-            "is not text",
+            "no prompt",
         ),
         ("a.csv", b"only one", "1 fields, but the header has 2"),
         ("a.csv", b'x,"a" b', "not CSV"),
@@ -243,30 +251,106 @@ def test_strict_keeps_standard_input_to_read_it_again(monkeypatch: pytest.Monkey
         Path(path).unlink()
 
 
-def test_parameters_of_an_openai_row_reach_the_strategy(tmp_path: Path) -> None:
-    """System text and sampling of a row are its own; the model stays the command's."""
+def test_a_row_of_a_batch_file_is_its_request_unchanged(tmp_path: Path) -> None:
+    """Its own model has a strategy, and so a quota, of its own; no field is dropped."""
     body = {
         "model": "other",
         "messages": [
             {"role": "system", "content": "Be kind"},
-            {"role": "user", "content": "Hello"},
-            {"role": "assistant", "content": "Hi"},
             {"role": "user", "content": [{"type": "text", "text": "Bye"}]},
         ],
         "temperature": 0,
-        "max_tokens": 5,
+        "logit_bias": {"5": 1},
     }
-    path = write(tmp_path, "a.jsonl", json.dumps({"custom_id": "c", "body": body}))
-    (tuned,) = read(path, tunable=True)
-    assert isinstance(tuned, LLMWorkItem)
-    assert tuned.prompt == "User: Hello\n\nAssistant: Hi\n\nUser: Bye"
-    assert tuned.strategy.params == {
-        "model": "m", "temperature": 0, "max_output_tokens": 5, "system": "Be kind",
-    }  # fmt: skip
-    (plain,) = read(path)
-    assert isinstance(plain, LLMWorkItem)
-    assert plain.strategy is SPEC
-    assert plain.prompt.startswith("Be kind\n\nUser: Hello")
+    path = write(tmp_path, "a.jsonl", json.dumps({"custom_id": "c", "body": body, "team": 7}))
+    (own,) = list(Rows(path, None))
+    assert isinstance(own, LLMWorkItem)
+    assert own.prompt == NativeRequest(dialect="openai", body=body)
+    assert own.strategy == StrategySpec(name="openai", params={"model": "other"})
+    assert own.context == {"team": 7}
+    (custom,) = list(Rows(path, StrategySpec(name="mine")))
+    assert isinstance(custom, LLMWorkItem)
+    assert custom.strategy == StrategySpec(name="mine")
+    assert custom.prompt == own.prompt
+    (refused,) = read(path)
+    assert isinstance(refused, BadRow)
+    assert "body.logit_bias: unsupported" in refused.message
+
+
+def rows_naming(tmp_path: Path, *models: str) -> str:
+    rows = [
+        {"custom_id": f"c{n}", "body": {"model": model, "messages": [{"role": "user"}]}}
+        for n, model in enumerate(models)
+    ]
+    return write(tmp_path, "a.jsonl", "\n".join(map(json.dumps, rows)))
+
+
+def test_one_model_too_many_is_one_clear_error(tmp_path: Path) -> None:
+    """Before anything is enqueued; a thousand models are not a thousand quotas."""
+    source = rows_naming(tmp_path, *(f"m{n}" for n in range(1000)))
+    with pytest.raises(InputError, match=r"line 33 names 'm32', the model number 33 .*at most 32"):
+        Rows(source, None)
+    assert len(list(Rows(source, None, native=NativeRows(most_models=1000)))) == 1000
+    assert len(Rows(rows_naming(tmp_path, *["a", "b"] * 50), None).native.models) == 2
+
+
+def test_a_model_too_many_far_down_ends_the_reading(tmp_path: Path) -> None:
+    """It is no bad row: what follows would have the same fault."""
+    source = rows_naming(tmp_path, *["a"] * 1500, "b")
+    rows = Rows(source, None, native=NativeRows(most_models=1))
+    with pytest.raises(InputError, match="line 1501"):
+        list(rows)
+
+
+@pytest.mark.parametrize(
+    ("native", "words"),
+    [
+        (NativeRows(provider="openai", model="a"), r"line 2 names the model 'b', and --model"),
+        (NativeRows(refused=["system"]), r"--system would not apply; --override system"),
+    ],
+)
+def test_options_that_don_t_go_with_such_rows_are_refused_by_name(
+    tmp_path: Path, native: NativeRows, words: str
+) -> None:
+    """As a whole, at the first look."""
+    with pytest.raises(InputError, match=words):
+        Rows(rows_naming(tmp_path, "a", "b"), None, native=native)
+
+
+def test_an_override_writes_options_into_the_bodies(tmp_path: Path) -> None:
+    """In the body's own field."""
+    native = NativeRows(
+        provider="openai", model="mine", options={"model": "openai:mine", "temperature": 0.5}
+    )
+    for row in Rows(rows_naming(tmp_path, "a", "b"), None, native=native):
+        assert isinstance(row, LLMWorkItem)
+        assert row.prompt.body["model"] == "mine"
+        assert row.prompt.body["temperature"] == 0.5
+        assert row.strategy.params == {"model": "mine"}
+
+
+def test_a_row_may_hold_a_chat_in_no_provider_s_format(tmp_path: Path) -> None:
+    """With images and files of the input's folder, and of no other."""
+    (tmp_path / "dot.png").write_bytes(png())
+    (tmp_path / "outside").mkdir()
+    chat: dict[str, Any] = {"messages": [{"role": "user", "content": "What?"}], "team": 1}
+    rows = [
+        {**chat, "system": "Be brief.", "images": ["dot.png"], "parameters": {"seed": 7}},
+        {**chat, "images": ["../secret.png"]},
+        {**chat, "files": ["/etc/passwd"]},
+        {**chat, "images": ["link.png"]},
+        {**chat, "parameters": {"sede": 7}},
+    ]
+    os.symlink("/etc/hostname", tmp_path / "link.png")
+    found = read(write(tmp_path, "a.jsonl", "\n".join(map(json.dumps, rows))))
+    good_row, *bad = found
+    assert isinstance(good_row, LLMWorkItem)
+    assert [message.role for message in good_row.prompt.messages] == ["system", "user"]
+    assert [part.data for _, part in good_row.prompt.media()] == [png()]
+    assert good_row.context == {"team": 1}
+    messages = [row.message for row in bad if isinstance(row, BadRow)]
+    assert all("outside of the folder" in message for message in messages[:3])
+    assert "parameters.sede: is unknown" in messages[3]
 
 
 @pytest.mark.parametrize(

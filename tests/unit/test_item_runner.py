@@ -72,6 +72,7 @@ class FakeLimiter:
     stale: int = 0
     void: bool = False
     retries: list[bool] = field(default_factory=list)
+    tried: list[int] = field(default_factory=list)
 
     def beside_successes(self, quota: str) -> bool:
         return self.others_succeed
@@ -83,8 +84,11 @@ class FakeLimiter:
     def is_void(self, permit: FakePermit) -> bool:
         return self.void
 
-    async def acquire(self, quota: str, estimate: Any, *, priority: int, retry: bool) -> FakePermit:
+    async def acquire(
+        self, quota: str, estimate: Any, *, priority: int, retry: bool, tried: int
+    ) -> FakePermit:
         self.retries.append(retry)
+        self.tried.append(tried)
         if self.wait:
             await asyncio.sleep(self.wait)
         if self.error is not None:

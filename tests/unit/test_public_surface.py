@@ -26,7 +26,7 @@ NAMES = """
     EscalatingStrategy Producer Batch install Settings ParallelBatchProcessor MetricsObserver
     ProcessorConfig RetryConfig RateLimitConfig RateLimitStrategy ExponentialBackoffStrategy
     FixedDelayStrategy Quota QuotaLimits BatchLLMError UsageError ProviderError Failure FailureKind
-    FrameworkTimeoutError __version__
+    FrameworkTimeoutError __version__ Request NativeRequest current_item
 """
 
 #: Dotted paths outside the front door that documents, examples and configurations name.

@@ -247,6 +247,8 @@ def test_a_built_in_takes_each_parameter_that_it_offers(name: str) -> None:
         "cache_renewal_buffer_seconds": 60,
         "cache_tags": {"team": "a"},
         "extra": {"seed": 1},
+        "allow_dropping": ["seed"],
+        "api": "responses",
     }
     factory = catalog.lookup(name).factory
     offered = inspect.signature(factory).parameters

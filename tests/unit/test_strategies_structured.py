@@ -156,11 +156,11 @@ def test_many_problems_are_cut_short() -> None:
 
 def test_a_million_braces_cost_no_time() -> None:
     """A broken answer must not hold the event loop."""
-    started = time.monotonic()
+    started = time.process_time()
     for text in ("{" * 1_000_000, "[" * 100_000, '{"a":' * 100_000):
         with pytest.raises(ProviderError):
             OutputSchema(PERSON).parse(text)
-    assert time.monotonic() - started < 2
+    assert time.process_time() - started < 2
 
 
 def nested(levels: int) -> dict[str, Any]:
@@ -341,3 +341,57 @@ def test_what_could_not_be_bounded_is_refused_beforehand() -> None:
             OutputSchema(wrong)
     with pytest.raises(UsageError, match="unevaluatedProperties"):
         OutputSchema({"patternProperties": {HARD: {}}, "unevaluatedProperties": False})
+
+
+def _tree(depth: int) -> str:
+    return '{"a":' * depth + "1" + "}" * depth
+
+
+_BRANCH = {"properties": {"a": {"$ref": "#/$defs/n"}}, "required": ["z"]}
+_OBJECTS = "[" + ",".join(f'{{"n": {n}}}' for n in range(20_000)) + "]"
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    ("schema", "answer"),
+    [
+        ({"$defs": {"n": {"anyOf": [_BRANCH] * 3}}, "$ref": "#/$defs/n"}, _tree(60)),
+        ({"$defs": {"n": {"oneOf": [_BRANCH] * 3}}, "$ref": "#/$defs/n"}, _tree(60)),
+        ({"items": {"enum": [{"n": -n} for n in range(1, 20_000)]}}, _OBJECTS),
+        ({"items": {"allOf": [{"required": ["z"]}] * 500}}, _OBJECTS),
+        (
+            {"contains": {"required": ["z"]}, "allOf": [{"contains": {"required": ["z"]}}] * 500},
+            _OBJECTS,
+        ),
+    ],
+)
+def test_a_check_that_would_take_for_ever_is_given_up(schema: dict[str, Any], answer: str) -> None:
+    """Whatever rule it is: the loop's other items wait meanwhile."""
+    with pytest.raises(ProviderError) as caught:
+        OutputSchema(schema).parse(answer)
+    assert caught.value.kind is FailureKind.VALIDATION
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    ("answer", "good"),
+    [
+        (_OBJECTS, True),
+        (_OBJECTS[:-1] + ', {"n": 7}]', False),
+        ("[1, 1.0]", False),
+        ("[1, true, 0, false]", True),
+        ('[[1], [true], {"a": 1}, {"a": true}, {}, [], "", null]', True),
+        ('[{"a": 1, "b": [2]}, {"b": [2.0], "a": 1}]', False),
+        ("[true, true]", False),
+        ('["a", "a"]', False),
+        ('{"no": "array"}', True),
+    ],
+)
+def test_unique_items_are_told_in_one_pass(answer: str, good: bool) -> None:
+    """Also thousands of objects; equal is what JSON calls equal."""
+    schema = OutputSchema({"uniqueItems": True})
+    if good:
+        schema.parse(answer)
+    else:
+        with pytest.raises(ProviderError, match="unique"):
+            schema.parse(answer)

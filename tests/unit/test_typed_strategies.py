@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from celery import Signature, Task
+from celery.result import AsyncResult
 from pydantic import BaseModel, ConfigDict, Field
 from typing_extensions import ParamSpec, Unpack
 
@@ -194,6 +196,7 @@ def _classes(method: Any) -> set[Any]:
     module = sys.modules[method.__module__]
     names = {**vars(importlib.import_module("batchllm_celery.producer")), **vars(module)}
     names |= {"TypedStrategy": TypedStrategy, "Unpack": Unpack, "P": ParamSpec("P")}
+    names |= {"AsyncResult": AsyncResult, "Task": Task, "Signature": Signature}
     hints = typing.get_type_hints(method, globalns=names, include_extras=True)
     found, left = set(), list(hints.values())
     while left:

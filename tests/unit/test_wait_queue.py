@@ -27,10 +27,13 @@ class Stand:
     queue: WaitQueue
     tokens_limited: bool = True
     epoch: int = 1
+    probing: bool = False
 
-    def join(self, tokens: int, *, priority: int = 0, retry: bool = False) -> Waiter:
+    def join(
+        self, tokens: int, *, priority: int = 0, retry: bool = False, tried: int = 0
+    ) -> Waiter:
         future: asyncio.Future[Permit] = asyncio.get_running_loop().create_future()
-        waiter = Waiter(lambda: Estimate(tokens), future, priority, retry)
+        waiter = Waiter(lambda: Estimate(tokens), future, priority, retry, tried)
         self.queue.join(waiter)
         return waiter
 
@@ -49,7 +52,7 @@ class Stand:
             consecutive_cooldowns=0,
             tokens_limited=self.tokens_limited,
             slots_limited=False,
-            probing=False,
+            probing=self.probing,
             may_prefetch=False,
             oversize=False,
             held_up=len(starts) < self.queue.waiting,
@@ -336,3 +339,46 @@ async def test_a_steady_stream_costs_a_request_for_five_starts(stand: Stand) -> 
         caller.come(10.0 + step * 0.01)
     assert caller.requests <= 0.2 * 2_000 + MOST_SAVED_REQUESTS + 1
     assert caller.longest <= 0.1
+
+
+@pytest.mark.parametrize("tokens_limited", [True, False])
+async def test_probes_go_to_whoever_was_called_least(stand: Stand, tokens_limited: bool) -> None:
+    """In a long outage no item uses up all its calls while others have made none."""
+    stand.tokens_limited, stand.probing = tokens_limited, True
+    tried = {"a": 3, "b": 0, "c": 1}
+    calls: list[str] = []
+    for number in range(12):
+        waiters = {
+            name: stand.join(10, retry=times > 0, tried=times) for name, times in tried.items()
+        }
+        now = 10.0 + number
+        stand.fetch([now + 0.1], now=now)
+        stand.queue.grant_due(now + 0.1)
+        [probed] = [name for name, waiter in waiters.items() if waiter.permit.done()]
+        assert waiters[probed].permit.result().probe
+        calls.append(probed)
+        tried[probed] += 1
+        for waiter in waiters.values():
+            if not waiter.permit.done():
+                stand.queue.leave(waiter)
+    assert max(tried.values()) - min(tried.values()) <= 1
+    assert calls[:2] == ["b", "b"] or calls[:2] == ["b", "c"]
+
+
+async def test_an_urgent_probe_goes_first_even_if_it_was_called_often(stand: Stand) -> None:
+    """Priority decides before fairness does."""
+    stand.probing = True
+    stand.join(10)
+    urgent = stand.join(10, priority=5, retry=True, tried=9)
+    stand.fetch([10.1], now=10.0)
+    stand.queue.grant_due(10.1)
+    assert urgent.permit.done()
+
+
+async def test_without_the_breaker_a_refused_call_keeps_its_turn(stand: Stand) -> None:
+    """However often it was called."""
+    stand.join(10)
+    refused = stand.join(10, retry=True, tried=9)
+    stand.fetch([10.1], now=10.0)
+    stand.queue.grant_due(10.1)
+    assert refused.permit.done()

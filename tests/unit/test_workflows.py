@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,3 +102,21 @@ def test_pre_commit_runs_what_make_check_runs() -> None:
     assert check is not None
     tools = re.findall(r"\$\(BIN\)/(\S+)", check[1])
     assert set(tools) <= {entry.split()[0].removeprefix(".venv/bin/") for entry in entries}
+
+
+def test_make_hears_of_pip_only_where_packages_come_from_and_of_proxies_not_here() -> None:
+    """The caller's shell may hold options that would install elsewhere, or nothing; and a proxy,
+    which does not lead to servers on this machine."""
+    make = shutil.which("make")
+    assert make is not None
+    shell = {
+        "PIP_ROOT": "/x", "PIP_DRY_RUN": "1", "PIP_CONSTRAINT": "/x", "PYTEST_ADDOPTS": "-x",
+        "PIP_INDEX_URL": "http://kept", "no_proxy": "a.example", "NO_PROXY": "b.example",
+    }  # fmt: skip
+    command = [make, "--no-print-directory", "-C", str(ROOT), "--eval=show: ; @env", "show"]
+    shown = subprocess.run(command, env=os.environ | shell, check=True, capture_output=True)
+    seen = dict(line.partition("=")[::2] for line in shown.stdout.decode().splitlines())
+    assert not seen.keys() & {"PIP_ROOT", "PIP_DRY_RUN", "PIP_CONSTRAINT", "PYTEST_ADDOPTS"}
+    assert seen["PIP_INDEX_URL"] == "http://kept"
+    assert seen["no_proxy"] == seen["NO_PROXY"]
+    assert {"a.example", "b.example", "127.0.0.1"} <= set(seen["no_proxy"].split(","))

@@ -16,18 +16,18 @@ from batchllm_celery.cli.display.console import print_json, to_stdout
 from batchllm_celery.cli.display.wording import count, duration, money, plural
 from batchllm_celery.cli.request import (
     CommandRequest,
+    given_strategy,
     limits_of,
     model_name,
     rows_of,
     settings_of,
-    strategy_of,
 )
+from batchllm_celery.dialects.estimates import tokens_of_prompt
+from batchllm_celery.dialects.media import BYTES_PER_TOKEN
 from batchllm_celery.files.rows import InputRow
 from batchllm_celery.models import BadRow, LLMWorkItem, QuotaLimits, TokenUsage
 from batchllm_celery.settings import Settings
 
-#: Bytes of UTF-8 of a token; right for English, Chinese and JSON within a factor of 1.5.
-BYTES_PER_TOKEN = 3
 #: Tokens of an answer, if no option limits them.
 DEFAULT_OUTPUT_TOKENS = 300
 DEFAULT_SECONDS_PER_CALL = 2.0
@@ -88,9 +88,10 @@ def estimate(
     Tokens are estimated as bytes / 3. While a batch runs, its first calls correct that.
     """
     request = CommandRequest(**shared)
-    strategy = strategy_of(request)
+    given = given_strategy(request)
     settings = settings_of(request)
-    rows = rows_of(request, source, strategy)
+    rows = rows_of(request, source, given)
+    strategy = rows.strategy
     system = len((request.system or "").encode()) // BYTES_PER_TOKEN
     per_answer = output_tokens or request.max_output_tokens or DEFAULT_OUTPUT_TOKENS
     size = measure(rows, system, per_answer, cached_tokens)
@@ -122,7 +123,7 @@ def measure(rows: Iterable[InputRow], system: int, per_answer: int, cached: int)
 
 def input_tokens(item: LLMWorkItem[Any, Any, Any]) -> int:
     """Estimated tokens of one prompt."""
-    return math.ceil(len(item.prompt.encode()) / BYTES_PER_TOKEN)
+    return tokens_of_prompt(item.prompt, "openai")
 
 
 def duration_of(

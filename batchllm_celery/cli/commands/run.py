@@ -27,16 +27,18 @@ from batchllm_celery.cli.request import (
     check_price,
     check_strategy,
     default_quota_name,
+    each_model,
+    given_strategy,
     open_rows,
     quota_of,
     resume_command,
     settings_of,
     spec_of,
-    strategy_of,
 )
 from batchllm_celery.cli.signals import Interrupts
 from batchllm_celery.errors import InputError, UsageError
 from batchllm_celery.events import Events
+from batchllm_celery.files.out_formats import write_out_format
 from batchllm_celery.files.readers import STDIN
 from batchllm_celery.files.result_file import (
     OutputError,
@@ -49,7 +51,7 @@ from batchllm_celery.files.result_file import (
 from batchllm_celery.files.rows import Rows
 from batchllm_celery.models import BatchProgress, BatchSpec, BatchState, Quota
 from batchllm_celery.observability.switched_on import openers
-from batchllm_celery.settings import Settings
+from batchllm_celery.settings import Settings, absolute
 
 if TYPE_CHECKING:
     from batchllm_celery.producer import Batch
@@ -109,8 +111,19 @@ def run(source: str, workers: int | None, simulation: str | None, **shared: Any)
         checked = _check(source, request, workers, simulation, stack)
         end, logs, total_time = _run(checked, console, interrupts, stack, started)
         summary = _summary(checked, end, total_time, logs)
+    written = _write_out_format(checked, end)
     _report(summary, end, request)
+    for path in written if not request.quiet else ():
+        say(f"Written: {path}")
     return summary.exit_code
+
+
+def _write_out_format(checked: CheckedRun, end: End) -> list[Path]:
+    """The results once more in the format of `--out-format`."""
+    out_format = checked.request.out_format
+    if out_format is None or isinstance(end.failure, OutputError):
+        return []
+    return write_out_format(checked.out, out_format, checked.spec.batch_id)
 
 
 # -- before anything is enqueued
@@ -124,17 +137,23 @@ def _check(
     stack: contextlib.ExitStack,
 ) -> CheckedRun:
     settings = settings_of(request)
-    strategy = strategy_of(request)
+    given = given_strategy(request)
     out = request.out or default_out(source, dry_run=request.dry_run)
     _refuse_same_file(source, out)
-    rows = open_rows(request, source, strategy, stack)
+    rows = open_rows(request, source, given, stack)
+    strategy = rows.strategy
+    if request.out_format is not None and out == "-":
+        raise UsageError("--out-format writes files beside OUT: name OUT with -o")
     instance = check_strategy(strategy, settings)
     if not request.dry_run and workers != 0:
         check_key(strategy, settings)
     if workers != 0:
         openers(settings)  # a missing extra is one error here, instead of one of each worker
     queue = "default" if workers == 0 else None
-    spec = spec_of(request, strategy, source=source, queue=queue, keep_results=False)
+    spec = spec_of(
+        request, strategy, source=source, queue=queue, keep_results=False,
+        own_models=rows.native.own_models and bool(rows.native.models),
+    )  # fmt: skip
     check_price(spec, instance, settings)
     if request.dry_run:
         refuse_real_results(out)
@@ -185,6 +204,7 @@ def _run(
     )
     try:
         batch = producer.open(checked.spec, quota=checked.quota, quota_update=request.quota_update)
+        each_model(producer, checked.spec, checked.request, checked.rows, checked.settings)
         batch.consume()
         _refuse_lost_results(batch, sink, checked.out)
     except BaseException:
@@ -268,7 +288,7 @@ def _finish(sink: Sink, end: End) -> None:
 
 def _new_log_folder(state_dir: Path, batch_id: str) -> Path:
     """Make a new folder, so that removing it removes only our logs."""
-    parent = state_dir.expanduser().absolute() / "logs"
+    parent = absolute(state_dir) / "logs"
     try:
         parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         return Path(tempfile.mkdtemp(prefix=f"{batch_id}-", dir=parent))

@@ -19,12 +19,13 @@ from batchllm_celery.cli.request import (
     check_price,
     check_strategy,
     default_quota_name,
+    each_model,
+    given_strategy,
     open_rows,
     quota_of,
     resume_command,
     settings_of,
     spec_of,
-    strategy_of,
 )
 from batchllm_celery.cli.signals import Interrupts
 from batchllm_celery.errors import UsageError
@@ -53,12 +54,15 @@ def submit(source: str, **shared: Any) -> int:
     log_to(to_stderr(), verbose=request.verbose)
     with contextlib.ExitStack() as stack, Interrupts().counted() as interrupts:
         settings = settings_of(request)
-        strategy = strategy_of(request)
-        rows = open_rows(request, source, strategy, stack)
+        rows = open_rows(request, source, given_strategy(request), stack)
+        strategy = rows.strategy
         instance = None
         if request.model or settings.app:
             instance = check_strategy(strategy, settings)
-        spec = spec_of(request, strategy, source=source, queue="default", keep_results=True)
+        spec = spec_of(
+            request, strategy, source=source, queue="default", keep_results=True,
+            own_models=rows.native.own_models and bool(rows.native.models),
+        )  # fmt: skip
         if instance is not None:
             check_price(spec, instance, settings)
         quota = quota_of(request, default_quota_name(strategy))
@@ -88,6 +92,7 @@ def _submit(
     producer.check()
     producer.check_runnable(spec)
     batch = producer.open(spec, quota=quota, quota_update=request.quota_update)
+    each_model(producer, spec, request, rows, settings)
     click.echo(batch.id)
     sys.stdout.flush()
     if not request.quiet and not producer.workers():

@@ -11,6 +11,12 @@
 local META, ITEM, FP, READY, HELD, PROCS = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
 local ATTEMPTS, DONE, FAILED, OUT, STOPPED = KEYS[7], KEYS[8], KEYS[9], KEYS[10], KEYS[11]
 local CALLS = KEYS[12]
+-- Large values of payloads, once by content: SHA-256 -> bytes; item -> the SHAs of its payload, 32
+-- bytes each; SHA -> items that need it. An item is counted where its payload is stored, and
+-- uncounted where that goes, so that retries and repeated calls can't count twice.
+local BLOB, USES, REFS = KEYS[13], KEYS[14], KEYS[15]
+-- Of standing batches only.
+local IDS, PLACES, TASKS, OWED = KEYS[16], KEYS[17], KEYS[18], KEYS[19]
 local call = redis.call
 
 local clock = call('TIME')
@@ -18,6 +24,7 @@ local NOW = clock[1] * 1000 + math.floor(clock[2] / 1000) -- milliseconds
 
 local AT_ONCE = 0   -- score in `ready` of items that were released or lost: requeued first
 local STAMP = 21    -- bytes before a payload: 13 of feeding time, 8 of fingerprint
+local OWED_AFTER = 30000 -- ms after which a Celery task whose item is done is sent again
 local LOST, CALLING, CLAIMED = 'x', 'p', 'c'
 
 local NUMBERS = {
@@ -25,7 +32,8 @@ local NUMBERS = {
   'total', 'parked_until', 'deadline', 'deadline_at', 'token_budget', 'max_cost',
   'spent', 'cost', 'priced', 'input', 'output', 'cached', 'maybe_billed',
   'item_bytes', 'kept_bytes', 'out_count', 'out_bytes', 'read_count', 'read_bytes',
-  'reopen_at', 'submitted_at', 'kept_limit', 'max_calls',
+  'reopen_at', 'submitted_at', 'kept_limit', 'max_calls', 'blob_bytes', 'standing',
+  'hook', 'hook_at', 'hook_round',
 }
 local WORDS = {'state', 'fail_fast', 'reopen'}
 -- Fields that `create` writes. A batch without one of them is broken.
@@ -66,13 +74,19 @@ local function load_meta()
   return true
 end
 
+-- Most batches have no blobs, and most are no standing ones.
+local function keys_in_use()
+  if meta.standing then return #KEYS end
+  return meta.blob_bytes and 15 or 12
+end
+
 -- Refuse a batch in which a key is not of its type: a script that meets such a key half way has
 -- written one half, and a call whose outcome can't be recorded is paid for in vain. It costs 10
 -- microseconds, so a worker asks for it once a second.
 local TYPES = {'hash', 'hash', 'string', 'zset', 'hash', 'hash', 'hash', 'string', 'string', 'stream',
-               'string', 'hash'}
+               'string', 'hash', 'hash', 'hash', 'hash', 'hash', 'hash', 'zset'}
 local function check_keys()
-  for i = 1, #KEYS do
+  for i = 1, keys_in_use() do
     local found = call('TYPE', KEYS[i]).ok
     if found ~= TYPES[i] and found ~= 'none' then broken('key is a ' .. found) end
   end
@@ -102,7 +116,11 @@ local function save_meta()
   if #changes > 0 then call('HSET', META, unpack(changes)) end
   -- Looking at a batch that is over must not keep it for ever.
   if #changes > 0 or not meta.total or meta.ok + meta.failed < meta.total then
-    for i = 1, #KEYS do call('EXPIRE', KEYS[i], meta.ttl) end
+    -- A standing batch is kept longer while items wait than when all have their outcome.
+    local waits = meta.standing and meta.ok + meta.failed < meta.fed
+    for i = 1, keys_in_use() do
+      call('EXPIRE', KEYS[i], waits and meta.standing or meta.ttl)
+    end
   elseif call('TTL', PROCS) == -1 then -- a late call of a worker has created it again
     call('EXPIRE', PROCS, meta.ttl)
   end
@@ -145,17 +163,62 @@ local function append(fields)
   for i = 2, #fields, 2 do bytes = bytes + #fields[i] end
   meta.out_count = meta.out_count + 1
   meta.out_bytes = meta.out_bytes + bytes
-  call('XADD', OUT, '*', 'b', text(meta.out_count) .. ':' .. text(meta.out_bytes), unpack(fields))
+  local count = text(meta.out_count) .. ':' .. text(meta.out_bytes)
+  local place = call('XADD', OUT, '*', 'b', count, unpack(fields))
+  if not meta.standing then return end
+  -- Who waits for this item alone looks for its place when the channel names it.
+  call('HSET', PLACES, fields[2], place)
+  if call('HEXISTS', TASKS, fields[2]) == 1 then call('ZADD', OWED, NOW + OWED_AFTER, fields[2]) end
+  call('PUBLISH', string.sub(META, 1, -5) .. 'done', fields[2])
+end
+
+local SHA = 32 -- bytes of one in `uses`
+
+local function remove_blob(sha)
+  meta.blob_bytes = meta.blob_bytes - call('HSTRLEN', BLOB, sha)
+  call('HDEL', BLOB, sha)
+  call('HDEL', REFS, sha)
+end
+
+-- Adds to `missing` the SHAs in `uses` of which no blob is stored, each once.
+local function missing_blobs(uses, missing)
+  for at = 1, #uses, SHA do
+    local sha = string.sub(uses, at, at + SHA - 1)
+    if not missing[sha] and call('HEXISTS', BLOB, sha) == 0 then
+      missing[sha] = true
+      missing[#missing + 1] = sha
+    end
+  end
+end
+
+-- The blobs that an item's payload needs from now on: those of a new one are counted before those of
+-- the old one are uncounted, or what both need would go.
+local function set_uses(index, uses)
+  if not meta.blob_bytes then return end -- no payload of this batch has ever had one
+  local old = call('HGET', USES, index) or ''
+  if uses == old then return end
+  if uses == '' then call('HDEL', USES, index) else call('HSET', USES, index, uses) end
+  for at = 1, #uses, SHA do call('HINCRBY', REFS, string.sub(uses, at, at + SHA - 1), 1) end
+  for at = 1, #old, SHA do
+    local sha = string.sub(old, at, at + SHA - 1)
+    if call('HINCRBY', REFS, sha, -1) <= 0 then remove_blob(sha) end
+  end
+end
+
+-- Whether the payload of a failure may stay, of this many bytes, for a retry.
+local function may_keep(size)
+  return meta.kept_bytes + size <= meta.kept_limit and (meta.blob_bytes or 0) <= meta.kept_limit
 end
 
 -- The item's payload goes, or stays under a cap for a later retry of the failure.
 local function drop_payload(index, size, keep)
   if size == 0 then return end
   meta.item_bytes = meta.item_bytes - size
-  if keep and meta.kept_bytes + size <= meta.kept_limit then
+  if keep and may_keep(size) then
     meta.kept_bytes = meta.kept_bytes + size
   else
     call('HDEL', ITEM, index)
+    set_uses(index, '')
   end
 end
 

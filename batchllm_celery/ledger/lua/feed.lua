@@ -2,18 +2,20 @@
 --
 -- ARGV     1 first index, 2 most items outstanding, 3 most bytes, 4 milliseconds before an item that
 --          no message brought is requeued, then for each row: fingerprint (8 bytes),
---          payload, and '' or the result line of a row that can't be run
+--          payload, '' or the result line of a row that can't be run, and the SHAs of the payload's
+--          blobs (32 bytes each)
 -- returns  {fed, state, indexes that need a message}; {fed, 'full'} when there is no room;
---          {fed, 'gap'} when rows before the first index are missing
+--          {fed, 'gap'} when rows before the first index are missing; {fed, 'blobs', SHAs} when
+--          these are missing: store them (`blobs.lua`) and repeat the call
 --#include batch.lua
 if not load_meta() then return false end
 local first, most_items, most_bytes = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
-local grace, count = tonumber(ARGV[4]), (#ARGV - 4) / 3
+local grace, count = tonumber(ARGV[4]), (#ARGV - 4) / 4
 if first > meta.fed then return {meta.fed, 'gap'} end
 
 local unread = meta.keep == 1 and 0 or meta.out_count - meta.read_count
 local unfinished = meta.fed - meta.ok - meta.failed
-local bytes = meta.item_bytes + meta.out_bytes - meta.read_bytes
+local bytes = meta.item_bytes + (meta.blob_bytes or 0) + meta.out_bytes - meta.read_bytes
 local fresh = math.max(0, first + count - meta.fed)
 if fresh > 0 and unfinished + unread > 0
   and (unfinished + unread + fresh > most_items or bytes >= most_bytes) then
@@ -43,25 +45,50 @@ local function forget(index)
 end
 
 local known = call('GETRANGE', FP, first * 8, (first + count) * 8 - 1)
+
+-- A row that was fed before, of the same content.
+local function is_known(n, print)
+  return first + n < meta.fed and string.sub(known, n * 8 + 1, n * 8 + 8) == print
+end
+
+-- A failure whose payload had to go: a retry needs it.
+local function lost_payload(index, payload, line)
+  return line == '' and call('GETBIT', FAILED, index) == 1 and call('HEXISTS', ITEM, index) == 0
+    and may_keep(#payload)
+end
+
+local missing = {}
+for n = 0, count - 1 do
+  local print, payload, line, uses = unpack(ARGV, 5 + n * 4, 8 + n * 4)
+  if uses ~= '' and (not is_known(n, print) or lost_payload(first + n, payload, line)) then
+    missing_blobs(uses, missing)
+  end
+end
+if #missing > 0 then
+  save_meta()
+  return {meta.fed, 'blobs', missing}
+end
+
 local prints, items, ready, wake, lines = {}, {}, {}, {}, {}
 local stamp = string.format('%013.0f', NOW)
 local due = NOW + grace
 for n = 0, count - 1 do
-  local index, at = first + n, 5 + n * 3
-  local print, payload, line = unpack(ARGV, at, at + 2)
+  local index, at = first + n, 5 + n * 4
+  local print, payload, line, uses = unpack(ARGV, at, at + 3)
   local old = index < meta.fed
   prints[n + 1] = print
-  if old and string.sub(known, n * 8 + 1, n * 8 + 8) == print then
+  if is_known(n, print) then
     if call('ZSCORE', READY, index) then
       wake[#wake + 1] = index
-    elseif line == '' and call('GETBIT', FAILED, index) == 1 and call('HEXISTS', ITEM, index) == 0
-      and meta.kept_bytes + #payload <= meta.kept_limit then
-      items[#items + 1] = index -- a failure whose payload had to go: a retry needs it
+    elseif lost_payload(index, payload, line) then
+      set_uses(index, uses)
+      items[#items + 1] = index
       items[#items + 1] = stamp .. print .. payload
       meta.kept_bytes = meta.kept_bytes + #payload + STAMP
     end
   else
     if old then forget(index) end
+    set_uses(index, uses)
     if line ~= '' then
       lines[#lines + 1] = {index, line}
       call('ZREM', READY, index)

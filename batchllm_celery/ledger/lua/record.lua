@@ -11,6 +11,8 @@
 local FIELDS = 12
 local CONTROL = {cancelled = true, deadline = true, budget = true, aborted = true}
 if not load_meta() then return false end
+-- An item of a standing batch ends by itself (it has expired), not with its batch.
+if meta.standing then CONTROL = {} end
 local process, request = ARGV[1], ARGV[2]
 local memory = process .. ' record'
 local last = call('HGET', PROCS, memory)

@@ -6,6 +6,13 @@
 if not load_meta() then return false end
 local total = tonumber(ARGV[1])
 meta.total = math.max(total, meta.fed)
+-- Blobs that were stored for rows which never came: the producer died between the two.
+if meta.blob_bytes and meta.blob_bytes > 0 then
+  local refs = call('HGETALL', REFS)
+  for n = 1, #refs, 2 do
+    if tonumber(refs[n + 1]) <= 0 then remove_blob(refs[n]) end
+  end
+end
 local state = state_now()
 save_meta()
 return {state, meta.total}

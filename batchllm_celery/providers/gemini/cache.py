@@ -16,16 +16,18 @@ import time
 import warnings
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from pydantic import BaseModel
 
 from batchllm_celery.connection import Connection
 from batchllm_celery.errors import ProviderError, UsageError, describe
-from batchllm_celery.models import TOutput
+from batchllm_celery.models import Request, TOutput
+from batchllm_celery.providers.answers import Reply
 from batchllm_celery.providers.gemini import client as gemini_client
 from batchllm_celery.providers.gemini.strategy import GeminiStrategy
+from batchllm_celery.providers.strategy import Asked
 from batchllm_celery.strategies.base import Opened
 from batchllm_celery.strategies.structured import Schema
 
@@ -47,6 +49,11 @@ class CacheEntry:
 
     name: str
     expires_at: float
+
+
+def _over(cache: CacheEntry, asked: Asked) -> Asked:
+    """The request over what the cache holds."""
+    return replace(asked, body={**asked.body, "cachedContent": cache.name})
 
 
 class GeminiCachedStrategy(GeminiStrategy[TOutput]):
@@ -93,6 +100,9 @@ class GeminiCachedStrategy(GeminiStrategy[TOutput]):
     Raises:
         ValueError: for a renewal buffer that is not less than the TTL, or tags that don't fit.
     """
+
+    # A native body is sent as it is: it names its own cached content.
+    accepts = (str, Request)
 
     def __init__(
         self,
@@ -162,22 +172,22 @@ class GeminiCachedStrategy(GeminiStrategy[TOutput]):
 
     # -- calls
 
-    async def _generate(self, contents: Any) -> Any:
+    async def _generate(self, asked: Asked, text: str | None) -> tuple[Any, Reply]:
         cache = await self._usable_cache()
         try:
-            return await self._call(contents, self._config_with(cache))
+            return await self._call(_over(cache, asked), text, self._config_with(cache))
         except ProviderError as error:
             if not _says_gone(error):
                 raise
         # Not an attempt and not a failure: nothing was generated. Replaced once; then it is one.
         logger.info("cache.gone model=%s", self.model)
         cache = await self._usable_cache(gone=cache.name)
-        return await self._call(contents, self._config_with(cache))
+        return await self._call(_over(cache, asked), text, self._config_with(cache))
 
     def _config_with(self, cache: CacheEntry) -> Any:
         name, config = self._configs
         if name != cache.name:
-            config = self._build_config({"cached_content": cache.name})
+            config = self._build_config({**self._options, "cached_content": cache.name})
             self._configs = (cache.name, config)
         return config
 

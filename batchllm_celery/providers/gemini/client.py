@@ -1,4 +1,4 @@
-"""The google-genai client, and how its answers and errors are read."""
+"""The google-genai client, and the replies beneath its answers and errors."""
 
 from __future__ import annotations
 
@@ -6,36 +6,20 @@ import asyncio
 import importlib
 import json
 import logging
-from collections.abc import Mapping
-from datetime import datetime, timedelta
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from enum import Enum
 from functools import partial
 from typing import Any
-from zoneinfo import ZoneInfo
 
+from batchllm_celery.dialects.answers import FailedAnswer
+from batchllm_celery.dialects.translation import read_answer
 from batchllm_celery.errors import FailureKind, ProviderError
-from batchllm_celery.models import TokenUsage
-from batchllm_celery.providers import bodies, google_rpc
+from batchllm_celery.providers.answers import Reply, answer_of, error_of
 from batchllm_celery.providers.http import EXTRA_CONNECTIONS, bounded_response, redirected
 from batchllm_celery.redaction import keep_secret
 from batchllm_celery.strategies.base import Opened, ProcessResources
-from batchllm_celery.strategies.failures import condensed, retry_after_of
-from batchllm_celery.strategies.usage import MOST_TOKENS
-from batchllm_celery.strategies.usage import count as tokens
-
-_BLOCKED = {
-    "SAFETY",
-    "RECITATION",
-    "LANGUAGE",
-    "BLOCKLIST",
-    "PROHIBITED_CONTENT",
-    "SPII",
-    "IMAGE_SAFETY",
-    "IMAGE_PROHIBITED_CONTENT",
-    "IMAGE_RECITATION",
-    "MODEL_ARMOR",
-}
-#: The finish reason of a complete answer. Any reason that is not known here fails the attempt.
-_GOOD_END = "STOP"
 
 
 async def open_client(
@@ -66,9 +50,12 @@ async def _open(slots: int, base_url: str | None, api_key: str | None) -> Opened
     connector = aiohttp.TCPConnector(limit=slots + EXTRA_CONNECTIONS, keepalive_timeout=60)
     session = aiohttp.ClientSession(
         connector=connector,
-        trust_env=True,
+        # A proxy of the environment leads to Google's, not to a server that we name (the simulated
+        # provider, mostly on this machine).
+        trust_env=base_url is None,
         response_class=bounded_response(),
-        raise_for_status=_readable_error,
+        raise_for_status=_raise_for_status,
+        middlewares=(_put_body,),
     )
     options = types.HttpOptions(
         base_url=base_url,
@@ -96,16 +83,37 @@ async def _open(slots: int, base_url: str | None, api_key: str | None) -> Opened
     return Opened(client, close)
 
 
-async def _readable_error(response: Any) -> None:
-    """Raise for an error whose body is not JSON although its content type is: the SDK would fail to
-    parse it, and the status would be lost."""
-    if response.status < 400 or not str(response.content_type).endswith("json"):
-        return
-    content = await response.read()
+_body: ContextVar[bytes | None] = ContextVar("batchllm_gemini_body", default=None)
+
+
+@contextmanager
+def sending(body: bytes) -> Iterator[None]:
+    """Calls inside of the block send this body: the SDK signs in and picks the address, but would
+    respell fields, and copy megabytes."""
+    token = _body.set(body)
     try:
-        json.loads(content)
-    except (ValueError, RecursionError):
-        raise _refused(response.status, content, response.headers, "APIError") from None
+        yield
+    finally:
+        _body.reset(token)
+
+
+async def _put_body(request: Any, handler: Callable[[Any], Awaitable[Any]]) -> Any:
+    """An aiohttp middleware of the session that the SDK uses."""
+    body = _body.get()
+    if body is not None:
+        await request.update_body(body)
+    return await handler(request)
+
+
+async def _raise_for_status(response: Any) -> None:
+    """Raise for an error: the SDK would read its body by rules of its own, and lose the status of
+    one whose body is not JSON."""
+    if response.status < 400:
+        # The SDK takes nothing but a 200 for an answer; what came under a 201 is paid for too.
+        response.status = 200
+        return
+    reply = Reply(response.status, response.headers, await response.read())
+    read_reply(reply)
 
 
 def _disable_continuation(models: Any) -> None:
@@ -137,137 +145,49 @@ def account_of(client: Any) -> list[str]:
     return [part if isinstance(part, str) else "" for part in parts]
 
 
-# -- answers
+# -- answers and errors
 
 
-def read_answer(body: str, headers: Mapping[str, str] | None) -> Any:
-    """The body of a status 200 as an object with the SDK's names.
-
-    Raises:
-        ProviderError: for an error in place of the answer (its code is the status), and of kind
-            `unknown` for a body that is none.
-    """
-    found = bodies.read_object(body)
-    error = bodies.error_in(found, "candidates")
-    if error is not None:
-        raise _refused(bodies.status_in(error), error, headers, "APIError")
-    if not isinstance(found.get("candidates"), list):
-        found["candidates"] = None
-    return bodies.as_attributes(found)
+def read_reply(reply: Reply) -> Any:
+    """A reply's answer, whatever its model. Raises as `answer_of` does."""
+    return answer_of("gemini", reply, None)
 
 
-def usage_of(response: Any) -> TokenUsage:
-    """Tokens of an answer: thoughts are billed as output, and count as such; cached tokens are
-    part of the input."""
-    counts = getattr(response, "usage_metadata", None)
-
-    def count(name: str) -> int:
-        return tokens(getattr(counts, name, None))
-
-    input_tokens = count("prompt_token_count") + count("tool_use_prompt_token_count")
-    output_tokens = count("candidates_token_count") + count("thoughts_token_count")
-    total = count("total_token_count")
-    return TokenUsage(
-        input_tokens=input_tokens,
-        output_tokens=output_tokens,
-        total_tokens=max(total if total < MOST_TOKENS else 0, input_tokens + output_tokens),
-        cached_input_tokens=count("cached_content_token_count"),
-    )
+def reply_of(response: Any) -> Reply:
+    """The HTTP reply beneath an SDK's answer; its form in JSON where that is not kept, and of what
+    only looks like an SDK's answer."""
+    http = getattr(response, "sdk_http_response", None)
+    body, headers = getattr(http, "body", None), getattr(http, "headers", None)
+    if not isinstance(body, str):
+        body = json.dumps(_fields_of(response), default=str)
+    return Reply(200, dict(headers) if isinstance(headers, Mapping) else {}, body.encode())
 
 
-def check_answer(response: Any) -> None:
-    """Safety blocks and truncation raise nothing in the SDK; here they do.
-
-    Raises:
-        ProviderError: `content_blocked`, `truncated`, or `unknown` (nothing whole was answered:
-            the same prompt is asked again).
-    """
-    reason = name_of(getattr(getattr(response, "prompt_feedback", None), "block_reason", None))
-    if reason:
-        raise ProviderError(
-            f"the prompt was blocked: {reason}",
-            kind=FailureKind.CONTENT_BLOCKED,
-            error_type="ContentBlocked",
-        )
-    if not hasattr(response, "candidates") and isinstance(getattr(response, "text", None), str):
-        return  # a stand-in of the user's own client
-    candidates = getattr(response, "candidates", None)
-    if candidates is None or candidates == [] or candidates == [None]:
-        raise ProviderError("the answer has no candidates", error_type="EmptyAnswer")
-    if not isinstance(candidates, list):
-        return
-    finish = (finish_reason_of(response) or "").strip().upper()
-    if finish == "MAX_TOKENS":
-        raise ProviderError(
-            "the answer was cut at the output limit: raise max_output_tokens",
-            kind=FailureKind.TRUNCATED,
-            error_type="Truncated",
-        )
-    if finish in _BLOCKED:
-        raise ProviderError(
-            f"the answer was blocked: {finish}",
-            kind=FailureKind.CONTENT_BLOCKED,
-            error_type="ContentBlocked",
-        )
-    if finish != _GOOD_END:
-        raise ProviderError(
-            f"the answer did not come to its end (finish_reason {finish[:40] or None})",
-            error_type="UnfinishedAnswer",
-        )
+def _fields_of(response: Any) -> Any:
+    if hasattr(response, "model_dump"):
+        return response.model_dump(mode="json", by_alias=True, exclude_none=True)
+    fields = {name: _plain(getattr(response, name, None)) for name in _FIELDS}
+    text = getattr(response, "text", None)
+    if not isinstance(fields["candidates"], list) and isinstance(text, str):
+        part = {"content": {"parts": [{"text": text}]}, "finishReason": "STOP"}
+        fields["candidates"] = [part]
+    return fields
 
 
-def text_of(response: Any) -> str:
-    """The answer's text, without its thoughts.
-
-    Raises:
-        ProviderError: of kind `unknown` where there is none.
-    """
-    candidates = getattr(response, "candidates", None)
-    if isinstance(candidates, list) and candidates:
-        parts = getattr(getattr(candidates[0], "content", None), "parts", None)
-        text = "".join(map(_text_of_part, parts)) if isinstance(parts, list) else ""
-    else:
-        text = getattr(response, "text", None) or ""
-    if not text.strip():
-        finish = finish_reason_of(response)
-        raise ProviderError(f"the answer is empty ({finish})", error_type="EmptyAnswer")
-    return text
+_FIELDS = ("candidates", "prompt_feedback", "usage_metadata", "model_version", "response_id")
 
 
-def _text_of_part(part: Any) -> str:
-    text = getattr(part, "text", None)
-    return text if isinstance(text, str) and not getattr(part, "thought", None) else ""
-
-
-def finish_reason_of(response: Any) -> str | None:
-    """`STOP`, `MAX_TOKENS`, ... of the first candidate."""
-    candidates = getattr(response, "candidates", None)
-    if not isinstance(candidates, list) or not candidates:
-        return None
-    return name_of(getattr(candidates[0], "finish_reason", None))
-
-
-def safety_ratings_of(response: Any) -> dict[str, str]:
-    """Category -> probability of the first candidate, or of the prompt."""
-    candidates = getattr(response, "candidates", None)
-    first = candidates[0] if isinstance(candidates, list) and candidates else None
-    ratings = getattr(first, "safety_ratings", None)
-    if ratings is None:
-        ratings = getattr(getattr(response, "prompt_feedback", None), "safety_ratings", None)
-    named = (
-        (name_of(getattr(rating, "category", None)), name_of(getattr(rating, "probability", None)))
-        for rating in (ratings if isinstance(ratings, list | tuple) else ())
-    )
-    return {category: probability or "" for category, probability in named if category}
-
-
-def name_of(value: Any) -> str | None:
-    """An SDK enum's value, or the plain string in its place; None for anything else."""
-    plain = getattr(value, "value", value)
-    return plain if isinstance(plain, str) and plain else None
-
-
-# -- errors
+def _plain(value: Any) -> Any:
+    """An object's attributes as JSON."""
+    if isinstance(value, list | tuple):
+        return [_plain(element) for element in value]
+    if isinstance(value, Mapping):
+        return {str(name): _plain(inner) for name, inner in value.items()}
+    if isinstance(value, Enum):
+        return value.value
+    if hasattr(value, "__dict__"):
+        return {name: _plain(inner) for name, inner in vars(value).items() if name[:1] != "_"}
+    return value
 
 
 def translate(error: BaseException) -> ProviderError | None:
@@ -276,45 +196,13 @@ def translate(error: BaseException) -> ProviderError | None:
     code = getattr(error, "code", None) if hasattr(error, "details") else None
     if type(code) is not int:
         return None
-    headers = getattr(getattr(error, "response", None), "headers", None)
+    headers = getattr(getattr(error, "response", None), "headers", None) or {}
     body = details or {"message": getattr(error, "message", None)}
-    translated = redirected(error, code) or _refused(code, body, headers, type(error).__name__)
+    translated = redirected(error, code)
+    if translated is None:
+        reply = Reply(code, headers, json.dumps(body, default=str).encode())
+        failed = read_answer("gemini", reply.status, reply.headers, reply.body)
+        assert isinstance(failed, FailedAnswer)  # the SDK raises for what is none only
+        translated = error_of(failed)
     translated.__cause__ = error
     return translated
-
-
-def _refused(
-    status: int | None, body: Any, headers: Mapping[str, str] | None, error_type: str
-) -> ProviderError:
-    """The failure that an error's body describes.
-
-    `status` is HTTP's, or the one that the body names for an error under status 200.
-    """
-    fields = bodies.fields_of(body)
-    details, words = google_rpc.details_of(fields), bodies.words_of(body)
-    retry_after = google_rpc.retry_delay(details)
-    if retry_after is None:
-        retry_after = retry_after_of(headers)
-    kind = FailureKind.UNKNOWN
-    if status is not None and status >= 300:
-        kind = google_rpc.kind_of_error(status, details, words)
-    if kind is FailureKind.QUOTA_EXHAUSTED and retry_after is None:
-        retry_after = seconds_to_pacific_midnight(datetime.now(_PACIFIC))
-    named = fields.get("status")
-    name = f" {named}." if isinstance(named, str) and named.isascii() else ""
-    return ProviderError(
-        condensed(f"{status or ''}{name} {words}".strip() or "an error without a word"),
-        kind=kind,
-        status=status,
-        retry_after=retry_after,
-        error_type=error_type,
-    )
-
-
-_PACIFIC = ZoneInfo("America/Los_Angeles")
-
-
-def seconds_to_pacific_midnight(now: datetime) -> float:
-    """Gemini's day quotas are reset at midnight Pacific time."""
-    tomorrow = (now + timedelta(days=1)).replace(hour=0, minute=0, second=0, microsecond=0)
-    return tomorrow.timestamp() - now.timestamp()

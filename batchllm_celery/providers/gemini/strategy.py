@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from json import JSONDecodeError
 from typing import Any, Generic
 
@@ -19,9 +20,10 @@ from batchllm_celery.models import (
     TokenUsage,
     TOutput,
 )
-from batchllm_celery.providers.bodies import unreadable
+from batchllm_celery.models.request import DialectName
+from batchllm_celery.providers.answers import Reply, answer_of, unreadable
 from batchllm_celery.providers.gemini import client as gemini_client
-from batchllm_celery.providers.strategy import ProviderStrategy
+from batchllm_celery.providers.strategy import Asked, DialectStrategy, parsed
 from batchllm_celery.redaction import keep_secret
 from batchllm_celery.strategies.base import ProcessResources
 from batchllm_celery.strategies.failures import charged, classify
@@ -47,8 +49,8 @@ class GeminiResponse(Model, Generic[TOutput]):
     """The SDK's own object: in process only, it is not stored with the result."""
 
 
-class GeminiStrategy(ProviderStrategy[TOutput]):
-    """Calls a Gemini model.
+class GeminiStrategy(DialectStrategy[TOutput]):
+    """Calls a Gemini model. Takes texts, `Request`s and `NativeRequest`s.
 
         GeminiStrategy(model="gemini-2.5-flash", system="Answer in one word.")
         GeminiStrategy(model="gemini-2.5-flash", schema=Person)          # answers are `Person`s
@@ -68,9 +70,13 @@ class GeminiStrategy(ProviderStrategy[TOutput]):
         temperature: sampling temperature.
         max_output_tokens: where an answer is cut (which fails the item as `truncated`).
         thinking_budget: tokens for thinking; 0 turns it off where the model can.
+        allow_dropping: names of parameters that are left out of a `Request` where Gemini has no
+            word for them, in place of refusing it.
     """
 
     provider = "gemini"
+    dialect = "gemini"
+    dialects: tuple[DialectName, ...] = ("gemini",)
 
     def __init__(
         self,
@@ -85,6 +91,7 @@ class GeminiStrategy(ProviderStrategy[TOutput]):
         temperature: float | None = None,
         max_output_tokens: int | None = None,
         thinking_budget: int | None = None,
+        allow_dropping: Collection[str] = (),
     ) -> None:
         self.model = model
         self.client = client
@@ -92,7 +99,16 @@ class GeminiStrategy(ProviderStrategy[TOutput]):
         self.response_parser = response_parser
         self.config = config
         self.include_metadata = include_metadata
-        self.schema = OutputSchema(schema) if schema is not None else None
+        self._set_options(
+            system=system,
+            schema=schema,
+            parameters={
+                "temperature": temperature,
+                "max_output_tokens": max_output_tokens,
+                "thinking_budget": thinking_budget,
+            },
+            allow_dropping=allow_dropping,
+        )
         self.model_name = f"{self.provider}:{model}"
         self.max_output_tokens = max_output_tokens
         self._options: dict[str, Any] = {
@@ -104,7 +120,12 @@ class GeminiStrategy(ProviderStrategy[TOutput]):
             ),
             **_structured(self.schema),
         }
+        # Nobody needs the SDK's models of request and answer: the body is sent as it is.
+        self._sends_bodies = (
+            client is None and response_parser is None and config is None and not include_metadata
+        )
         self._request_config: Any = None
+        self._bare_config: Any = None
 
     # -- life cycle
 
@@ -119,7 +140,9 @@ class GeminiStrategy(ProviderStrategy[TOutput]):
         else:
             keep_secret(gemini_client.account_of(self.client)[-1])
         await asyncio.to_thread(importlib.import_module, "google.genai.types")
-        self._request_config = self._build_config({})
+        self._request_config = self._build_config(self._options)
+        bare = self._build_config({})
+        self._bare_config = _raw(bare) if self._sends_bodies else bare
 
     async def _open_client(self, resources: ProcessResources) -> Any:
         return await gemini_client.open_client(resources)
@@ -127,33 +150,32 @@ class GeminiStrategy(ProviderStrategy[TOutput]):
     # -- calls
 
     async def execute(
-        self, prompt: str, attempt: int, timeout: float, state: RetryState | None = None
+        self, prompt: Any, attempt: int, timeout: float, state: RetryState | None = None
     ) -> Completion[Any]:
         """One `generate_content` call.
 
         Raises:
-            ProviderError: for API errors, blocked, truncated, empty and malformed answers.
+            ProviderError: for requests that can't be sent as they are, API errors, blocked,
+                truncated, empty and malformed answers.
             Exception: what `response_parser` raises, carrying the answer's tokens.
         """
-        response = await self._generate(with_feedback(prompt, state))
-        usage = gemini_client.usage_of(response)
-        with charged(usage):
-            gemini_client.check_answer(response)
-            output = self._parse(response)
-        ratings = gemini_client.safety_ratings_of(response)
-        finish = gemini_client.finish_reason_of(response)
-        metadata: dict[str, Any] = {"finish_reason": finish}
-        if ratings:
-            metadata["safety_ratings"] = ratings
+        asked = await self._ask(prompt, state)
+        text = with_feedback(prompt, state) if isinstance(prompt, str) else None
+        response, reply = await self._generate(asked, text)
+        if self.response_parser is None and not self.include_metadata:
+            return self._completed(asked, reply)
+        answer = answer_of(asked.dialect, reply, self.model_name)
+        with charged(answer.usage):
+            output = self._parse(asked, answer, response)
         if self.include_metadata:
             output = GeminiResponse(
                 output=output,
-                safety_ratings=ratings,
-                finish_reason=finish,
-                token_usage=usage,
+                safety_ratings=answer.metadata.get("safety_ratings", {}),
+                finish_reason=answer.metadata.get("finish_reason"),
+                token_usage=answer.usage,
                 raw_response=response,
             )
-        return Completion(output, usage, metadata)
+        return replace(answer, output=output)
 
     async def on_error(
         self, exception: Exception, attempt: int, state: RetryState | None = None
@@ -166,20 +188,37 @@ class GeminiStrategy(ProviderStrategy[TOutput]):
         translated = gemini_client.translate(exception)
         return classify(translated) if translated is not None else None
 
-    async def _generate(self, contents: Any) -> Any:
-        return await self._call(contents, self._request_config or self.config)
+    async def _generate(self, asked: Asked, text: str | None) -> tuple[Any, Reply]:
+        return await self._call(asked, text, self._request_config or self.config)
 
-    async def _call(self, contents: Any, config: Any) -> Any:
-        """One answer, as an object with the SDK's names.
+    async def _call(self, asked: Asked, text: str | None, config: Any) -> tuple[Any, Reply]:
+        """One request: the SDK's answer, and the reply beneath it.
 
-        This is the SDK's raw route. Its models drop unknown fields, also an error in place of the
-        answer. A `response_parser` gets the SDK's own object.
+        This is the SDK's raw route, with the body as it is: its models cost more than the call, and
+        drop unknown fields, also an error in place of the answer. They are built where somebody
+        asks for their object, or has a client or a config of his own.
+
+        Args:
+            asked: the request.
+            text: its text, where it is one.
+            config: the SDK's, with our options for a text.
         """
+        generate = self.client.aio.models.generate_content
+        contents: Any = text
+        if text is None and not self._sends_bodies:
+            body = {name: value for name, value in asked.body.items() if name != "contents"}
+            contents, config = asked.body["contents"], _with_body(self._bare_config, body)
         raw = self.response_parser is None and not self.include_metadata
         try:
-            response = await self.client.aio.models.generate_content(
-                model=self.model, contents=contents, config=_raw(config) if raw else config
-            )
+            if self._sends_bodies:
+                with gemini_client.sending(await asked.encoded()):
+                    response = await generate(
+                        model=self.model, contents=_IGNORED, config=self._bare_config
+                    )
+            else:
+                response = await generate(
+                    model=self.model, contents=contents, config=_raw(config) if raw else config
+                )
         except Exception as error:
             translated = gemini_client.translate(error)
             if translated is None and isinstance(error, _UNREADABLE):
@@ -187,24 +226,19 @@ class GeminiStrategy(ProviderStrategy[TOutput]):
             if translated is None:
                 raise
             raise translated from error
-        http: Any = getattr(response, "sdk_http_response", None)
-        body = getattr(http, "body", None)
-        if not raw or not isinstance(body, str):
-            return response  # its own object; a client of the user's may know no raw route
-        return gemini_client.read_answer(body, http.headers)
+        return response, gemini_client.reply_of(response)
 
-    def _parse(self, response: Any) -> Any:
+    def _parse(self, asked: Asked, answer: Completion[Any], response: Any) -> Any:
         if self.response_parser is not None:
             return self.response_parser(response)
-        text = gemini_client.text_of(response)
-        return self.schema.parse(text) if self.schema is not None else text
+        return parsed(asked.schema, answer)
 
     # -- configuration
 
-    def _build_config(self, extra: Mapping[str, Any]) -> Any:
-        """The given config with our options over it."""
+    def _build_config(self, options: Mapping[str, Any]) -> Any:
+        """The given config with these options over it."""
         config_type = importlib.import_module("google.genai.types").GenerateContentConfig
-        options = {**self._options, **extra, **_one_request(config_type, own=self.own_client)}
+        options = {**options, **_one_request(config_type, own=self.own_client)}
         given = {name: value for name, value in options.items() if value is not None}
         ours = config_type(**given)
         if self.config is None:
@@ -213,6 +247,17 @@ class GeminiStrategy(ProviderStrategy[TOutput]):
         if base.http_options is not None:
             given.pop("http_options", None)
         return base.model_copy(update={name: getattr(ours, name) for name in given})
+
+
+#: Contents for the SDK, which wants some: the body that is sent has its own.
+_IGNORED = "-"
+
+
+def _with_body(config: Any, body: Mapping[str, Any]) -> Any:
+    """`config`, with these fields in the body that the SDK sends."""
+    options_type = importlib.import_module("google.genai.types").HttpOptions
+    options = (config.http_options or options_type()).model_copy(update={"extra_body": body})
+    return config.model_copy(update={"http_options": options})
 
 
 def _raw(config: Any) -> Any:

@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
-from batchllm_celery.errors import FailureKind, ProviderError
+from batchllm_celery.errors import FailureKind, ProviderError, UsageError
 from batchllm_celery.models import Completion, Failure, RetryState, TOutput
-from batchllm_celery.providers import bodies
+from batchllm_celery.models.request import DialectName
+from batchllm_celery.providers.answers import Reply, answer_of
 from batchllm_celery.providers.openai import client as openai_client
-from batchllm_celery.providers.strategy import ProviderStrategy
+from batchllm_celery.providers.strategy import Asked, DialectStrategy
 from batchllm_celery.redaction import keep_secret
 from batchllm_celery.strategies.failures import charged, classify
-from batchllm_celery.strategies.structured import (
-    OutputSchema,
-    Schema,
-    remember_feedback,
-    with_feedback,
-)
+from batchllm_celery.strategies.structured import Schema, remember_feedback
+
+#: Dialects by the API that texts and requests go to: it comes first.
+_APIS: dict[str, tuple[DialectName, ...]] = {
+    "chat": ("openai", "responses", "embeddings"),
+    "responses": ("responses", "openai", "embeddings"),
+}
 
 #: Web pages in place of answers that count as a passing fault. One more, while no other answer has
 #: come, means a wrong base URL.
 MAX_PAGES = 1
 
 
-class OpenAICompatibleStrategy(ProviderStrategy[TOutput]):
-    """Calls `chat/completions`.
+class OpenAICompatibleStrategy(DialectStrategy[TOutput]):
+    """Calls `chat/completions` (or `responses`). Takes texts, `Request`s and `NativeRequest`s.
 
         OpenAICompatibleStrategy("gpt-4.1-mini", system="Answer in one word.")
         OpenAICompatibleStrategy("qwen3", base_url="http://localhost:8000/v1", schema=Person)
@@ -46,6 +49,10 @@ class OpenAICompatibleStrategy(ProviderStrategy[TOutput]):
         temperature: sampling temperature.
         max_output_tokens: where an answer is cut (which fails the item as `truncated`).
         extra: further fields of the request's body (`{"reasoning_effort": "low"}`).
+        api: `chat` (chat completions) or `responses`, for texts and `Request`s; a `NativeRequest`
+            goes where its dialect belongs, embeddings too.
+        allow_dropping: names of parameters that are left out of a `Request` where the API has no
+            word for them, in place of refusing it.
     """
 
     provider = "openai"
@@ -63,20 +70,27 @@ class OpenAICompatibleStrategy(ProviderStrategy[TOutput]):
         temperature: float | None = None,
         max_output_tokens: int | None = None,
         extra: Mapping[str, Any] | None = None,
+        api: str = "chat",
+        allow_dropping: Collection[str] = (),
     ) -> None:
         self.model = model
         self.client = client
         self.response_parser = response_parser
         self.base_url = base_url
-        self.system = system
-        self.schema = OutputSchema(schema) if schema is not None else None
-        self.temperature = temperature
         self.max_output_tokens = max_output_tokens
-        self.extra = dict(extra or {})
+        if api not in _APIS:
+            raise UsageError(f"api {api!r}: it is one of {', '.join(_APIS)}")
+        self.dialects = _APIS[api]
+        self._set_options(
+            system=system,
+            schema=schema,
+            parameters={"temperature": temperature, "max_output_tokens": max_output_tokens},
+            allow_dropping=allow_dropping,
+            extra=extra,
+        )
         self.model_name = f"{self.provider}:{model}"
         self._api_key = api_key
         self._pages: int | None = 0
-        self._request: dict[str, Any] | None = None
 
     @property
     def full_speed(self) -> bool:
@@ -97,25 +111,26 @@ class OpenAICompatibleStrategy(ProviderStrategy[TOutput]):
         else:
             keep_secret(getattr(self.client, "api_key", None))
             self.client = openai_client.without_retries(self.client)
-        self._request = self._build_request()
 
     async def execute(
-        self, prompt: str, attempt: int, timeout: float, state: RetryState | None = None
+        self, prompt: Any, attempt: int, timeout: float, state: RetryState | None = None
     ) -> Completion[Any]:
-        """One `chat.completions.create` call.
+        """One request.
 
         Raises:
-            ProviderError: for API errors, blocked, truncated, empty and malformed answers.
+            ProviderError: for requests that can't be sent as they are, API errors, blocked,
+                truncated, empty and malformed answers.
             Exception: what `response_parser` raises, carrying the answer's tokens.
         """
-        response, parsed = await self._call(with_feedback(prompt, state))
-        usage, guessed = openai_client.usage_of(response)
-        with charged(usage):
-            output = self._parse(response, parsed)
-        metadata: dict[str, Any] = {"finish_reason": openai_client.finish_reason_of(response)}
-        if guessed:
-            metadata["usage_guessed"] = True
-        return Completion(output, usage, metadata)
+        asked = await self._ask(prompt, state)
+        reply, parse = await self._call(asked)
+        self._count_page(reply.body)
+        if self.response_parser is None or parse is None:
+            return self._completed(asked, reply)
+        answer = answer_of(asked.dialect, reply, self.model_name)
+        with charged(answer.usage):
+            output = self.response_parser(parse())
+        return replace(answer, output=output)
 
     async def on_error(
         self, exception: Exception, attempt: int, state: RetryState | None = None
@@ -128,26 +143,24 @@ class OpenAICompatibleStrategy(ProviderStrategy[TOutput]):
         translated = openai_client.translate(exception)
         return classify(translated) if translated is not None else None
 
-    async def _call(self, prompt: str) -> tuple[Any, Callable[[], Any]]:
-        """The answer's body, and how to have the SDK's object of it.
-
-        This is the SDK's raw route. Its models accept bodies that are no answer.
-        """
-        messages = [{"role": "user", "content": prompt}]
-        if self.system is not None:
-            messages.insert(0, {"role": "system", "content": self.system})
-        request = self._request if self._request is not None else self._build_request()
-        create = self.client.chat.completions.with_raw_response.create
+    async def _call(self, asked: Asked) -> tuple[Reply, Callable[[], Any] | None]:
+        """The reply, and how to have the SDK's object of it where a parser wants that: its models
+        accept bodies that are no answer, and cost more than the call."""
         try:
-            raw = await create(messages=messages, **request)
+            if openai_client.is_sdk(self.client) and (
+                self.response_parser is None or asked.dialect != "openai"
+            ):
+                return await openai_client.post(self.client, asked.dialect, asked.body), None
+            own = {name: asked.body[name] for name in ("model", "messages")}
+            rest = {name: value for name, value in asked.body.items() if name not in own}
+            create = self.client.chat.completions.with_raw_response.create
+            raw = await create(**own, extra_body=rest or None)
+            return Reply(200, raw.headers, raw.content), raw.parse
         except Exception as error:
             translated = openai_client.translate(error)
             if translated is None:
                 raise
             raise translated from error
-        self._count_page(raw.content)
-        response = openai_client.read_answer(raw.content, raw.headers)
-        return response, raw.parse
 
     def _count_page(self, content: bytes) -> None:
         """Count an answer that is a web page; raise after `MAX_PAGES` if no other answer ever came.
@@ -155,7 +168,7 @@ class OpenAICompatibleStrategy(ProviderStrategy[TOutput]):
         Raises:
             ProviderError: of kind `invalid_request`, so that the row is not called again.
         """
-        if not bodies.is_page(content[:200].decode("utf-8", "replace")):
+        if not content[:200].lstrip().startswith(b"<"):
             self._pages = None
         elif self._pages is not None:
             self._pages += 1
@@ -167,16 +180,8 @@ class OpenAICompatibleStrategy(ProviderStrategy[TOutput]):
                     error_type="WrongServer",
                 )
 
-    def _build_request(self) -> dict[str, Any]:
-        """What every call has in common."""
-        options = {
-            "temperature": self.temperature,
-            self._limit_name(): self.max_output_tokens,
-            "response_format": self._response_format(),
-            "extra_body": self.extra or None,
-        }
-        given = {name: value for name, value in options.items() if value is not None}
-        return {"model": self.model, **given}
+    def _writer_options(self) -> dict[str, Any]:
+        return {"limit_field": self._limit_name()} if self.dialects[0] == "openai" else {}
 
     def _limit_name(self) -> str:
         # OpenAI's newer models refuse `max_tokens`; many other servers know nothing else.
@@ -186,16 +191,3 @@ class OpenAICompatibleStrategy(ProviderStrategy[TOutput]):
         settings_url = self.resources.settings.openai_base_url if self.resources else None
         url = self.base_url or settings_url or os.environ.get("OPENAI_BASE_URL") or ""
         return bool(url) and "api.openai.com" not in url
-
-    def _response_format(self) -> dict[str, Any] | None:
-        if self.schema is None:
-            return None
-        described = {"name": self.schema.name, "schema": self.schema.json_schema}
-        return {"type": "json_schema", "json_schema": described}
-
-    def _parse(self, response: Any, parsed: Callable[[], Any]) -> Any:
-        if self.response_parser is not None:
-            openai_client.check_answer(response)
-            return self.response_parser(parsed())
-        text = openai_client.text_of(response)
-        return self.schema.parse(text) if self.schema is not None else text

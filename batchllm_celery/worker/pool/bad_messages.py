@@ -108,7 +108,7 @@ class _Ours(_Headers):
     items: Annotated[int, Field(ge=1, le=MOST_ITEMS)] | None = None  # queue.ITEMS_HEADER
     argsrepr: Annotated[str, Field(max_length=1000)] | None = None
     kwargsrepr: Annotated[str, Field(max_length=1000)] | None = None
-    shadow: None = None
+    shadow: Annotated[str, Field(max_length=255)] | None = None  # the strategy's name
     eta: None = None
 
 
@@ -133,7 +133,8 @@ class _Arguments(BaseModel):
 
 
 def check(message: Message) -> None:
-    """Whether Celery can take the message, and, if it is for our task, whether that can run.
+    """Whether Celery can take the message, and, if it is for our task, whether that can run. A time
+    limit of Celery's in a message for our task is taken out of it.
 
     Raises:
         BadMessageError: it can't.
@@ -158,6 +159,9 @@ def check(message: Message) -> None:
             if kwargs or any(embedded.values()):
                 raise BadMessageError("it has more than the two arguments of our task")
             _validate(_Arguments, {"args": tuple(args)}, "body")
+            # A limit in the message would beat our task's: it would cut off calls that are paid
+            # for, message after message. What bounds a call is its attempt's time limit.
+            headers["timelimit"] = [None, None]
         case _:
             raise BadMessageError("its body is not that of a task")
 
