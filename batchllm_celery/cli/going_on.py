@@ -50,10 +50,11 @@ def begin(
         OutputError: results of the batch were written elsewhere.
     """
     from batchllm_celery.producer.continuing import option_hashes
+    from batchllm_celery.producer.producer import find_batch
 
     if spec.config.dry_run:
         return Beginning(spec)
-    found = producer.find(spec.batch_id)
+    found = find_batch(producer, spec.batch_id)
     options = option_hashes(spec, producer.settings.openai_base_url)
     if not isinstance(sink, ResultFile):
         return _stream(spec, rows, found, rerun, producer)

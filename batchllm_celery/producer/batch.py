@@ -131,7 +131,7 @@ class BatchSteps(Generic[TOutput, TContext]):
 
     async def _feed(
         self,
-        rows: Iterable[Row | Answered] | AsyncIterable[Row | Answered],
+        rows: Iterable[Any] | AsyncIterable[Any],
         *,
         stop: threading.Event | None = None,
         on_fed: Callable[[int], None] | None = None,

@@ -817,8 +817,6 @@ class Producer(ProducerSteps[Batch[Any, Any]]):
 
     check = blocking(ProducerSteps._check)
     open = blocking(ProducerSteps[Batch[Any, Any]]._open)
-    find = blocking(ProducerSteps._find)
-    prepare = blocking(ProducerSteps._prepare)
     quiesce = blocking(ProducerSteps._quiesce)
     check_runnable = blocking(ProducerSteps._check_runnable)
     batches = blocking(ProducerSteps._batches)
@@ -999,6 +997,23 @@ def default_producer() -> Producer:
         producer = Producer(installed.settings, redis_url=installed.redis_url, app=installed.app)
     atexit.register(producer.close)  # before the loop ends: what is still to be said goes out
     return producer
+
+
+def find_batch(producer: Producer, batch_id: str) -> Found | None:
+    """What Redis knows of a batch; None where there is none."""
+    return block(producer._find(batch_id))
+
+
+def prepare_batch(
+    producer: Producer, spec: BatchSpec, found: Found, rows: Iterable[Row], rerun: Collection[str]
+) -> tuple[BatchSpec, bool, Iterable[Row | Answered]]:
+    """How `submit` goes on with a batch: the specification and `renew` for `Producer.open`, and the
+    rows for `Batch.feed`.
+
+    Raises:
+        ChangedRowsError: finished rows ask another question now.
+    """
+    return block(producer._prepare(spec, found, rows, rerun=rerun))
 
 
 async def _all(rows: Iterable[Row] | AsyncIterable[Row]) -> list[Row]:

@@ -191,7 +191,7 @@ def test_every_command_has_its_help() -> None:
     for name in _COMMANDS:
         result = CliRunner().invoke(cli, [name, "--help"])
         assert result.exit_code == 0, result.output
-        assert "--redis-url" in result.output or name in ("simulate", "estimate", "quota")
+        assert "--redis-url" in result.output or name in ("simulate", "estimate", "quota", "demo")
 
 
 def test_the_help_is_quick_because_nothing_heavy_is_imported() -> None:

@@ -89,15 +89,16 @@ def _submit(
     stack: contextlib.ExitStack,
 ) -> int | None:
     from batchllm_celery.producer import Producer
+    from batchllm_celery.producer.producer import find_batch, prepare_batch
 
     producer = stack.enter_context(Producer(settings))
     producer.check()
     producer.check_runnable(spec)
-    found = producer.find(spec.batch_id) if request.batch_id else None
+    found = find_batch(producer, spec.batch_id) if request.batch_id else None
     renew = False
     feed: Iterable[Any] = rows
     if found is not None:
-        spec, renew, feed = producer.prepare(spec, found, rows, rerun=rerun_words(request))
+        spec, renew, feed = prepare_batch(producer, spec, found, rows, rerun_words(request))
     batch = producer.open(spec, quota=quota, quota_update=request.quota_update, renew=renew)
     each_model(producer, spec, request, rows, settings)
     click.echo(batch.id)
