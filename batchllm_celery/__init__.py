@@ -64,6 +64,7 @@ if TYPE_CHECKING:
         current_item,
     )
     from batchllm_celery.producer import (
+        Answered,
         AskOptions,
         AsyncBatch,
         AsyncItem,
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
         Batch,
         BlockingCallWarning,
         Delivered,
+        Found,
         Item,
         Producer,
         Results,
@@ -129,6 +131,8 @@ __all__ = [
     "Producer",
     "AsyncProducer",
     "SubmitOptions",
+    "Answered",
+    "Found",
     "AskOptions",
     "Item",
     "AsyncItem",
@@ -226,6 +230,8 @@ _HOMES = {
         "current_item",
     ),
     "producer": (
+        "Answered",
+        "Found",
         "AskOptions",
         "AsyncItem",
         "Item",

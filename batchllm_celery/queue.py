@@ -14,7 +14,7 @@ from typing import Any, Final, TypeAlias
 from urllib.parse import parse_qs, urlsplit
 
 from celery import Celery
-from kombu import Queue
+from kombu import Queue, compression
 from kombu.exceptions import OperationalError
 from kombu.utils.uuid import uuid
 from redis.exceptions import RedisError
@@ -40,6 +40,10 @@ STRATEGY_PREFIX: Final = "batchllm."
 ITEMS_HEADER: Final = "items"
 #: Ids of messages begin so that a worker sent for items which no message had brought.
 OFFERED: Final = "offered-"
+#: Stands in for a host's `task_compression`: our messages are short, and one that may not be
+#: packed can't unpack to gigabytes.
+NOT_PACKED: Final = "application/x-batchllm-not-packed"
+compression.register(lambda body: body, lambda body: body, NOT_PACKED)
 DEFAULT_QUEUE: Final = "default"
 AMQP: Final = "batchllm_celery.worker.broker:Amqp"
 POOL: Final = "batchllm_celery.worker.pool:AsyncioPool"
@@ -222,7 +226,11 @@ def publish(
 
     Raises:
         RedisDeniedError: the broker is a Redis that denies a right, or the password.
+        UsageError: the app writes messages of Celery 3.
     """
+    if app.conf.task_protocol != 2:
+        told = app.conf.task_protocol
+        raise UsageError(f"the app's task_protocol is {told!r}: batches need 2, Celery's default")
     backoff, reminder = 0.05, Reminder()
     while True:
         try:
@@ -237,6 +245,7 @@ def publish(
                 shadow=None if strategy is None else f"{STRATEGY_PREFIX}{strategy}",
                 argsrepr=show_items(batch_id, indexes),
                 kwargsrepr="",
+                compression=NOT_PACKED if app.conf.task_compression else None,
                 retry=False,
                 ignore_result=True,
             )

@@ -73,9 +73,12 @@ class Lab:
     # -- workers
 
     def start_worker(self, *options: str, slots: int, **environ: str) -> subprocess.Popen[bytes]:
-        """A plain `celery -A batchllm_celery worker`."""
-        command = [sys.executable, "-m", "celery", "-A", "batchllm_celery", "worker", *QUIET]
-        name = f"w{len(self.workers)}@bench"
+        """A worker as `batchllm worker` starts it; with options a plain `celery worker`."""
+        name = f"w{len(self.workers)}"
+        command = [sys.executable, "-m", "batchllm_celery.worker", name, "WARNING"]
+        if options:
+            plain = [sys.executable, "-m", "celery", "-A", "batchllm_celery", "worker", *QUIET]
+            command = [*plain, "-n", f"{name}@bench", *options]
         ours = {
             "BATCHLLM_REDIS_URL": self.url,
             "BATCHLLM_NAMESPACE": NAMESPACE,
@@ -85,7 +88,7 @@ class Lab:
             "PYTHONPATH": str(ROOT),
         }
         worker = subprocess.Popen(
-            [*command, "-n", name, *options],
+            command,
             env=os.environ | ours | environ,
             cwd=self.folder,
             start_new_session=True,

@@ -3,7 +3,7 @@
     python -m benchmarks.whole_product                20,000 items at 100 and at 1 a message
     python -m benchmarks.whole_product --items 4000 --per-message 100
 
-One `celery -A batchllm_celery worker` of 100 slots; every item is claimed, asks the limiter (a
+One worker of 100 slots, as `batchllm worker` starts it; every item is claimed, asks the limiter (a
 quota whose limit is out of reach), is answered at once, and recorded. All messages wait in the
 queue before the worker starts. CPU counts the worker process, all its threads, from the first call
 to the last record; round trips are the scripts that Redis ran, Celery's commands not counted.

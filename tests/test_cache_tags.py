@@ -20,7 +20,7 @@ from batchllm_celery.simulation import SimulatedProvider
 from batchllm_celery.strategies import ProcessResources, Registry
 
 MODEL = "gemini-2.0-flash"
-CONTENT = ["You answer questions about the handbook.", "The handbook: always be kind."]
+CONTENT: list[Any] = ["You answer questions about the handbook.", "The handbook: always be kind."]
 TAGS = {"customer": "acme", "version": "v1"}
 
 

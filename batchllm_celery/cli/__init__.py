@@ -7,6 +7,7 @@ redis and the providers' SDKs are loaded when it runs.
 from __future__ import annotations
 
 import io
+import logging
 import sys
 from importlib import import_module
 
@@ -21,6 +22,9 @@ _COMMANDS = {
     "worker": ("worker", "Work for a fleet with one or more processes."),
     "status": ("status", "Batches, their counters and ETA, quotas, workers."),
     "results": ("results", "The results of a batch so far, or until it is over."),
+    "export": ("export", "Results as CSV, Parquet or compressed JSONL."),
+    "failures": ("failures", "What failed, by kind and message, with examples."),
+    "report": ("report", "One HTML page about a batch: plots, failures, outputs."),
     "cancel": ("control", "End a batch; calls that have not started are not made."),
     "pause": ("control", "Start no more calls of a batch."),
     "resume": ("control", "Continue a paused or stopped batch."),
@@ -83,7 +87,14 @@ def main(arguments: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    # What can't be read in Redis stands in `status` and `doctor`, once and in plain words.
+    logging.getLogger("batchllm_celery").addFilter(_NotBrokenEntries())
     sys.exit(_run(arguments))
+
+
+class _NotBrokenEntries(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith("redis.broken_entry")
 
 
 def _run(arguments: list[str] | None) -> int:

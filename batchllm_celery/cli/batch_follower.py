@@ -12,9 +12,9 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from batchllm_celery.cli.display.progress import Display, RateMeter, View
 from batchllm_celery.cli.display.quota_view import doing
@@ -92,6 +92,7 @@ class BatchFollower:
         sink: takes the results.
         fleet: the workers of this command, not yet started.
         display: shows the progress.
+        feed: the rows as they are fed, with the outcomes that are known.
         interrupts: the signals that the command has received.
         redis: subscribed to the producer's events.
         drain_seconds: how long, in seconds, calls in flight may take after the first Ctrl-C.
@@ -109,6 +110,7 @@ class BatchFollower:
         fleet: Fleet,
         display: Display,
         *,
+        feed: Iterable[Any],
         interrupts: Interrupts,
         redis: RedisWatch,
         drain_seconds: float,
@@ -118,6 +120,7 @@ class BatchFollower:
         self._producer = producer
         self._batch = batch
         self._rows = rows
+        self._to_feed = feed
         self._sink = sink
         self._fleet = fleet
         self._display = display
@@ -132,6 +135,7 @@ class BatchFollower:
         self._stop_feeding = threading.Event()
         self._stop_writing = threading.Event()
         self._written = 0
+        self._answers = 0
         self._empty_reads = 0
         self._failures = Failures()
         self._feeder = BackgroundThread("feeder", self._feed)
@@ -141,7 +145,7 @@ class BatchFollower:
     # -- the three threads ------------------------------------------------------------------------
 
     def _feed(self) -> None:
-        self._batch.feed(self._rows, stop=self._stop_feeding)
+        self._batch.feed(self._to_feed, stop=self._stop_feeding)
 
     def _write(self) -> None:
         while not self._take(timeout=0.25) and not self._stop_writing.is_set():
@@ -161,6 +165,7 @@ class BatchFollower:
             self._batch.acknowledge(receipt)
         self._failures.note(result.line for result in results)
         self._written += len(results)
+        self._answers += sum(result.line.get("attempts", 0) > 0 for result in results)
         self._fleet.progressed()
         return False
 
@@ -210,11 +215,18 @@ class BatchFollower:
 
     def _view(self) -> View:
         progress = self._progress
+        # Calls alone are a rate, from the first answer on: bad rows and known answers cost no time.
+        rate = self._meter.update(self._answers) if self._answers else 0.0
+        quota = self._quota
+        if quota is not None and quota.configured and quota.allowed_per_minute:
+            rate = min(rate, quota.allowed_per_minute / 60)  # it begins with a burst
         return View(
             progress=progress,
             total=progress.total or self._estimated_total(progress),
-            rate=self._meter.update(progress.finished),
+            rate=rate,
             doing=self._doing(progress),
+            estimated=progress.total is None,
+            counted=self._meter.counted,
         )
 
     def _estimated_total(self, progress: BatchProgress) -> int | None:

@@ -114,8 +114,15 @@ rows = group(
         "--format",
         type=click.Choice(FORMATS),
         default="auto",
-        help="Format of the input; auto: by its name, then by its first line.",
+        help="Format of the input; auto: by its name, then by its first bytes.",
     ),
+    option("--limit", type=click.IntRange(min=1), help="Only the first so many rows."),
+    option("--sample", type=click.IntRange(min=1), help="Only so many rows, chosen at random."),
+    option("--sample-seed", type=int, default=0, help="Another one chooses other rows."),
+    option("--id-column", metavar="FIELD", help="Holds the row's id.  [default: item_id]"),
+    option("--text-column", metavar="FIELD", help="Is the prompt, as it stands."),
+    option("--delimiter", metavar="CHAR", help="Of CSV; default: found by the first lines."),
+    option("--encoding", metavar="NAME", help="Of text, as cp1252.  [default: UTF-8]"),
     option(
         "--files-root",
         metavar="FOLDER",
@@ -134,6 +141,8 @@ rows = group(
     ),
     option("--max-models", type=_COUNT, help="Models that rows may name.  [default: 32]"),
 )
+
+inputs = click.argument("sources", metavar="INPUT", nargs=-1, required=True)
 
 model = group(
     option(
@@ -192,6 +201,13 @@ batch = group(
         metavar="ID",
         help="An id that exists resumes its batch; finished items are not run again.",
     ),
+    option(
+        "--rerun",
+        type=click.Choice(["changed", "failed", "all", "none"]),
+        multiple=True,
+        help="Of a batch that goes on: rows to pay for again; none keeps changed rows' answers.",
+    ),
+    option("--retry-failed", is_flag=True, help="Run failed rows again: --rerun failed."),
     option("--items-per-task", type=click.IntRange(1, 1000), help="Items in one Celery message."),
     option("--queue", metavar="NAME", help="Queue of the fleet that runs it."),
     option("--priority", type=click.IntRange(0, 9), help="0 (usual) to 9 (urgent)."),
@@ -201,8 +217,17 @@ batch = group(
     option("--dry-run", is_flag=True, help="Do everything except calls to the provider."),
 )
 
+columns = option(
+    "--columns", metavar="A,B,...", help="Columns of the table, in this order.  [default: all]"
+)
+
 out = group(
-    option("-o", "--out", metavar="OUT.jsonl", help="Result file; - for standard output."),
+    option(
+        "-o",
+        "--out",
+        metavar="OUT",
+        help="Result file: .jsonl, .csv, .parquet, also .gz; - for standard output.",
+    ),
     option(
         "--out-format",
         type=click.Choice(OUT_FORMATS),

@@ -14,6 +14,7 @@ import secrets
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,7 +85,16 @@ class CommandRequest:
     # The input.
     prompt: str | None = None
     format: Format = "auto"
+    limit: int | None = None
+    sample: int | None = None
+    sample_seed: int = 0
+    id_column: str | None = None
+    text_column: str | None = None
+    delimiter: str | None = None
+    encoding: str | None = None
     strict: bool = False
+    rerun: tuple[str, ...] = ()
+    retry_failed: bool = False
     files_root: str | None = None
     override: str | None = None
     allow_dropping: str | None = None
@@ -118,6 +128,7 @@ class CommandRequest:
     slots: int | None = None
     # The output.
     out: str | None = None
+    columns: str | None = None
     out_format: OutFormat | None = None
     keep_raw: bool = False
     ordered: bool = False
@@ -234,7 +245,7 @@ def native_of(request: CommandRequest, strategy: StrategySpec | None) -> NativeR
 
 def _strategy_extras(request: CommandRequest) -> dict[str, Any]:
     extras = {
-        "system": request.system,
+        "system": text_of(request.system, "--system") if request.system else None,
         "temperature": request.temperature,
         "max_output_tokens": request.max_output_tokens,
         "schema": read_schema(request.schema),
@@ -293,6 +304,11 @@ def import_apps(settings: Settings) -> None:
 
 
 def _import_app(module: str) -> None:
+    if not all(part.isidentifier() for part in module.split(".")):
+        raise UsageError(
+            f"--app {module!r} is no module's name: write it as Python imports it (package.tasks, "
+            "not package/tasks.py), and start the command in the folder that holds it"
+        )
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
@@ -481,7 +497,9 @@ def check_price(spec: BatchSpec, instance: Any, settings: Settings) -> None:
 def batch_id_for(source: str) -> str:
     """A readable id that no other batch has, as `reviews-1122-2104-3f2a`."""
     stem = "batch" if source == STDIN else Path(source).stem
-    clean = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.")[:40] or "batch"
+    clean = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.")
+    # `dry-goods.jsonl` is no dry run: its batch could not be resumed by its id.
+    clean = re.sub(rf"^({DRY_RUN_PREFIX}[-.]*)+", "", clean)[:40] or "batch"
     return f"{clean}-{time.strftime('%m%d-%H%M')}-{secrets.token_hex(2)}"
 
 
@@ -537,6 +555,24 @@ def spec_of(
     )
 
 
+def columns_of(request: CommandRequest) -> tuple[str, ...] | None:
+    """The names of `--columns`."""
+    names = tuple(name.strip() for name in (request.columns or "").split(",") if name.strip())
+    return names or None
+
+
+def rerun_words(request: CommandRequest) -> tuple[str, ...]:
+    """What `--rerun` and `--retry-failed` say.
+
+    Raises:
+        UsageError: for words that exclude each other.
+    """
+    words = tuple(dict.fromkeys(request.rerun + ("failed",) * request.retry_failed))
+    if "none" in words and {"changed", "all"} & set(words):
+        raise UsageError("--rerun none keeps what --rerun changed or all would run; give one")
+    return words
+
+
 def each_model(
     producer: Producer, spec: BatchSpec, request: CommandRequest, rows: Rows, settings: Settings
 ) -> None:
@@ -563,26 +599,61 @@ def each_model(
 # -- over which rows
 
 
-def rows_of(request: CommandRequest, source: str, strategy: StrategySpec | None) -> Rows:
+def rows_of(request: CommandRequest, sources: Sequence[str], strategy: StrategySpec | None) -> Rows:
     """The opened input.
 
     Raises:
         InputError: it can't be read, or it has no row.
     """
     template = request.prompt
+    if template and request.text_column:
+        raise UsageError("--prompt and --text-column exclude each other; give one of them")
+    if request.limit and request.sample:
+        raise UsageError("--limit and --sample exclude each other; give one of them")
     return Rows(
-        source,
+        sources,
         strategy,
-        template=PromptTemplate(template) if template else None,
+        template=PromptTemplate(text_of(template, "--prompt")) if template else None,
         format=request.format,
+        limit=request.limit,
+        sample=request.sample,
+        seed=request.sample_seed,
+        id_column=request.id_column,
+        text_column=request.text_column,
+        delimiter=_delimiter(request.delimiter),
+        encoding=request.encoding,
         native=native_of(request, strategy),
         files_root=Path(request.files_root) if request.files_root else None,
     )
 
 
+def _delimiter(given: str | None) -> str | None:
+    names = {"\\t": "\t", "tab": "\t", "comma": ",", "semicolon": ";", "bar": "|", "pipe": "|"}
+    delimiter = names.get(given.lower(), given) if given else given
+    if delimiter is not None and (len(delimiter) != 1 or delimiter in '"\r\n'):
+        raise UsageError(f"--delimiter {given!r}: one character, or tab")
+    return delimiter
+
+
+def text_of(value: str, option: str) -> str:
+    """The text of an option, or of the file that `@FILE` names.
+
+    Raises:
+        UsageError: the file can't be read as UTF-8.
+    """
+    if not value.startswith("@"):
+        return value
+    try:
+        return Path(value[1:]).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UsageError(f"{option} {value}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{option} {value} is not UTF-8") from None
+
+
 def open_rows(
     request: CommandRequest,
-    source: str,
+    sources: Sequence[str],
     strategy: StrategySpec | None,
     stack: contextlib.ExitStack,
 ) -> Rows:
@@ -593,13 +664,16 @@ def open_rows(
     Raises:
         InputError: the input can't be read, has no row, or has a bad one (`--strict`).
     """
+    if request.strict or (STDIN in sources and request.batch_id):
+        # It is read more than once: to check it, or to compare it with what is known.
+        paths = [spooled(source) for source in sources]
+        for path, source in zip(paths, sources, strict=True):
+            if path != source:
+                stack.callback(Path(path).unlink, missing_ok=True)
+        sources = paths
     if request.strict:
-        path = spooled(source)
-        if path != source:
-            stack.callback(Path(path).unlink, missing_ok=True)
-        check_all(rows_of(request, path, strategy))
-        source = path
-    rows = rows_of(request, source, strategy)
+        check_all(rows_of(request, sources, strategy))
+    rows = rows_of(request, sources, strategy)
     stack.callback(rows.close)
     return rows
 
@@ -608,14 +682,17 @@ def open_rows(
 
 
 def resume_command(batch_id: str, arguments: list[str]) -> str:
-    """The command that was typed, with the batch id and without passwords in URLs."""
+    """The command that was typed, with the batch id and without passwords in URLs. What was decided
+    once is kept with the batch, so `--rerun` is not repeated."""
     kept, skip = [], False
     for argument in arguments:
         if skip:
             skip = False
-        elif argument == "--batch-id":
+        elif argument in ("--batch-id", "--rerun"):
             skip = True
-        elif argument != "--overwrite" and not argument.startswith("--batch-id="):
+        elif argument not in ("--overwrite", "--retry-failed") and not argument.startswith(
+            ("--batch-id=", "--rerun=")
+        ):
             kept.append(_without_password(argument))
     return shlex.join(["batchllm", *kept, "--batch-id", batch_id])
 

@@ -45,6 +45,10 @@ class FreeLimiter:
         """Never."""
         return False
 
+    def beside_successes(self, quota: str) -> bool:
+        """There is nobody else."""
+        return False
+
     def settle(self, permit: Permit, outcome: Any, **_: Any) -> None:
         """Note how the call ended."""
         if not permit.settled:

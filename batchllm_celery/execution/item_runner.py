@@ -388,7 +388,7 @@ class _Run:
         job, runner = self.job, self.runner
         usage = completion.usage
         # A figure that can't be is no reason to hold the quota up: the estimate stands.
-        known = usage if plausible(usage) else None
+        known = self._charged(usage) if plausible(usage) else None
         runner.limiter.settle(
             permit,
             CallOutcome.SUCCEEDED,
@@ -406,7 +406,9 @@ class _Run:
             usage = self._estimated_usage(completion.output)
             job.usage = job.usage + usage
         else:
-            self._spend(usage, completion.priced_as or completion.metadata.get("model"))
+            written = completion.metadata.get("cache_write_tokens")
+            model = completion.priced_as or completion.metadata.get("model")
+            self._spend(usage, model, written if type(written) is int else 0)
 
     async def _failed(self, permit: Permit, error: Exception) -> _Outcome | None:
         job = self.job
@@ -566,22 +568,31 @@ class _Run:
             return Stopped(BatchState.PARKED, until)
         return Failure(FailureKind.QUOTA_EXHAUSTED, failure.message)
 
-    def _spend(self, usage: TokenUsage, model: str | None = None) -> None:
+    def _charged(self, usage: TokenUsage) -> TokenUsage:
+        """What counts against the quota: not for every provider does input from a cache."""
+        if self.job.strategy.cached_input_counts or not usage.cached_input_tokens:
+            return usage
+        fresh = max(0, usage.input_tokens - usage.cached_input_tokens)
+        return TokenUsage(input_tokens=fresh, output_tokens=usage.output_tokens)
+
+    def _spend(self, usage: TokenUsage, model: str | None = None, written: int = 0) -> None:
         # Each call is priced by itself: some prices depend on the size of the one request.
         if not usage:
             return
         job = self.job
         job.usage = job.usage + usage if job.usage else usage
-        cost = self._price(usage, model)
+        cost = self._price(usage, model, written)
         if cost is not None:
             self.cost = cost + (self.cost or 0.0)
 
-    def _price(self, usage: TokenUsage, model: Any = None) -> float | None:
+    def _price(self, usage: TokenUsage, model: Any = None, written: int = 0) -> float | None:
         if not isinstance(model, str) or not model:
             model = self.job.strategy.model_name
         name = model if isinstance(model, str) else None
         given = self.job.prices.get(name or "") or self.job.prices.get("")
-        return float(given.cost(usage)) if given else self.runner.prices.cost(name, usage)
+        if given:
+            return float(given.cost(usage))
+        return self.runner.prices.cost(name, usage, written)
 
     def _without_price(self) -> str | None:
         models = self.job.strategy.models()

@@ -55,17 +55,27 @@ class ModelPrices:
     output: Tiers
     per_call: Decimal = Decimal(0)
     """US dollars for the call itself, whatever its size."""
+    cache_write: Tiers | None = None
+    """Of input that a call has put into a cache; None: as other input."""
 
-    def cost(self, usage: TokenUsage) -> Decimal:
-        """US dollars of one call. Cached tokens are part of the input, at their own price."""
+    def cost(self, usage: TokenUsage, written: int = 0) -> Decimal:
+        """US dollars of one call. Cached tokens are part of the input, at their own price, and so
+        are those `written` into a cache."""
         size = usage.input_tokens
         cached = min(usage.cached_input_tokens, size)
         dollars = (
             (size - cached) * self.input.at(size)
             + cached * self.cached_input.at(size)
             + usage.output_tokens * self.output.at(size)
+            + min(written, size - cached) * self._for_writing(size)
         )
         return dollars / _MILLION + self.per_call
+
+    def _for_writing(self, size: int) -> Decimal:
+        """What a token costs more where it is put into a cache."""
+        if self.cache_write is None:
+            return Decimal(0)
+        return self.cache_write.at(size) - self.input.at(size)
 
 
 class Prices:
@@ -99,10 +109,13 @@ class Prices:
             await asyncio.to_thread(_look_up, "")
             self.loaded = True
 
-    def cost(self, model: str | None, usage: TokenUsage) -> float | None:
-        """US dollars of a call with `usage`; None for an unknown model."""
+    def cost(self, model: str | None, usage: TokenUsage, written: int = 0) -> float | None:
+        """US dollars of a call with `usage`; None for an unknown model.
+
+        `written` is how much of its input the call has put into a cache.
+        """
         prices = self.of(model) if model else None
-        return None if prices is None else float(prices.cost(usage))
+        return None if prices is None else float(prices.cost(usage, written))
 
     def of(self, model: str) -> ModelPrices | None:
         """The prices of a model; None if there are none."""
@@ -171,9 +184,10 @@ def _from_table(prices: Any) -> ModelPrices | None:
     if normal is None and output is None:
         return None  # priced by the hour, the page or the image
     free = Tiers(Decimal(0))
-    cached = _tiers(prices.cache_read_mtok)
+    cached, written = _tiers(prices.cache_read_mtok), _tiers(prices.cache_write_mtok)
     per_call = (prices.requests_kcount or Decimal(0)) / 1000
-    return ModelPrices(normal or free, cached or normal or free, output or free, per_call)
+    plain = normal or free
+    return ModelPrices(plain, cached or plain, output or free, per_call, written)
 
 
 def _tiers(price: Any) -> Tiers | None:

@@ -12,12 +12,13 @@ from typing import Any, Literal, TypeAlias, get_args
 from batchllm_celery.dialects.rows import RowOutcome, write_row
 from batchllm_celery.errors import FailureKind, InputError
 from batchllm_celery.models import Completion, TokenUsage
+from batchllm_celery.models.request import DialectName
 
 OutFormat: TypeAlias = Literal["openai", "gemini", "anthropic"]
 OUT_FORMATS: tuple[OutFormat, ...] = get_args(OutFormat)
 
 #: Dialects whose kept bodies a file of each format can hold as they are.
-_DIALECTS: dict[OutFormat, tuple[str, ...]] = {
+_DIALECTS: dict[OutFormat, tuple[DialectName, ...]] = {
     "openai": ("openai", "responses", "embeddings"),
     "gemini": ("gemini",),
     "anthropic": ("anthropic",),
@@ -86,7 +87,7 @@ def outcome_of(line: dict[str, Any], out_format: OutFormat, batch_id: str) -> Ro
         request_id=metadata.get("request_id"),
         raw=raw,
         model=str(metadata.get("priced_as") or metadata.get("model") or ""),
-        dialect=dialect if dialect in _DIALECTS[out_format] else _DIALECTS[out_format][0],  # type: ignore[arg-type]
+        dialect=dialect if dialect in _DIALECTS[out_format] else _DIALECTS[out_format][0],
     )
 
 

@@ -20,7 +20,7 @@ import re
 import shutil
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol, cast
 
@@ -135,8 +135,9 @@ class _WriteOrder:
 class StreamSink:
     """Writes results to a pipe or a terminal, in order of completion."""
 
-    def __init__(self, stream: IO[bytes]) -> None:
+    def __init__(self, stream: IO[bytes], name: str = "standard output") -> None:
         self._stream = stream
+        self._name = name
         self._is_terminal = stream.isatty()
         self._receipt: str | None = None
 
@@ -144,17 +145,20 @@ class StreamSink:
         lines = b"".join(to_line(result.line) for result in results)
         if self._is_terminal:  # an answer may hold control characters
             lines = printable_json(lines.decode()).encode()
-        self._stream.write(lines)
+        with _explained(self._name):
+            self._stream.write(lines)
         if results:
             self._receipt = results[-1].receipt
 
     def sync(self) -> str | None:
-        self._stream.flush()
+        with _explained(self._name):
+            self._stream.flush()
         receipt, self._receipt = self._receipt, None
         return receipt
 
     def finish(self, *, complete: bool = True) -> None:
-        self._stream.flush()
+        with _explained(self._name):
+            self._stream.flush()
 
     def abandon(self) -> None:
         """Nothing to remove."""
@@ -178,6 +182,12 @@ class ResultFile:
         self._order = _WriteOrder(self.written, ordered=ordered)
         self._journal: IO[bytes] | None = None
         self._created = not path.exists()
+        self._batch_id = batch_id
+        self._ordered = ordered
+        self.generation = 1
+        """Of the input whose results these are: see `BatchSpec.generation`."""
+        self.options: dict[str, str] = {}
+        """Hashes of the options that the questions of the results have in common."""
         with _explained(path):
             self._lock = _locked(self._owner, path)
             try:
@@ -195,18 +205,31 @@ class ResultFile:
         owner = _parse_owner(self._lock.read())
         has_results = self.path.exists() and self.path.stat().st_size > 0
         if owner == batch_id:
+            self._lock.seek(0)
+            known = json.loads(self._lock.read())
+            self.generation = int(known.get("generation", 1))
+            self.options = dict(known.get("options") or {})
             return
         if has_results and not overwrite:
             raise OutputError(refusal(self.path, owner, batch_id))
         # The old results are removed before the id changes: never old results with a new id.
         self.path.open("wb").close()
         self._retried.unlink(missing_ok=True)
+        self._write_owner()
+        _sync_folder(self.path)
+
+    def _write_owner(self) -> None:
+        owner = {
+            "batch_id": self._batch_id,
+            "version": 1,
+            "generation": self.generation,
+            "options": self.options,
+        }
         self._lock.seek(0)
         self._lock.truncate()
-        self._lock.write(json.dumps({"batch_id": batch_id, "version": 1}).encode() + b"\n")
+        self._lock.write(json.dumps(owner).encode() + b"\n")
         self._lock.flush()
         os.fsync(self._lock.fileno())
-        _sync_folder(self.path)
 
     def _recover(self) -> None:
         if not self.path.exists():
@@ -217,6 +240,114 @@ class ResultFile:
         self._size = self.path.stat().st_size
         if self._retried.exists():
             self._merge()
+
+    # -- going on with another input --------------------------------------------------------------
+
+    def lines(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Offset and object of every line; second outcomes are in their places."""
+        if self._journal is not None:
+            self._journal.close()
+            self._journal = None
+        if self._retried.exists():
+            self._merge()
+            self._reopen()
+        for number, (_, start, line) in enumerate(_lines(self.path), start=1):
+            try:
+                result = json.loads(line)
+                _ = result["item_id"], result["index"], result["success"]
+            except (ValueError, KeyError, TypeError):
+                raise OutputError(
+                    f"{self.path}: line {number} is not a result; move the file away or choose "
+                    "another with -o"
+                ) from None
+            yield start, result
+
+    def gone_lines(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Answers of rows that had gone, each with an offset below zero. Those that were asked for
+        again are not among them."""
+        path, start = gone_path(self.path), 0
+        if not path.exists():
+            return
+        cut_torn_line(path)
+        with path.open("rb") as file:
+            for text in file:
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    line = json.loads(text)
+                    if line["success"] and not line["metadata"].get("superseded"):
+                        yield -1 - start, line
+                start += len(text)
+
+    def line_at(self, offset: int) -> dict[str, Any]:
+        """The line that begins there, in this file or, below zero, in that of gone answers."""
+        path, start = (self.path, offset) if offset >= 0 else (gone_path(self.path), -1 - offset)
+        with path.open("rb") as file:
+            file.seek(start)
+            line: dict[str, Any] = json.loads(file.readline())
+        return line
+
+    def accept(self, generation: int, options: dict[str, str]) -> None:
+        """Keep beside the file what its results answer."""
+        if (generation, options) != (self.generation, self.options):
+            self.generation, self.options = generation, options
+            with _explained(self.path):
+                self._write_owner()
+
+    def replace(
+        self,
+        lines: Iterable[Mapping[str, Any]],
+        gone: Iterable[Mapping[str, Any]],
+        taken_back: Collection[int] = (),
+    ) -> None:
+        """Put other lines into the file, at once; lines that leave it are added to `OUT.gone.jsonl`
+        first. Those that it has `taken_back` from there, by their offsets, leave it last."""
+        temporary = self.path.with_name(f".{self.path.name}.new")
+        with _explained(self.path):
+            try:
+                self._keep_gone(gone)
+                temporary.unlink(missing_ok=True)
+                with temporary.open("xb") as target:
+                    for line in lines:
+                        target.write(to_line(line))
+                    target.flush()
+                    os.fsync(target.fileno())
+                shutil.copymode(self.path, temporary)
+                temporary.replace(self.path)
+            finally:
+                temporary.unlink(missing_ok=True)
+            _sync_folder(self.path)
+            self._reopen()
+            if taken_back:
+                self._drop_gone({-1 - offset for offset in taken_back})
+        self.written = IndexSet()
+        self._order = _WriteOrder(self.written, ordered=self._ordered)
+        for index, _, _ in _lines(self.path):
+            self.written.add(index)
+
+    def _keep_gone(self, gone: Iterable[Mapping[str, Any]]) -> None:
+        kept = None
+        for line in gone:
+            if kept is None:
+                kept = _open_own(gone_path(self.path))
+            kept.write(to_line(line))
+        if kept is not None:
+            kept.flush()
+            os.fsync(kept.fileno())
+            kept.close()
+
+    def _drop_gone(self, starts: set[int]) -> None:
+        path, start = gone_path(self.path), 0
+        temporary = path.with_name(f".{path.name}.new")
+        with path.open("rb") as file, temporary.open("wb") as target:
+            for text in file:
+                if start not in starts:
+                    target.write(text)
+                start += len(text)
+        temporary.replace(path)
+
+    def _reopen(self) -> None:
+        self._file.close()
+        self._file = self.path.open("ab", buffering=0)
+        self._size = self.path.stat().st_size
 
     # -- writing ----------------------------------------------------------------------------------
 
@@ -308,6 +439,12 @@ class ResultFile:
         self._size = self.path.stat().st_size
 
 
+def gone_path(out: Path) -> Path:
+    """Where answers go that a changed input has no row for, or that were asked for again."""
+    suffix = ".jsonl" if out.suffix == ".jsonl" else ""
+    return out.with_name(f"{out.name.removesuffix(suffix)}.gone.jsonl")
+
+
 def open_sink(
     out: str | None, batch_id: str, *, overwrite: bool = False, ordered: bool = False
 ) -> Sink:
@@ -316,7 +453,7 @@ def open_sink(
         return StreamSink(sys.stdout.buffer)
     path = Path(str(out))
     if path.exists() and not path.is_dir() and not path.is_file():
-        return StreamSink(_open_device(path))
+        return StreamSink(_open_device(path), str(path))
     return ResultFile(path, batch_id, overwrite=overwrite, ordered=ordered)
 
 
@@ -387,7 +524,7 @@ def refusal(path: Path, owner: str | None, batch_id: str) -> str:
     )
 
 
-def to_line(result: dict[str, Any]) -> bytes:
+def to_line(result: Mapping[str, Any]) -> bytes:
     """One line of the file."""
     try:
         return (json.dumps(result, ensure_ascii=False) + "\n").encode()
@@ -482,9 +619,11 @@ def _sync_folder(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Raise an OSError as an OutputError of one line."""
+def _explained(path: Path | str) -> Iterator[None]:
+    """Raise an OSError as an OutputError of one line; a pipe that nobody reads is none."""
     try:
         yield
+    except BrokenPipeError:
+        raise
     except OSError as error:
         raise OutputError(f"{path} can't be written: {error.strerror or error}") from error

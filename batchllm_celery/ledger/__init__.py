@@ -1,7 +1,7 @@
 """The ledger: what Redis knows of every item, so that nothing is lost or paid for twice."""
 
 from batchllm_celery.ledger.batches import Reopened
-from batchllm_celery.ledger.codec import Outcome, Payload
+from batchllm_celery.ledger.codec import Known, Outcome, Payload
 from batchllm_celery.ledger.feeding import Created, Row
 from batchllm_celery.ledger.heartbeat import Beat, Heartbeat
 from batchllm_celery.ledger.holding import Claim, ClaimReply
@@ -16,6 +16,7 @@ __all__ = [
     "ClaimReply",
     "Created",
     "Heartbeat",
+    "Known",
     "Ledger",
     "Outcome",
     "Payload",

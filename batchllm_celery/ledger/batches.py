@@ -107,6 +107,19 @@ class Batches:
             self.sweep_if_stopped(batch_id, progress.state)
         return progress
 
+    async def fingerprints(self, batch_id: str) -> bytes:
+        """8 bytes of each row that was fed, in the order of the input."""
+        client: Any = self._connection.client
+        key = self._keys.batch(batch_id).fp
+        return await self._connection.patiently(lambda: client.get(key)) or b""
+
+    async def superseded(self, batch_id: str) -> str | None:
+        """The last entry of the results that a new generation supersedes, until it is sealed."""
+        client: Any = self._connection.client
+        key = self._keys.batch(batch_id).meta
+        found = await self._connection.patiently(lambda: client.hget(key, "superseded"))
+        return None if found is None else text(found)
+
     async def newest(self, limit: int = 1000) -> list[BatchProgress]:
         """The batches of this namespace, the youngest first."""
         client: Any = self._connection.client

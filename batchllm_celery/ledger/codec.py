@@ -92,6 +92,8 @@ class Payload:
     """Unix time of the Redis server after which no call of it starts; None: never."""
     problem: str | None = None
     """Why this row can't be run, where that was found out when it was read; never stored."""
+    identity: str = ""
+    """Which row this is and what it asks (`producer.plan.identity_of`)."""
 
     def encode(self) -> bytes:
         """What `pack` gives, without the blobs."""
@@ -125,6 +127,8 @@ class Payload:
             head["c"] = self.context
         if self.strategy is not None:
             head["s"] = {"name": self.strategy.name, "params": self.strategy.params}
+        if self.identity:
+            head["r"] = self.identity
         if self.expires_at is not None:
             head["x"] = self.expires_at
         line = json.dumps(head, separators=(",", ":"))
@@ -149,7 +153,30 @@ class Payload:
             None if strategy is None else StrategySpec(**strategy),
             head.get("x"),
             head.get("problem"),
+            head.get("r", ""),
         )
+
+    def signed(self, result: WorkItemResult[Any, Any]) -> WorkItemResult[Any, Any]:
+        """The result with the question that it answers, and the row that it belongs to."""
+        if not self.identity:
+            return result
+        metadata = {**result.metadata, **answers(self.identity)}
+        return result.model_copy(update={"metadata": metadata})
+
+
+def answers(identity: str) -> dict[str, str]:
+    """What the metadata of a result says of its question: `version` is the question that it
+    answers, `row` recognises the row when the input is run again."""
+    return {"version": identity.rpartition(".")[2][:8], "row": identity}
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A row whose outcome is known already; `line` is delivered to the consumer, unless empty."""
+
+    identity: str
+    success: bool
+    line: bytes = b""
 
 
 def decode_head(line: bytes) -> dict[str, Any]:
@@ -357,4 +384,5 @@ def _unanswered(index: int, fields: dict[bytes, bytes]) -> WorkItemResult[Any, A
         context=head.get("c"),
         token_usage=attempts.usage,
         attempts=attempts.attempts,
+        metadata=answers(head["r"]) if head.get("r") else {},
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -13,13 +14,20 @@ from tenacity import AsyncRetrying, retry_if_result, wait_exponential
 from batchllm_celery.errors import BatchConflictError, InputError
 from batchllm_celery.ledger import scripts
 from batchllm_celery.ledger.batches import Batches
-from batchllm_celery.ledger.codec import Payload, encode_result, fingerprint, strategy_identity
+from batchllm_celery.ledger.codec import (
+    Known,
+    Payload,
+    encode_result,
+    fingerprint,
+    strategy_identity,
+)
 from batchllm_celery.ledger.scripts import Argument, ScriptRunner, text
 from batchllm_celery.models import FAILURE_POLICIES, BatchSpec, BatchState, WorkItemResult
 from batchllm_celery.settings import Settings
 
-Row = Payload | WorkItemResult[Any, Any]
-"""A row to run, or the failed result of one that can't be (kind `invalid_input`)."""
+Row = Payload | Known | WorkItemResult[Any, Any]
+"""A row to run, one whose outcome is known, or the failed result of one that can't be run (kind
+`invalid_input`)."""
 
 #: One feed script takes this many rows, or this many bytes, at most.
 FEED_ROWS = 500
@@ -138,6 +146,46 @@ class Feeding:
             wake += await self._feed_chunk(batch_id, feeding, chunk, room)
         return wake
 
+    async def quiesce(self, batch_id: str) -> bool:
+        """Pause a batch and wait until no living process holds items of it.
+
+        Returns:
+            whether dead processes hold some: they were silent for a lease.
+
+        Raises:
+            BatchConflictError: living workers go on holding items.
+        """
+        await self._batches.pause(batch_id)
+        lease = self._settings.lease_seconds
+        begun = since = time.monotonic()
+        last = None
+        while True:
+            held, said = await self._runner.run(scripts.RENEW, batch_id, ["look"])
+            if not held:
+                return False
+            if said != last:
+                last, since = said, time.monotonic()
+            if time.monotonic() - since >= lease:
+                return True
+            if time.monotonic() - begun >= 1.5 * lease:
+                raise BatchConflictError(
+                    f"batch {batch_id!r}: its input has changed, and workers hold {held} of its "
+                    f"items: wait until they have ended, or run batchllm cancel {batch_id}"
+                )
+            await asyncio.sleep(0.1)
+
+    async def renew(self, batch_id: str, *, force: bool = False) -> None:
+        """Forget all rows of a batch, so that a new generation of its input can be fed. `force`:
+        though dead processes hold items of it.
+
+        Raises:
+            BatchConflictError: a process holds items.
+        """
+        held, _ = await self._runner.run(scripts.RENEW, batch_id, ["force" if force else "renew"])
+        if held and not force:
+            raise BatchConflictError(f"batch {batch_id!r}: workers hold {held} of its items")
+        self._feeding.pop(batch_id, None)
+
     async def seal(self, batch_id: str, total: int) -> BatchState:
         """Say that `total` rows were all. The batch finishes when all have their outcome."""
         state, _ = await self._runner.run(scripts.SEAL, batch_id, [total])
@@ -250,9 +298,17 @@ def _encode(row: Row, index: int, identity: bytes) -> _Encoded:
             raise InputError(
                 f"item {index} ({row.item_id}): its context can't be written as JSON{why}"
             ) from error
-        return fingerprint(payload, identity), payload, b"", blobs
+        return _version(row.identity) or fingerprint(payload, identity), payload, b"", blobs
+    if isinstance(row, Known):
+        return _version(row.identity), b"", (b"+" if row.success else b"-") + row.line, {}
     line = encode_result(row)
-    return fingerprint(line, b"bad row"), b"", line, {}
+    version = _version(row.metadata.get("row", ""))
+    return version or fingerprint(line, b"bad row"), b"", line, {}
+
+
+def _version(identity: str) -> bytes:
+    """A row's fingerprint: its key and its question. A changed context alone is no call."""
+    return fingerprint(identity.encode(), b"row") if identity else b""
 
 
 def _chunks(first: int, rows: list[_Encoded]) -> list[_Chunk]:

@@ -31,6 +31,7 @@ def _load(name: str, *, at_maxmemory: bool = True) -> Script:
 
 CREATE = _load("create.lua", at_maxmemory=False)
 FEED = _load("feed.lua", at_maxmemory=False)
+RENEW = _load("renew.lua")
 BLOBS = _load("blobs.lua", at_maxmemory=False)
 SEAL = _load("seal.lua")
 CLAIM = _load("claim.lua")

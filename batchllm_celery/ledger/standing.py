@@ -86,7 +86,7 @@ class ItemPlace:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class KnownItem:
     """What is known of one item."""
 
     outcome: Outcome | None
@@ -197,7 +197,7 @@ class Standing:
 
     async def look(
         self, batch_id: str, indexes: Sequence[int], *, tasks: bool = False
-    ) -> list[Found]:
+    ) -> list[KnownItem]:
         """What is known of these items; `tasks`: and of the Celery tasks that await them.
 
         Raises:
@@ -205,7 +205,7 @@ class Standing:
         """
         arguments: list[Argument] = [int(tasks), *indexes]
         reply = await self._runner.run(scripts.LOOKUP, batch_id, arguments)
-        return [Found(_outcome(entry) if entry else None, task) for entry, task in reply]
+        return [KnownItem(_outcome(entry) if entry else None, task) for entry, task in reply]
 
     async def wait(self, place: ItemPlace, *, fresh: bool = False) -> Outcome:
         """The item's outcome, when it is there.

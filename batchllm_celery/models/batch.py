@@ -63,6 +63,7 @@ class BatchSpec(Model):
         prices: US dollars per million tokens, in and out, of `PROVIDER:NAME`, before all other
             prices; under "" of every model that is not named.
         model: `PROVIDER:NAME`, the key of its price, if it is known.
+        generation: of its input: 1 for the first, one more whenever a changed input was taken over.
         on_finished: the Celery task that is called, with the batch's id, when every item has its
             outcome: `{"task": "app.task", ...}`, a signature as Celery writes it.
         standing: items are added one by one, and it is never fed to an end (`ledger/standing.py`).
@@ -84,6 +85,7 @@ class BatchSpec(Model):
     keep_results: bool = True
     prices: dict[str, tuple[Price, Price]] = Field(default_factory=dict)
     model: str | None = None
+    generation: int = Field(default=1, ge=1)
     standing: bool = False
     on_finished: dict[str, Any] | None = None
 

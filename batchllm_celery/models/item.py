@@ -58,6 +58,8 @@ class LLMWorkItem(Generic[TInput, TOutput, TContext]):
         strategy: a registered name, a `StrategySpec`, or (in-process API only) an instance.
         prompt: the text to send; a `Request` or a `NativeRequest` where the strategy takes one.
         context: any JSON value; comes back with the result.
+        key: recognises a row without an id of its own when its input is run again (a file's reader
+            sets it); None: the id does.
 
     Raises:
         ValueError: for an empty or non-string id, or no strategy.
@@ -67,6 +69,7 @@ class LLMWorkItem(Generic[TInput, TOutput, TContext]):
     strategy: Any
     prompt: Any = ""  # a `Prompt`; code that knows texts only goes on to type-check
     context: TContext = NOTHING
+    key: bytes | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.item_id, str) or not self.item_id.strip():
@@ -95,11 +98,13 @@ class BadRow:
         item_id: the row's own, or `line-N`.
         line: where it stands in the input, from 1.
         message: what is wrong, beginning with `line N: `; never the row's content.
+        key: recognises it when its input is run again.
     """
 
     item_id: str
     line: int
     message: str
+    key: bytes = field(default=b"", compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,9 +2,11 @@
 
 from batchllm_celery.ledger import WorkerInfo
 from batchllm_celery.producer.batch import AsyncBatch, Batch, Delivered, Results
+from batchllm_celery.producer.continuing import Answered
 from batchllm_celery.producer.item import AskOptions, AsyncItem, Item
 from batchllm_celery.producer.producer import (
     AsyncProducer,
+    Found,
     Producer,
     SubmitOptions,
     default_producer,
@@ -14,6 +16,7 @@ from batchllm_celery.producer.rows import Row, RowWith
 from batchllm_celery.producer.steps import BlockingCallWarning
 
 __all__ = [
+    "Answered",
     "AskOptions",
     "AsyncBatch",
     "AsyncItem",
@@ -21,6 +24,7 @@ __all__ = [
     "Batch",
     "BlockingCallWarning",
     "Delivered",
+    "Found",
     "Item",
     "Producer",
     "Results",

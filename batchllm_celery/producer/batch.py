@@ -28,7 +28,9 @@ from batchllm_celery.connection import Reminder
 from batchllm_celery.errors import FailureKind, InputError, UsageError, describe
 from batchllm_celery.files.item_ids import SeenIds
 from batchllm_celery.files.requests import Requests
-from batchllm_celery.ledger import Ledger, Outcome, Payload
+from batchllm_celery.files.tables import to_arrow, to_pandas, to_polars
+from batchllm_celery.ledger import Ledger, Outcome
+from batchllm_celery.ledger import Row as Stored
 from batchllm_celery.ledger.workers import list_workers
 from batchllm_celery.models import (
     BadRow,
@@ -38,6 +40,13 @@ from batchllm_celery.models import (
     TContext,
     TOutput,
     WorkItemResult,
+)
+from batchllm_celery.producer.continuing import (
+    Answered,
+    Questions,
+    identity_of_bad,
+    key_of,
+    known_of,
 )
 from batchllm_celery.producer.outputs import Outputs
 from batchllm_celery.producer.requests import prepare
@@ -108,6 +117,7 @@ class BatchSteps(Generic[TOutput, TContext]):
         # A Redis that is away is waited for until no call may start any more.
         self._feed_until = time.monotonic() + (math.inf if spec.deadline is None else spec.deadline)
         self._locked = False
+        self._questions = Questions(spec, session.settings.openai_base_url)
 
     def type_outputs(self, output_type: Any) -> None:
         """Say what the results' outputs are to be; `Any`: their JSON form."""
@@ -121,7 +131,7 @@ class BatchSteps(Generic[TOutput, TContext]):
 
     async def _feed(
         self,
-        rows: Iterable[Row] | AsyncIterable[Row],
+        rows: Iterable[Any] | AsyncIterable[Any],
         *,
         stop: threading.Event | None = None,
         on_fed: Callable[[int], None] | None = None,
@@ -155,7 +165,7 @@ class BatchSteps(Generic[TOutput, TContext]):
 
     async def _feed_all(
         self,
-        rows: Iterable[Row] | AsyncIterable[Row],
+        rows: Iterable[Row | Answered] | AsyncIterable[Row | Answered],
         stop: threading.Event,
         on_fed: Callable[[int], None] | None,
         max_outstanding: int | None,
@@ -165,7 +175,7 @@ class BatchSteps(Generic[TOutput, TContext]):
         fed, size, seen, requests = 0, FIRST_CHUNK, SeenIds(), Requests()
         while not stop.is_set():
             # Chunks grow, and are cut short when the rows come slowly.
-            chunk: list[Row] = await NextRows(iterator, size, CHUNK_SECONDS)
+            chunk: list[Row | Answered] = await NextRows(iterator, size, CHUNK_SECONDS)
             if not chunk:
                 break
             size = min(CHUNK, size * 2)
@@ -186,9 +196,8 @@ class BatchSteps(Generic[TOutput, TContext]):
             self.id, first, rows, max_outstanding=max_outstanding
         )
 
-    def _stored(
-        self, row: Row, index: int, seen: SeenIds, requests: Requests
-    ) -> Payload | WorkItemResult[Any, Any]:
+    def _stored(self, row: Row | Answered, index: int, seen: SeenIds, requests: Requests) -> Stored:
+        answered, row = (row, row.row) if isinstance(row, Answered) else (None, row)
         try:
             payload = as_payload(row, index, self.spec.strategy)
         except UsageError:
@@ -196,12 +205,14 @@ class BatchSteps(Generic[TOutput, TContext]):
         except Exception as error:  # a mapping of the program's own, say
             raise InputError(f"item {index} can't be read: {describe(error)}") from error
         if isinstance(payload, BadRow):
-            return _bad(payload, index)
+            bad = _bad(payload, index)
+            return bad if answered is None else known_of(answered, bad.metadata["row"])
         own = payload.item_id == str(index)
         if not (seen.add_index(index) if own else seen.add(payload.item_id)):
             raise InputError(f"item {index}: an earlier row has its item_id {payload.item_id!r}")
         prepare(requests, payload, index, self.spec.strategy)
-        return payload
+        payload.identity = self._questions.identity(payload, key_of(row))
+        return payload if answered is None else known_of(answered, payload.identity)
 
     def _until(
         self, stop: threading.Event, first: int, rows: list[Any], max_outstanding: int | None
@@ -293,6 +304,28 @@ class BatchSteps(Generic[TOutput, TContext]):
         await self._wait(timeout)
         found = [result async for result in self._results(False, Reminder())]
         return BatchResult(found)
+
+    async def _to_pandas(self) -> Any:
+        """The results so far as a pandas DataFrame: the source row's columns, output, its fields,
+        error, tokens, cost."""
+        return to_pandas(await self._lines())
+
+    async def _to_polars(self) -> Any:
+        """The same as a polars DataFrame."""
+        return to_polars(await self._lines())
+
+    async def _to_arrow(self) -> Any:
+        """The same as an Arrow table."""
+        return to_arrow(await self._lines())
+
+    async def _lines(self) -> list[Mapping[str, Any]]:
+        """The latest result line of each row, in the order of the rows."""
+        lines: dict[int, Mapping[str, Any]] = {}
+        after = "0"
+        while taken := await self._read(after):
+            lines.update((one.index, one.line) for one in taken)
+            after = taken[-1].receipt
+        return [lines[index] for index in sorted(lines)]
 
     async def _results(
         self, follow: bool, reminder: Reminder
@@ -415,6 +448,9 @@ class Batch(BatchSteps[TOutput, TContext]):
     progress = blocking(BatchSteps._progress)
     wait = blocking(BatchSteps._wait)
     collect = blocking(BatchSteps[TOutput, TContext]._collect)
+    to_pandas = blocking(BatchSteps._to_pandas)
+    to_polars = blocking(BatchSteps._to_polars)
+    to_arrow = blocking(BatchSteps._to_arrow)
     read = blocking(BatchSteps._read)
     consume = blocking(BatchSteps._consume)
     take = blocking(BatchSteps._take)
@@ -441,6 +477,9 @@ class AsyncBatch(BatchSteps[TOutput, TContext]):
     progress = awaitable(BatchSteps._progress)
     wait = awaitable(BatchSteps._wait)
     collect = awaitable(BatchSteps[TOutput, TContext]._collect)
+    to_pandas = awaitable(BatchSteps._to_pandas)
+    to_polars = awaitable(BatchSteps._to_polars)
+    to_arrow = awaitable(BatchSteps._to_arrow)
     cancel = awaitable(BatchSteps._cancel)
     pause = awaitable(BatchSteps._pause)
     resume = awaitable(BatchSteps._resume)
@@ -513,4 +552,5 @@ def _bad(row: BadRow, index: int) -> WorkItemResult[Any, Any]:
         success=False,
         error=f"InputError: {printable(row.message)}",
         error_kind=FailureKind.INVALID_INPUT,
+        metadata={"row": identity_of_bad(row)},
     )

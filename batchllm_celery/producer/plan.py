@@ -6,8 +6,6 @@ it is, its *question* what is asked of the model. A paid answer is never replace
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 from collections import defaultdict
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
@@ -17,10 +15,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from batchllm_celery.dialects.blobs import lift
+from batchllm_celery.files.row_keys import HASH_BYTES, canonical, hashed
 from batchllm_celery.models.request import NativeRequest, Prompt, Request
-
-#: Bytes of a key's or a question's hash: millions of rows are kept in memory.
-_HASH_BYTES = 8
 
 
 class Rerun(StrEnum):
@@ -32,23 +28,7 @@ class Rerun(StrEnum):
     NONE = "none"
 
 
-# -- which row, and what it asks
-
-
-def key_of_id(item_id: str) -> bytes:
-    """The key of a row that has an id of its own."""
-    return b"i" + _hash(item_id)
-
-
-def key_of_fields(fields: Any) -> bytes:
-    """The key of a row without an id: its source fields, before a template. Equal rows have the
-    same key, and are told apart by their order."""
-    return b"c" + _hash(_canonical(fields))
-
-
-def key_of_line(line: str) -> bytes:
-    """The key of a row that no item can be made of."""
-    return b"b" + _hash(line)
+# -- what a row asks
 
 
 def question_of(
@@ -76,23 +56,63 @@ def question_of(
         base_url: only its host and path count.
         context: the row's context, where the strategy reads it; None where it does not.
     """
+    shared = options_of(
+        strategy=strategy,
+        version=version,
+        parameters=parameters,
+        allow_dropping=allow_dropping,
+        override=override,
+        base_url=base_url,
+    )
+    return ask(prompt, shared, context)
+
+
+def options_of(
+    *,
+    strategy: str,
+    version: str = "",
+    parameters: Mapping[str, Any] | None = None,
+    allow_dropping: Collection[str] = (),
+    override: Collection[str] = (),
+    base_url: str | None = None,
+) -> bytes:
+    """The part of a question that rows share, hashed once for all of them."""
     url = urlsplit(base_url or "")
-    asked = [
-        _asked(prompt),
-        strategy,
-        version,
-        parameters or {},
-        sorted(allow_dropping),
-        sorted(override),
-        [url.hostname or "", url.path.rstrip("/")],
-        context,
-    ]
-    return _hash(_canonical(asked))
+    host = [url.hostname or "", url.path.rstrip("/")]
+    shared = [
+        strategy, version, parameters or {}, sorted(allow_dropping), sorted(override), host
+    ]  # fmt: skip
+    return hashed(canonical(shared))
+
+
+def ask(prompt: Prompt, options: bytes, context: Any = None) -> bytes:
+    """The question of one row, from what it shares with others (`options_of`)."""
+    if isinstance(prompt, str) and context is None:
+        asked = "t" + prompt
+    else:
+        asked = "j" + canonical([_asked(prompt), context])
+    return hashed(asked, options)
 
 
 def version_of(question: bytes) -> str:
     """What a result names as the question that it answers: 8 hex digits."""
     return question.hex()[:8]
+
+
+def identity_of(key: bytes, question: bytes) -> str:
+    """Key and question as text, for the metadata of a result."""
+    return f"{chr(key[0])}{key[1:].hex()}.{question.hex()}"
+
+
+def read_identity(text: Any) -> tuple[bytes, bytes] | None:
+    """Key and question of `identity_of`; None for anything else."""
+    if not isinstance(text, str) or len(text) != 4 * HASH_BYTES + 2 or text[0] not in "icb":
+        return None
+    key, _, question = text[1:].partition(".")
+    try:
+        return text[0].encode() + bytes.fromhex(key), bytes.fromhex(question)
+    except ValueError:
+        return None
 
 
 def _asked(prompt: Prompt) -> Any:
@@ -103,15 +123,6 @@ def _asked(prompt: Prompt) -> Any:
     # Parts by their hashes: 5 MB of base64 are not sorted and written once more.
     lifted = lift(body, most_bytes=sys.maxsize)
     return [form, lifted.body, [place.to_json() for place in lifted.places]]
-
-
-def _canonical(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"))
-
-
-def _hash(text: str) -> bytes:
-    data = text.encode("utf-8", "surrogatepass")
-    return hashlib.blake2b(data, digest_size=_HASH_BYTES).digest()
 
 
 # -- what follows

@@ -5,12 +5,22 @@ from __future__ import annotations
 import asyncio
 import atexit
 import difflib
+import json
 import math
 import secrets
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Iterator
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+)
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, overload
 
@@ -46,6 +56,17 @@ from batchllm_celery.producer.batch import (
     late_words,
     say_what_is_missing,
 )
+from batchllm_celery.producer.continuing import (
+    ELSEWHERE,
+    Answered,
+    ChangedRowsError,
+    Outcomes,
+    Questions,
+    look,
+    moved,
+    refusal,
+    rerun_of,
+)
 from batchllm_celery.producer.item import AskOptions, AsyncItem, Item, ItemSteps, Question
 from batchllm_celery.producer.outputs import Outputs
 from batchllm_celery.producer.rows import (
@@ -60,6 +81,7 @@ from batchllm_celery.producer.session import Session
 from batchllm_celery.producer.steps import (
     Beside,
     Blocking,
+    NextRows,
     aiterate,
     awaitable,
     block,
@@ -85,12 +107,24 @@ B = TypeVar("B", bound=BatchSteps[Any, Any])
 H = TypeVar("H", bound=ItemSteps[Any])
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A batch that is there: what it runs with, its counters, 8 bytes for each row that was fed,
+    and the last of its results that a new generation supersedes."""
+
+    spec: BatchSpec
+    progress: BatchProgress
+    fed: bytes
+    superseded: str | None
+
+
 class SubmitOptions(TypedDict, total=False):
     """What `submit` and `stream` take besides rows and strategy.
 
     Args:
         params: parameters of the strategy's factory.
-        batch_id: the same id continues a batch: finished items are not run again.
+        batch_id: the same id goes on with a batch: rows are recognised by their ids, else by what
+            stands in them, wherever they stand now. New rows run, finished ones do not.
         quota: name or `Quota` to draw on; default: the strategy's own.
         quota_update: change a quota whose limits differ, in place of refusing.
         config: attempts and time limits.
@@ -105,6 +139,10 @@ class SubmitOptions(TypedDict, total=False):
             calls with the batch's id once all items have their outcome: once for each round, by
             the ledger. Its id is `finished-BATCH-ROUND`.
         max_outstanding: items unfinished or unread at most; default `settings.max_outstanding`.
+        rerun: what becomes of finished rows of a batch that goes on: `changed` runs those that ask
+            another question now, `none` keeps their answers, `failed` runs failed rows again, `all`
+            everything.
+        known: results that need not be paid for again; default: those that Redis has kept.
     """
 
     params: dict[str, Any] | None
@@ -121,6 +159,8 @@ class SubmitOptions(TypedDict, total=False):
     fail_fast: Iterable[FailureKind | str]
     on_finished: str | dict[str, Any] | None
     max_outstanding: int | None
+    rerun: str | Collection[str] | None
+    known: Iterable[WorkItemResult[Any, Any] | Mapping[str, Any]] | None
 
 
 class _Submission:
@@ -144,7 +184,11 @@ class _Submission:
         fail_fast: Iterable[FailureKind | str] = (),
         on_finished: Any = None,
         max_outstanding: int | None = None,
+        rerun: str | Collection[str] | None = None,
+        known: Iterable[WorkItemResult[Any, Any] | Mapping[str, Any]] | None = None,
     ) -> None:
+        self.rerun, self.known = rerun, known
+        self.goes_on = batch_id is not None or known is not None
         self.quota = quota if isinstance(quota, Quota) else None
         self.quota_update = quota_update
         self.max_outstanding = max_outstanding
@@ -219,12 +263,20 @@ class ProducerSteps(Generic[B]):
         chosen, rows = await default_strategy(items, strategy)
         submission = _Submission(chosen, True, **(options or {}))
         await self._check_runnable(submission.spec)
+        spec, renew = submission.spec, False
+        feed: Iterable[Row | Answered] | AsyncIterable[Row | Answered] = rows
+        if submission.goes_on:
+            found = await self._find(spec.batch_id)
+            if found is not None or submission.known is not None:
+                spec, renew, feed = await self._prepare(
+                    spec, found, rows, rerun=submission.rerun, known=submission.known
+                )
         batch = await self._open(
-            submission.spec, quota=submission.quota, quota_update=submission.quota_update
+            spec, quota=submission.quota, quota_update=submission.quota_update, renew=renew
         )
         batch.type_outputs(output_type_of(strategy))
         try:
-            await batch._feed(rows, max_outstanding=submission.max_outstanding)
+            await batch._feed(feed, max_outstanding=submission.max_outstanding)
         except BaseException:
             # Nobody has the batch: what was fed of it must not be paid for.
             await batch._give_up()
@@ -269,6 +321,92 @@ class ProducerSteps(Generic[B]):
         if failure:
             raise failure[0]
 
+    async def _find(self, batch_id: str) -> Found | None:
+        """What Redis knows of a batch; None where there is none."""
+
+        async def find(session: Session) -> Found | None:
+            batches = session.services.ledger.batches
+            try:
+                spec, progress = await batches.spec(batch_id), await batches.progress(batch_id)
+            except BatchNotFoundError:
+                return None
+            fed, until = await batches.fingerprints(batch_id), await batches.superseded(batch_id)
+            return Found(spec, progress, fed, until)
+
+        return await self._session.step(find)
+
+    async def _quiesce(self, batch_id: str) -> None:
+        """Pause a batch, and return when no living worker holds items of it.
+
+        Raises:
+            BatchConflictError: workers go on holding some.
+        """
+        await self._session.step(lambda session: session.services.ledger.feeding.quiesce(batch_id))
+
+    async def _prepare(
+        self,
+        spec: BatchSpec,
+        found: Found | None,
+        rows: Iterable[Row] | AsyncIterable[Row],
+        *,
+        rerun: str | Collection[str] | None = None,
+        known: Iterable[WorkItemResult[Any, Any] | Mapping[str, Any]] | None = None,
+    ) -> tuple[BatchSpec, bool, Iterable[Row | Answered]]:
+        """How to go on with a batch whose results Redis keeps: the specification and `renew` for
+        `open`, and the rows for `feed`. See `submit`.
+
+        Raises:
+            ChangedRowsError: finished rows ask another question now.
+        """
+        given = await _all(rows)  # they are looked at before anything changes
+        if found is not None and found.spec.config.dry_run != spec.config.dry_run:
+            return spec, False, given  # `open` says why not
+        lines: list[bytes] = []
+        outcomes = Outcomes()
+        for line in await self._kept(found) if known is None else map(_as_line, known):
+            outcomes.add(line, len(lines))
+            lines.append(json.dumps(line).encode())
+        questions = Questions(spec, self.settings.openai_base_url)
+        fed = found.fed if found is not None else b""
+        seen = look(given, outcomes, questions, spec.strategy, fed, rerun_of(rerun))
+        if seen.refused:
+            changed = [json.loads(lines[outcomes[number][6]]) for _, number in seen.changed]
+            cost = sum(line.get("cost") or 0.0 for line in changed)
+            raise ChangedRowsError(refusal(len(changed), cost) + "rerun='changed' or 'none'")
+        if found is not None and not seen.renews and known is None:
+            return spec.model_copy(update={"generation": found.spec.generation}), False, given
+        if found is not None and known is None and found.progress.finished > len(lines):
+            raise BatchConflictError(
+                f"batch {spec.batch_id!r}: its rows differ from those that it has, and its results "
+                "are with whoever took them: give them as known=..., or take another batch id"
+            )
+        before = found.spec.generation if found is not None else 0
+        spec = spec.model_copy(update={"generation": before + 1})
+
+        def delivered(place: int, row: Row, number: int) -> bytes:
+            old = json.loads(lines[outcomes[number][6]])
+            return json.dumps(moved(old, place, row, questions, spec.strategy)).encode()
+
+        return spec, found is not None, seen.feed(given, delivered)
+
+    async def _kept(self, found: Found | None) -> list[dict[str, Any]]:
+        """The kept results of a batch. Those of a generation that was being replaced when its
+        producer ended have places that no row has."""
+        lines: list[dict[str, Any]] = []
+        if found is None:
+            return lines
+        batch = self._batch_class(self._session, found.spec, resumed=True)
+        after, old = "0", found.superseded is not None
+        while taken := await batch._read(after):
+            for one in taken:
+                line = dict(one.line)
+                if old:
+                    line["index"] = one.index + ELSEWHERE
+                    old = one.receipt != found.superseded
+                lines.append(line)
+            after = taken[-1].receipt
+        return lines
+
     # -- single items
 
     async def _ask(
@@ -307,12 +445,18 @@ class ProducerSteps(Generic[B]):
         return question
 
     async def _open(
-        self, spec: BatchSpec, *, quota: Quota | None = None, quota_update: bool = False
+        self,
+        spec: BatchSpec,
+        *,
+        quota: Quota | None = None,
+        quota_update: bool = False,
+        renew: bool = False,
     ) -> B:
         """Make a batch without rows yet, or continue the one of this id; then `feed` it.
 
         A batch that was stopped goes on in a new round: items that the stop ended run again,
-        failed ones do not (see `Batch.retry_failed`).
+        failed ones do not (see `Batch.retry_failed`). With `renew` the rows of a batch that is
+        there are forgotten: a new generation of its input follows.
 
         Raises:
             BatchConflictError: another process feeds it, it runs with another strategy, or one
@@ -337,6 +481,9 @@ class ProducerSteps(Generic[B]):
                 await session.services.ledger.feeding.create(spec)
                 await lock()
                 return False
+            if renew:
+                force = await session.services.ledger.feeding.quiesce(spec.batch_id)
+                await session.services.ledger.feeding.renew(spec.batch_id, force=force)
             await session.services.ledger.feeding.create(spec)
             return True
 
@@ -500,6 +647,8 @@ class Producer(ProducerSteps[Batch[Any, Any]]):
                 missing.
             StrategyNotFoundError: live workers serve the queue, and none of them knows the
                 strategy.
+            ChangedRowsError: finished rows ask another question now, and `rerun` does not say
+                what becomes of them; nothing has changed.
             BatchConflictError: the id belongs to another job that is still running.
             QuotaConflictError: the quota exists with other limits.
             RedisDeniedError: Redis denies a right, or the password.
@@ -668,6 +817,7 @@ class Producer(ProducerSteps[Batch[Any, Any]]):
 
     check = blocking(ProducerSteps._check)
     open = blocking(ProducerSteps[Batch[Any, Any]]._open)
+    quiesce = blocking(ProducerSteps._quiesce)
     check_runnable = blocking(ProducerSteps._check_runnable)
     batches = blocking(ProducerSteps._batches)
     workers = blocking(ProducerSteps._workers)
@@ -847,6 +997,36 @@ def default_producer() -> Producer:
         producer = Producer(installed.settings, redis_url=installed.redis_url, app=installed.app)
     atexit.register(producer.close)  # before the loop ends: what is still to be said goes out
     return producer
+
+
+def find_batch(producer: Producer, batch_id: str) -> Found | None:
+    """What Redis knows of a batch; None where there is none."""
+    return block(producer._find(batch_id))
+
+
+def prepare_batch(
+    producer: Producer, spec: BatchSpec, found: Found, rows: Iterable[Row], rerun: Collection[str]
+) -> tuple[BatchSpec, bool, Iterable[Row | Answered]]:
+    """How `submit` goes on with a batch: the specification and `renew` for `Producer.open`, and the
+    rows for `Batch.feed`.
+
+    Raises:
+        ChangedRowsError: finished rows ask another question now.
+    """
+    return block(producer._prepare(spec, found, rows, rerun=rerun))
+
+
+async def _all(rows: Iterable[Row] | AsyncIterable[Row]) -> list[Row]:
+    """All rows; a coroutine of steps."""
+    iterator = rows.__aiter__() if isinstance(rows, AsyncIterable) else iter(rows)
+    found: list[Row] = []
+    while some := await NextRows(iterator, 1000, 1.0):
+        found += some
+    return found
+
+
+def _as_line(result: WorkItemResult[Any, Any] | Mapping[str, Any]) -> Mapping[str, Any]:
+    return result.to_json() if isinstance(result, WorkItemResult) else result
 
 
 async def _refuse_other_kind(session: Session, spec: BatchSpec) -> None:

@@ -135,6 +135,8 @@ class LLMCallStrategy(ABC, Generic[TOutput]):
     #: Forms of prompts that `execute` takes: `str`, `Request`, `NativeRequest`. An item of another
     #: form is refused when it is submitted, or before its first call.
     accepts: tuple[type[Any], ...] = (str,)
+    #: Whether input that the provider read from its cache counts towards tokens a minute.
+    cached_input_counts: bool = True
     #: Whose rules count the tokens of images and files, for the limiter's estimate.
     dialect: DialectName = "openai"
     #: Set by the registry before `prepare`.

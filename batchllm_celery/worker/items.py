@@ -376,7 +376,7 @@ class Item:
     async def _record(self, result: _Result) -> _Result:
         # It arrives even if this task is cancelled now: the answer is paid for.
         claims = self._items.services.ledger.claims
-        result, line = await claims.fitting(result)
+        result, line = await claims.fitting(self.claim.payload.signed(result))
         tokens = result.token_usage.total_tokens
         await claims.record(self.claim, result, spent_tokens=tokens, cost=result.cost, line=line)
         return result

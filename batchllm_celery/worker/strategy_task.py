@@ -418,12 +418,14 @@ async def unseal(services: Services, token: str) -> tuple[list[Any], dict[str, A
     return args, kwargs
 
 
-def seal(value: Any, services_of: Callable[[str], Services | None], depth: int = 0) -> Any:
+def seal(
+    value: Any, services_of: Callable[[Mapping[str, Any]], Services | None], depth: int = 0
+) -> Any:
     """A copy of what a message embeds, in which no strategy's signature has its arguments in clear.
 
     Args:
         value: callbacks, a chain, a chord's body, or any part of them.
-        services_of: by the name of a task: None for one that is no strategy's.
+        services_of: of a signature: None for one that is no strategy's.
         depth: of `value` in the message.
     """
     if depth > 40:
@@ -433,7 +435,7 @@ def seal(value: Any, services_of: Callable[[str], Services | None], depth: int =
     if not isinstance(value, dict):
         return value
     name = value.get("task")
-    services = services_of(name) if isinstance(name, str) else None
+    services = services_of(value) if isinstance(name, str) else None
     if services is None or "args" not in value:
         return {key: seal(one, services_of, depth + 1) for key, one in value.items()}
     sealed = dict(value)

@@ -14,7 +14,7 @@ import time
 import traceback
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -197,10 +197,16 @@ def task_of(name: str) -> StrategyTask:
     return task
 
 
-def _services_of(task: str) -> Services | None:
-    """Where the arguments of a strategy's task are kept; None of other tasks."""
-    for app, process in list(_installed.items()):
-        if isinstance(app.tasks.get(task), StrategyTask):
+def _services_of(signature: Mapping[str, Any]) -> Services | None:
+    """Where the arguments of a strategy's signature are kept: with the app that it belongs to, else
+    with this worker's, else with the first one installed. None of other tasks."""
+    own = getattr(signature, "_app", None)
+    first = host()
+    wanted = (own, *(app for app, one in list(_installed.items()) if one.is_worker))
+    wanted += () if first is None else (first.app,)
+    for app in (*wanted, *list(_installed)):
+        process = _installed.get(app) if isinstance(app, Celery) else None
+        if process is not None and process.has_task(signature["task"]):
             return process.sender()
     return None
 
@@ -247,7 +253,7 @@ class _Process:
         self._app = app
         self.settings = settings
         self.redis_url = redis_url
-        self._is_worker = False
+        self.is_worker = False
         self._lock = threading.Lock()
         self._runtime: Runtime | None = None
         self._pid = self._probed = 0
@@ -291,6 +297,10 @@ class _Process:
         for name in catalog:
             self._register(catalog.lookup(name))
         catalog.listeners.append(self._register)
+
+    def has_task(self, name: str) -> bool:
+        """Whether a strategy's task of this name is the app's."""
+        return isinstance(self._app.tasks.get(name), StrategyTask)
 
     def _register(self, registration: Registration) -> None:
         if registration.provider is None:  # built-ins are named by `PROVIDER:MODEL`
@@ -464,8 +474,8 @@ class _Process:
     def _on_init(self, sender: Any, **_: Any) -> None:
         """Import the modules that register strategies, before the first message comes; under
         prefork, before the fork."""
-        self._is_worker = sender.app is self._app
-        if not self._is_worker:
+        self.is_worker = sender.app is self._app
+        if not self.is_worker:
             return
         use_in(self._app)
         sender.consumer_cls = guarded(
@@ -516,7 +526,7 @@ class _Process:
 
     def _on_ready(self, sender: Any, **_: Any) -> None:
         pool = sender.pool
-        if not self._is_worker or _forks(pool):
+        if not self.is_worker or _forks(pool):
             return  # its children open their own; a thread or a loop before a fork is trouble
         gather_task_events(sender)
         if hasattr(pool, "admit"):
@@ -544,7 +554,7 @@ class _Process:
             self._current().admission.expect(min(items, MOST_ITEMS))
 
     def _on_process_init(self, **_: Any) -> None:
-        if not self._is_worker:
+        if not self.is_worker:
             return
         self._tell_probes()
         asyncio.run_coroutine_threadsafe(self._current().open(), event_loop.loop())

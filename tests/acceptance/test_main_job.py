@@ -344,7 +344,7 @@ INPUTS = {
             + "\n"
             for word in ("alpha", "beta")
         ),
-        (),
+        ("--override", "model"),
     ),
     "template": (
         "rows.jsonl",

@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 import redis
-from celery import chain, chord, group
+from celery import Celery, chain, chord, group
 from celery.exceptions import TaskRevokedError
 
-from batchllm_celery import Producer, queue
+from batchllm_celery import Producer, install, queue
 from batchllm_celery.errors import ItemFailedError, UsageError
 from batchllm_celery.ledger.standing import ItemPlace
 from tests.acceptance.fleet import ROOT
@@ -56,6 +56,8 @@ def host(valkey: ValkeyServer, folder: Path) -> Iterator[ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in told.items():
             patch.setenv(name, value)
+        # An app of somebody else in the same process, whose Redis is not there.
+        install(Celery("other", broker="redis://host:6379/3", set_as_current=False))
         from tests.acceptance import tasks_app
 
         # Other tests of this process may have installed apps of their own.

@@ -114,23 +114,25 @@ def _broken(rng: random.Random, data: bytes) -> Line:
 
 
 def csv_file(first: int, count: int, seed: int) -> bytes:
-    """A CSV file with rows as spreadsheets and people write them."""
+    """A CSV file with rows as spreadsheets and people write them. (One with null bytes is refused
+    as a whole: it is no text.)"""
     rng = random.Random(f"csv {seed} {first}")
     out = io.StringIO()
     writer = csv.writer(out, lineterminator=rng.choice(["\n", "\r\n"]))
     writer.writerow(["prompt", "label", rng.choice(["other", "", "item_id"])])
     for number in range(first, first + count):
-        row = [f"row {number} {odd.text(rng, 10)}", odd.text(rng), f"{number}"]
+        texts = [odd.text(rng, 10).replace("\x00", ""), odd.text(rng).replace("\x00", "")]
+        row = [f"row {number} {texts[0]}", texts[1], f"{number}"]
         deed = rng.randint(0, 9)
         if deed == 0:
             row = row[: rng.randint(0, 2)]
         if deed == 1:
             row += ["one more"]
         if deed == 2:
-            row[0] = rng.choice(["", " ", "\x00", '"', "\n"])
+            row[0] = rng.choice(["", " ", '"', "\n"])
         writer.writerow(row)
         if deed == 3:
-            out.write(rng.choice(['"', 'a"b,c\n', "\n\n", ",,\n", "\x00\n", "a,b,c,d\n"]))
+            out.write(rng.choice(['"', 'a"b,c\n', "\n\n", ",,\n", "a,b,c,d\n"]))
     return rng.choice([b"", b"\xef\xbb\xbf"]) + out.getvalue().encode()
 
 

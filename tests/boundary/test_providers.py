@@ -106,13 +106,15 @@ def _check(case: made.Case, result: WorkItemResult[Any, Any], schema: bool) -> N
         given = made.texts(case.wire, last.body)
         require(bool(given), f"output {result.output!r} of a body without an answer")
         require(200 <= last.status < 300, f"a success of status {last.status}")
-        if schema:
-            require(isinstance(result.output, dict), f"output {result.output!r}")
-            require(result.output.get("label") != made.DRAFT, f"a draft: {result.output!r}")
-            [whole] = given
-            require(_holds(whole, result.output), f"{result.output!r} is not all of {whole!r}")
-        else:
-            require(result.output in given, f"output {result.output!r}, sent {given!r}")
+        # Of several choices each is an answer.
+        for output in result.output if isinstance(result.output, list) else [result.output]:
+            if schema:
+                require(isinstance(output, dict), f"output {output!r}")
+                require(output.get("label") != made.DRAFT, f"a draft: {output!r}")
+                whole = any(_holds(text, output) for text in given)
+                require(whole, f"{output!r} is not all of {given!r}")
+            else:
+                require(output in given, f"output {output!r}, sent {given!r}")
         require(isinstance(result.metadata.get("finish_reason"), str | None), "finish_reason")
     known = sum(reply.tokens for reply in sent if reply.tokens is not None)
     open_ = sum(reply.tokens is None for reply in sent)

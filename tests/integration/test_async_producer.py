@@ -247,6 +247,7 @@ def test_a_fork_while_another_thread_uses_the_producer(settings: Settings) -> No
 def test_both_producers_have_one_set_of_options() -> None:
     """A method of the blocking one that waits for Redis has its like, or a reason."""
     own = {"open", "check_runnable", "url"}  # of the command line
+    own |= {"find", "prepare", "quiesce"}
     own |= {"aask"}  # `ask` of the other
     names = {n for n in vars(Producer) if not n.startswith("_")} - own
     assert names <= {n for n in vars(AsyncProducer) if not n.startswith("_")}

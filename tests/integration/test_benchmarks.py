@@ -15,4 +15,4 @@ def test_the_cost_of_a_script_is_printed_for_every_kind_of_limit(
     monkeypatch.setattr(limiter_cost, "ROUNDS", 1)
     monkeypatch.setattr(limiter_cost, "CALLS", 2)
     limiter_cost.server_time(valkey.url)
-    assert capsys.readouterr().out.count("us in the server") == 9
+    assert capsys.readouterr().out.count("us in the server") == 12

@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 import redis
+from celery import Celery
 from kombu import Consumer, Message, Producer, Queue
 
 from batchllm_celery.connection import broker_url
-from batchllm_celery.worker.pool import redis_transport
+from batchllm_celery.errors import UsageError
+from batchllm_celery.queue import publish
+from batchllm_celery.worker.pool import bad_messages, redis_transport
 from batchllm_celery.worker.pool.transport import MOST_TOGETHER, Amqp, fetch_together
 
 WAITING = 40
@@ -180,3 +183,36 @@ def test_without_acknowledgements_it_is_kombus(redis_url: str, namespace: str) -
         fetch_together(lambda: 1000)
         reader.fetch()
         assert reader.got == [0]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"task_compression": "gzip"},
+        {"task_compression": "bzip2"},
+        {"task_serializer": "pickle", "accept_content": ["pickle"]},
+        {"task_send_sent_event": True, "task_default_priority": 5},
+    ],
+    ids=str,
+)
+def test_a_hosts_settings_keep_no_message_of_ours_from_its_worker(
+    redis_url: str, namespace: str, settings: dict[str, Any]
+) -> None:
+    """Ours is short, and never packed: a packed one would be dropped as a bomb."""
+    options = {"global_keyprefix": f"{namespace}:celery:"}
+    app = Celery("host", set_as_current=False, broker=broker_url(redis_url))
+    app.conf.update(settings, broker_transport_options=options, task_default_queue="host")
+    publish(app, "b", [0, 1])
+    with Amqp.Connection(broker_url(redis_url), transport_options=options) as connection:
+        message = Queue("host", channel=connection.channel()).get(accept=["json", "pickle"])
+        assert message is not None
+        bad_messages.check(message)
+        message.ack()
+
+
+def test_a_host_with_messages_of_celery_3_is_told(redis_url: str) -> None:
+    """Its workers would drop each one, and the batch would never run."""
+    app = Celery("host", set_as_current=False, broker=broker_url(redis_url))
+    app.conf.task_protocol = 1
+    with pytest.raises(UsageError, match="task_protocol"):
+        publish(app, "b", [0])

@@ -191,7 +191,7 @@ def test_every_command_has_its_help() -> None:
     for name in _COMMANDS:
         result = CliRunner().invoke(cli, [name, "--help"])
         assert result.exit_code == 0, result.output
-        assert "--redis-url" in result.output or name in ("simulate", "estimate", "quota")
+        assert "--redis-url" in result.output or name in ("simulate", "estimate", "quota", "demo")
 
 
 def test_the_help_is_quick_because_nothing_heavy_is_imported() -> None:
@@ -258,6 +258,17 @@ def test_the_resume_command_is_what_was_typed_with_the_batch_id() -> None:
     command = resume_command("b1", typed)
     assert command == "batchllm run 'my rows.jsonl' --prompt 'Say {x}' --batch-id b1"
     assert resume_command("b1", ["run", "x", "--batch-id=old"]) == "batchllm run x --batch-id b1"
+
+
+@pytest.mark.parametrize("source", ["dry-goods.jsonl", "dry-dry-.x.csv", "..dry-", "-x", "é.txt"])
+def test_an_id_made_of_a_file_s_name_can_be_given_again(source: str) -> None:
+    """By the line that resumes: an id of a real batch is never one of a dry run."""
+    request = CommandRequest(model="simulated")
+    strategy = strategy_of(request)
+    made = spec_of(request, strategy, source=source, queue=None, keep_results=False).batch_id
+    again = dataclasses.replace(request, batch_id=made)
+    spec = spec_of(again, strategy, source=source, queue=None, keep_results=False)
+    assert spec.batch_id == made
 
 
 def test_the_default_output_stands_beside_the_input() -> None:

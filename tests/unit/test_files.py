@@ -214,7 +214,7 @@ def test_a_huge_line_is_a_bad_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("a.jsonl", "", "has no rows"),
         ("a.csv", "prompt\n", "has no rows"),
         ("a.txt", "\n \n", "has no rows"),
-        ("a.json", '[{"prompt": "x"}]', "jq -c"),
+        ("a.json", '{"data": [{"prompt": "x"}],\n "n": 1}', r"jq -c '\.\"data\"\[\]'"),
         ("a.txt", "x".encode("utf-16"), "UTF-16"),
         ("a.csv", "text\nx\n", "no column 'prompt'"),
         ("a.csv", "prompt,prompt\nx,y\n", "stands twice"),
@@ -291,7 +291,9 @@ def test_one_model_too_many_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"line 33 names 'm32', the model number 33 .*at most 32"):
         Rows(source, None)
     assert len(list(Rows(source, None, native=NativeRows(most_models=1000)))) == 1000
-    assert len(Rows(rows_naming(tmp_path, *["a", "b"] * 50), None).native.models) == 2
+    two = Rows(rows_naming(tmp_path, *["a", "b"] * 50), None)
+    two.close()
+    assert len(two.native.models) == 2
 
 
 def test_a_model_too_many_far_down_ends_the_reading(tmp_path: Path) -> None:

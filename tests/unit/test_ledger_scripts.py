@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,8 @@ from fakeredis import FakeAsyncRedis, FakeServer
 
 from batchllm_celery.connection import Connection
 from batchllm_celery.errors import BatchNotFoundError, FailureKind
-from batchllm_celery.ledger import Ledger
+from batchllm_celery.keys import BatchKeys
+from batchllm_celery.ledger import Ledger, scripts
 from batchllm_celery.models import BatchState, RetryState, TokenUsage
 from tests.integration.ledger_support import (
     BATCH,
@@ -135,3 +138,19 @@ async def test_an_unknown_batch_stays_unknown(one: Ledger) -> None:
     await client.flushall()
     assert await one.claims.record(claim, answer(claim), spent_tokens=0, cost=None) is False
     assert await client.keys() == []
+
+
+def test_each_key_of_a_batch_has_a_type() -> None:
+    """The list of types in `batch.lua` names as many keys as a batch has."""
+    source = (Path(scripts.__file__).parent / "lua" / "batch.lua").read_text()
+    listed = re.search(r"local TYPES = \{(.*?)\}", source, re.DOTALL)
+    assert listed is not None
+    types = dict(
+        zip(BatchKeys.__dataclass_fields__, re.findall(r"'(\w+)'", listed[1]), strict=True)
+    )
+    assert (types["ids"], types["tasks"], types["owed"], types["out"]) == (
+        "hash",
+        "hash",
+        "zset",
+        "stream",
+    )

@@ -11,15 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from batchllm_celery.files.row_keys import key_of_fields, key_of_id, key_of_line
 from batchllm_celery.models.request import NativeRequest, Request
 from batchllm_celery.producer.plan import (
     KnownRow,
     Plan,
     PresentRow,
     Rerun,
-    key_of_fields,
-    key_of_id,
-    key_of_line,
     plan,
     question_of,
     version_of,

@@ -8,7 +8,7 @@ from decimal import Decimal
 from pathlib import Path
 
 import pytest
-from genai_prices import Usage
+from genai_prices import Usage, calc_price
 from genai_prices.data_snapshot import get_snapshot
 
 from batchllm_celery.errors import UsageError
@@ -135,3 +135,14 @@ def test_a_missing_prices_file_is_refused(tmp_path: Path) -> None:
     """One clear line, not a traceback."""
     with pytest.raises(UsageError, match="FileNotFoundError"):
         Prices(tmp_path / "absent.json")
+
+
+def test_what_is_written_into_a_cache_has_its_own_price() -> None:
+    """To the cent as genai-prices computes it: reads and writes are parts of the input."""
+    ours = TokenUsage(input_tokens=30_000, output_tokens=500, cached_input_tokens=20_000)
+    cost = Prices().cost("anthropic:claude-sonnet-4-5", ours, written=8_000)
+    theirs = Usage(
+        input_tokens=30_000, cache_read_tokens=20_000, cache_write_tokens=8_000, output_tokens=500
+    )
+    expected = calc_price(theirs, model_ref="claude-sonnet-4-5", provider_id="anthropic")
+    assert cost == pytest.approx(float(expected.total_price))

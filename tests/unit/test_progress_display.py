@@ -14,7 +14,9 @@ from batchllm_celery.cli.display.progress import (
     PlainDisplay,
     RateMeter,
     View,
+    headline,
     open_display,
+    time_left,
 )
 from batchllm_celery.cli.display.quota_view import doing, quota_words
 from batchllm_celery.cli.display.summary import Failures, Summary, exit_code, print_summary
@@ -95,6 +97,25 @@ def test_on_a_terminal_a_bar_redraws_itself_and_leaves_nothing() -> None:
     assert "a word [in brackets]" in stream.getvalue()
 
 
+@pytest.mark.parametrize(
+    ("counted", "words"),
+    [
+        (3, ""),
+        (16, "40 s to 2 min 00 s left"),
+        (100, "50 s to 1 min 15 s left"),
+        (900, "1 min 00 s left"),
+    ],
+)
+def test_the_time_left_says_how_sure_it_is(counted: int, words: str) -> None:
+    """Of few answers nobody knows a rate; then it is a range, at last a figure."""
+    assert time_left(View(progress(), 1000, 598 / 60, counted=counted)) == words
+
+
+def test_a_total_that_is_estimated_says_so() -> None:
+    """While rows are read the total is a guess."""
+    assert headline(View(progress(), 1000, 10.0, estimated=True)).startswith("402/about 1,000")
+
+
 def test_quiet_shows_nothing() -> None:
     """--quiet has no display, wherever it runs."""
     screen, stream = console(force_terminal=True)
@@ -114,7 +135,7 @@ def test_quiet_shows_nothing() -> None:
         ({"waiting": 2}, "finding the provider's rate"),
         ({"waiting": 2, "rate_factor": 0.7}, "at 70% of the quota"),
         ({"cooldown_remaining": 12.0, "consecutive": 1}, "cooling down for 12 s after a refusal"),
-        ({"cooldown_remaining": 13.0}, "for 13 s after a restart of Redis"),
+        ({"cooldown_remaining": 13.0}, "waiting 13 s: Redis was started after the last calls"),
         ({"probing": True}, "one call at a time"),
         ({"ramp_position": 3}, "starting slowly"),
         ({"exhausted_until": 4600.0}, "the day's quota is used up, 1 h 00 min"),

@@ -236,7 +236,9 @@ def test_only_the_provider_that_is_built_is_imported(name: str, own: str, others
     assert not {f"{package}.{other}" for other in others} & loaded
 
 
-@pytest.mark.parametrize("name", ["gemini", "gemini-cached", "openai", "pydantic-ai", "simulated"])
+@pytest.mark.parametrize(
+    "name", ["anthropic", "gemini", "gemini-cached", "openai", "pydantic-ai", "simulated"]
+)
 def test_a_built_in_takes_each_parameter_that_it_offers(name: str) -> None:
     """What the signature names reaches the class, a default of its own included."""
     values: dict[str, Any] = {

@@ -156,11 +156,11 @@ def test_many_problems_are_cut_short() -> None:
 
 def test_a_million_braces_cost_no_time() -> None:
     """A broken answer must not hold the event loop."""
-    started = time.monotonic()
+    started = time.process_time()
     for text in ("{" * 1_000_000, "[" * 100_000, '{"a":' * 100_000):
         with pytest.raises(ProviderError):
             OutputSchema(PERSON).parse(text)
-    assert time.monotonic() - started < 2
+    assert time.process_time() - started < 2
 
 
 def nested(levels: int) -> dict[str, Any]:

@@ -129,6 +129,17 @@ def test_a_name_that_is_ours_is_refused() -> None:
         strategy("run_items")
 
 
+def test_an_overload_uses_attempts_up() -> None:
+    """Of a provider without room for anybody, as in a fleet in which no call succeeds."""
+
+    def refuse(prompt: str) -> str:
+        raise ProviderError("503", kind=FailureKind.OVERLOADED, status=503)
+
+    with answers(summary, refuse) as prompts:
+        found = run_item(summary, "x")
+    assert (found.error_kind, found.attempts, len(prompts)) == (FailureKind.OVERLOADED, 3, 3)
+
+
 def test_what_is_not_there_is_said() -> None:
     with pytest.raises(StrategyNotFoundError):
         run_item("kit-nothing", "x")

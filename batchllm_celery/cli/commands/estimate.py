@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from batchllm_celery.cli import exit_codes, options
-from batchllm_celery.cli.display.console import print_json, to_stdout
+from batchllm_celery.cli.display.console import print_json, to_stderr, to_stdout
 from batchllm_celery.cli.display.wording import count, duration, money, plural
 from batchllm_celery.cli.request import (
     CommandRequest,
@@ -24,6 +26,7 @@ from batchllm_celery.cli.request import (
 )
 from batchllm_celery.dialects.estimates import tokens_of_prompt
 from batchllm_celery.dialects.media import BYTES_PER_TOKEN
+from batchllm_celery.errors import InputError
 from batchllm_celery.files.rows import InputRow
 from batchllm_celery.models import BadRow, LLMWorkItem, QuotaLimits, TokenUsage
 from batchllm_celery.settings import Settings
@@ -58,7 +61,7 @@ class BatchEstimate:
 
 
 @click.command()
-@click.argument("source", metavar="INPUT")
+@options.inputs
 @options.model
 @options.rows
 @options.limits
@@ -72,15 +75,17 @@ class BatchEstimate:
 @options.option(
     "--slots", type=click.IntRange(min=1), help="Items in flight per worker.  [default: 100]"
 )
+@options.option("--show", type=click.IntRange(min=1), help="Print so many rows as they are sent.")
 @options.option("--price-model", metavar="PROVIDER:NAME", help="Whose prices, for --strategy.")
 @options.as_json
 def estimate(
-    source: str,
+    sources: tuple[str, ...],
     output_tokens: int | None,
     cached_tokens: int,
     seconds_per_call: float,
     workers: int,
     price_model: str | None,
+    show: int | None,
     **shared: Any,
 ) -> int:
     """Estimate items, tokens, cost and duration of INPUT under the given quota, without a call.
@@ -90,11 +95,17 @@ def estimate(
     request = CommandRequest(**shared)
     given = given_strategy(request)
     settings = settings_of(request)
-    rows = rows_of(request, source, given)
+    rows = rows_of(request, sources, given)
     strategy = rows.strategy
     system = len((request.system or "").encode()) // BYTES_PER_TOKEN
     per_answer = output_tokens or request.max_output_tokens or DEFAULT_OUTPUT_TOKENS
-    size = measure(rows, system, per_answer, cached_tokens)
+    shown: list[InputRow] = []
+    size = measure(_kept(rows, shown, show or 1), system, per_answer, cached_tokens)
+    if not size.items:
+        first = shown[0].message if shown and isinstance(shown[0], BadRow) else "it has no rows"
+        raise InputError(f"{rows.name}: none of its {size.bad_rows:,} rows can be used: {first}")
+    if show:
+        show_rows(to_stderr() if request.as_json else to_stdout(), shown)
     model = price_model or model_name(strategy)
     seconds, bound_by = duration_of(
         size, limits_of(request), workers * settings.slots, seconds_per_call
@@ -104,21 +115,22 @@ def estimate(
     if request.as_json:
         print_json(asdict(result))
     else:
-        show(to_stdout(), result)
+        show_estimate(to_stdout(), result, rows.words)
     return exit_codes.OK
 
 
 def measure(rows: Iterable[InputRow], system: int, per_answer: int, cached: int) -> Size:
     """Count items and tokens; `system` and `cached` tokens go with every item."""
-    items = bad = tokens = 0
+    items = bad = tokens = written = 0
     for row in rows:
         if isinstance(row, BadRow):
             bad += 1
             continue
         items += 1
         tokens += input_tokens(row)
+        written += row.strategy.params.get("max_output_tokens") or per_answer
     shared = system + cached
-    return Size(items, bad, tokens + items * shared, items * per_answer, items * cached)
+    return Size(items, bad, tokens + items * shared, written, items * cached)
 
 
 def input_tokens(item: LLMWorkItem[Any, Any, Any]) -> int:
@@ -171,10 +183,35 @@ def costs(size: Size, model: str | None, settings: Settings) -> tuple[float | No
     )
 
 
-def show(console: Console, result: BatchEstimate) -> None:
+def _kept(rows: Iterable[InputRow], shown: list[InputRow], count: int) -> Iterator[InputRow]:
+    """The rows, of which the first ones are kept."""
+    for row in rows:
+        if len(shown) < count:
+            shown.append(row)
+        yield row
+
+
+def show_rows(console: Console, rows: Iterable[InputRow]) -> None:
+    """Print rows exactly as they will be sent."""
+    for row in rows:
+        if isinstance(row, BadRow):
+            console.print(f"{row.item_id}  {row.message}", markup=False, highlight=False)
+            continue
+        text = Text.assemble((row.item_id, "bold"), "\n")
+        params = row.strategy.params
+        for name in sorted(params):
+            value = params[name]
+            text.append(f"{name}: ", style="dim")
+            text.append(f"{value if isinstance(value, str) else json.dumps(value)}\n")
+        text.append(f"{row.prompt}\n")
+        console.print(text, soft_wrap=True, highlight=False)
+
+
+def show_estimate(console: Console, result: BatchEstimate, words: str) -> None:
     """Print an estimate."""
     size = result.size
     table = Table.grid(padding=(0, 2))
+    table.add_row("input", Text(words))
     bad = f" and {plural(size.bad_rows, 'bad row')}" if size.bad_rows else ""
     table.add_row("items", f"{count(size.items)}{bad}")
     cached = f" ({count(size.cached_input_tokens)} cached)" if size.cached_input_tokens else ""

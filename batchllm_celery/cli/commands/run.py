@@ -20,17 +20,20 @@ from batchllm_celery.cli.batch_follower import BatchFollower, End, RedisWatch
 from batchllm_celery.cli.display.console import log_to, print_json, say, to_stderr, to_stdout
 from batchllm_celery.cli.display.progress import open_display
 from batchllm_celery.cli.display.summary import Summary, exit_code, print_summary
+from batchllm_celery.cli.going_on import begin
 from batchllm_celery.cli.processes import Fleet, SimulatedProviderProcess, environment_of
 from batchllm_celery.cli.request import (
     CommandRequest,
     check_key,
     check_price,
     check_strategy,
+    columns_of,
     default_quota_name,
     each_model,
     given_strategy,
     open_rows,
     quota_of,
+    rerun_words,
     resume_command,
     settings_of,
     spec_of,
@@ -42,19 +45,20 @@ from batchllm_celery.files.out_formats import write_out_format
 from batchllm_celery.files.readers import STDIN
 from batchllm_celery.files.result_file import (
     OutputError,
-    ResultFile,
     Sink,
     check_out,
     open_sink,
+    refusal,
     refuse_real_results,
 )
 from batchllm_celery.files.rows import Rows
+from batchllm_celery.files.tables import read_results, table_suffix, write_table
 from batchllm_celery.models import BatchProgress, BatchSpec, BatchState, Quota
 from batchllm_celery.observability.switched_on import openers
 from batchllm_celery.settings import Settings, absolute
 
 if TYPE_CHECKING:
-    from batchllm_celery.producer import Batch
+    from batchllm_celery.producer.plan import Rerun
 
 #: Worker processes where the command line names no number.
 MOST_WORKERS = 2
@@ -73,10 +77,13 @@ class CheckedRun:
     workers: int | None
     """None: as many as the rows need, `MOST_WORKERS` at most."""
     simulation: str | None
+    rerun: frozenset[Rerun]
+    table: str | None = None
+    """The table that is written from OUT at the end."""
 
 
 @click.command()
-@click.argument("source", metavar="INPUT")
+@options.inputs
 @options.model
 @options.base_url
 @options.rows
@@ -90,15 +97,19 @@ class CheckedRun:
 @options.batch
 @options.bounds
 @options.out
+@options.columns
 @options.connection
 @options.quiet
 @options.as_json
 @options.verbose
-def run(source: str, workers: int | None, simulation: str | None, **shared: Any) -> int:
+def run(
+    sources: tuple[str, ...], workers: int | None, simulation: str | None, **shared: Any
+) -> int:
     """Answer every row of INPUT, write the results and print a summary.
 
-    INPUT is JSONL, CSV, plain text (a prompt a line), Parquet, an OpenAI batch file, or - for
-    standard input. The results go to INPUT.results.jsonl unless -o says otherwise.
+    INPUT is JSONL, a JSON array, CSV, plain text (a prompt a line), Parquet, Excel, an OpenAI batch
+    file, each also as .gz or .zst, a folder (one item a file), several of them, or - for standard
+    input. The results go to INPUT.results.jsonl unless -o says otherwise.
 
     Exit code: 0 all succeeded, 1 some failed, 2 bad usage or input, 3 stopped early,
     130 interrupted.
@@ -108,7 +119,7 @@ def run(source: str, workers: int | None, simulation: str | None, **shared: Any)
     log_to(console, verbose=request.verbose)
     started = time.monotonic()
     with contextlib.ExitStack() as stack, Interrupts().counted() as interrupts:
-        checked = _check(source, request, workers, simulation, stack)
+        checked = _check(sources, request, workers, simulation, stack)
         end, logs, total_time = _run(checked, console, interrupts, stack, started)
         summary = _summary(checked, end, total_time, logs)
     written = _write_out_format(checked, end)
@@ -130,17 +141,30 @@ def _write_out_format(checked: CheckedRun, end: End) -> list[Path]:
 
 
 def _check(
-    source: str,
+    sources: tuple[str, ...],
     request: CommandRequest,
     workers: int | None,
     simulation: str | None,
     stack: contextlib.ExitStack,
 ) -> CheckedRun:
+    from batchllm_celery.producer.plan import Rerun
+
     settings = settings_of(request)
     given = given_strategy(request)
+    source = sources[0]
+    if len(sources) > 1 and request.out is None:
+        raise UsageError("several inputs: say where the results go with -o OUT.jsonl")
     out = request.out or default_out(source, dry_run=request.dry_run)
-    _refuse_same_file(source, out)
-    rows = open_rows(request, source, given, stack)
+    for one in sources:
+        _refuse_same_file(one, out)
+    table = out if out != "-" and table_suffix(out) is not None else None
+    if request.columns and table is None:
+        raise UsageError("--columns are those of a table: -o x.csv or -o x.parquet")
+    if table is not None:
+        out = f"{table}.jsonl"  # the table is written from it
+        if Path(table).exists() and not Path(out).exists() and not _overwrites(request):
+            raise OutputError(refusal(Path(table), None, request.batch_id or "this one"))
+    rows = open_rows(request, sources, given, stack)
     strategy = rows.strategy
     if request.out_format is not None and out == "-":
         raise UsageError("--out-format writes files beside OUT: name OUT with -o")
@@ -160,13 +184,14 @@ def _check(
     check_out(out, spec.batch_id, overwrite=_overwrites(request))
     settings = settings.model_copy(update={"queue": spec.queue})
     quota = quota_of(request, default_quota_name(strategy))
-    return CheckedRun(request, settings, spec, quota, rows, out, workers, simulation)
+    rerun = frozenset(Rerun(word) for word in rerun_words(request))
+    return CheckedRun(request, settings, spec, quota, rows, out, workers, simulation, rerun, table)
 
 
 def default_out(source: str, *, dry_run: bool = False) -> str:
     """INPUT.results.jsonl beside the input; INPUT.dry-run.jsonl for a dry run."""
     name = "dry-run" if dry_run else "results"
-    return f"{'stdin' if source == STDIN else source}.{name}.jsonl"
+    return f"{'stdin' if source == STDIN else source.rstrip('/')}.{name}.jsonl"
 
 
 def _overwrites(request: CommandRequest) -> bool:
@@ -203,10 +228,15 @@ def _run(
         checked.out, checked.spec.batch_id, overwrite=_overwrites(request), ordered=request.ordered
     )
     try:
-        batch = producer.open(checked.spec, quota=checked.quota, quota_update=request.quota_update)
+        beginning = begin(producer, checked.spec, checked.rows, sink, checked.rerun)
+        batch = producer.open(
+            beginning.spec,
+            quota=checked.quota,
+            quota_update=request.quota_update,
+            renew=beginning.renew,
+        )
         each_model(producer, checked.spec, checked.request, checked.rows, checked.settings)
         batch.consume()
-        _refuse_lost_results(batch, sink, checked.out)
     except BaseException:
         sink.abandon()
         raise
@@ -216,8 +246,10 @@ def _run(
     stack.callback(fleet.kill)
     display = open_display(console, quiet=request.quiet)
     display.say(f"Batch {batch.id}" + (", resumed" if batch.resumed else ""))
+    for words in (f"Reading {checked.rows.words}", *beginning.words):
+        display.say(words)
     follower = BatchFollower(
-        producer, batch, checked.rows, sink, fleet, display,
+        producer, batch, checked.rows, sink, fleet, display, feed=beginning.feed(checked.rows),
         interrupts=interrupts, redis=redis, drain_seconds=settings.drain_seconds,
         rows_per_worker=settings.slots if checked.workers is None else None,
         check=provider.check if provider is not None else None,
@@ -228,6 +260,8 @@ def _run(
         _finish(sink, end)
     finally:
         display.close()
+    if checked.table is not None and end.failure is None and not end.interrupted:
+        write_table(read_results(checked.out), checked.table, columns_of(request))
     fleet.drain()
     fleet.wait(timeout=min(5.0, settings.drain_seconds))
     return end, _kept_logs(logs, fleet, end), took
@@ -263,19 +297,6 @@ def _settings_of_workers(
     if provider is not None:
         changes["simulated_url"] = provider.wait_for_url()
     return checked.settings.model_copy(update=changes)
-
-
-def _refuse_lost_results(batch: Batch, sink: Sink, out: str) -> None:
-    """Refuse to resume with another file: results of the first one are no longer in Redis."""
-    progress = batch.progress()
-    if not isinstance(sink, ResultFile) or progress.unread is None:
-        return
-    lost = progress.finished - len(sink.written) - progress.unread
-    if batch.resumed and lost > 0:
-        raise OutputError(
-            f"{lost:,} results of batch {batch.id} were written to another file than {out}; "
-            "name that file with -o, or start again with another --batch-id"
-        )
 
 
 def _finish(sink: Sink, end: End) -> None:
@@ -334,12 +355,26 @@ def _summary(checked: CheckedRun, end: End, seconds: float, logs: str | None) ->
         cost=progress.cost,
         maybe_billed=progress.maybe_billed,
         seconds=round(seconds, 3),
-        output=None if checked.out == "-" else checked.out,
+        output=None if checked.out == "-" else _written(checked, end),
         resume=resume_command(checked.spec.batch_id, sys.argv[1:]) if resumable else None,
+        retry=_retry(checked, progress) if progress.is_over else None,
         logs=logs,
         dry_run=checked.spec.config.dry_run,
         resume_needs=_needs(checked.spec, progress) if resumable else None,
     )
+
+
+def _written(checked: CheckedRun, end: End) -> str:
+    if checked.table is None or end.failure is not None or end.interrupted:
+        return checked.out
+    return checked.table
+
+
+def _retry(checked: CheckedRun, progress: BatchProgress) -> str | None:
+    """The command that runs failed rows again."""
+    if not progress.failed or progress.state.stopped or checked.spec.config.dry_run:
+        return None
+    return resume_command(checked.spec.batch_id, sys.argv[1:]) + " --retry-failed"
 
 
 def _needs(spec: BatchSpec, progress: BatchProgress) -> str | None:
@@ -364,6 +399,8 @@ def _code(end: End) -> int:
 
 
 def _report(summary: Summary, end: End, request: CommandRequest) -> None:
+    if isinstance(end.failure, BrokenPipeError):
+        raise end.failure  # whoever read the results has had enough
     if end.failure is not None:
         text = " ".join(str(end.failure).split()) or type(end.failure).__name__
         say(f"Error: {text}")

@@ -21,6 +21,7 @@ from batchllm_celery.cli.display.tables import FittingTable
 from batchllm_celery.cli.display.wording import count, duration, money, plural, rate, short
 from batchllm_celery.cli.request import CommandRequest, settings_of
 from batchllm_celery.cli.signals import Interrupts
+from batchllm_celery.models import BatchState
 
 if TYPE_CHECKING:
     from batchllm_celery.connection import BrokenEntry
@@ -144,7 +145,7 @@ def render(seen: Status) -> RenderableType:
         parts.append(_batches(seen))
     if seen.quotas:
         parts.append(quota_table(seen.quotas))
-    parts.append(_workers(seen.workers))
+    parts.append(_workers(seen))
     parts += [
         Text(f"{worker.worker_id} can't read {worker.unreadable}", style="red")
         for worker in seen.workers
@@ -203,9 +204,23 @@ def _average(progress: BatchProgress, now: float) -> float:
     return progress.finished / since if progress.submitted_at and since > 1 else 0.0
 
 
-def _workers(workers: list[WorkerInfo]) -> RenderableType:
+def _running(worker: WorkerInfo) -> str:
+    """Slots in use, and the items that wait for one in that process."""
+    waiting = max(0, worker.running - worker.slots)
+    in_use = f"{count(worker.running - waiting)}/{count(worker.slots)}"
+    return f"{in_use}, {count(waiting)} waiting" if waiting else in_use
+
+
+def _workers(seen: Status) -> RenderableType:
+    workers = seen.workers
     if not workers:
-        return Text("No worker is running; start some: batchllm worker", style="yellow")
+        halted = (BatchState.PAUSED, BatchState.PARKED)
+        if any(
+            not (batch.is_over or batch.state.stopped or batch.state in halted)
+            for batch in seen.batches
+        ):
+            return Text("No worker is running; start some: batchllm worker", style="yellow")
+        return Text("No worker is running, and no batch waits for one.", style="dim")
     now = time.time()
     table = FittingTable("Worker", "Host", "Pid", "Running", "Queues", "Seen")
     for worker in workers:
@@ -213,7 +228,7 @@ def _workers(workers: list[WorkerInfo]) -> RenderableType:
             worker.worker_id,
             worker.host,
             str(worker.pid),
-            f"{count(worker.running)}/{count(worker.slots)}",
+            _running(worker),
             worker.queues,
             f"{duration(max(0.0, now - worker.last_seen))} ago",
         )

@@ -6,6 +6,7 @@ import contextlib
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import click
@@ -23,6 +24,7 @@ from batchllm_celery.cli.request import (
     given_strategy,
     open_rows,
     quota_of,
+    rerun_words,
     resume_command,
     settings_of,
     spec_of,
@@ -35,7 +37,7 @@ from batchllm_celery.settings import Settings
 
 
 @click.command()
-@click.argument("source", metavar="INPUT")
+@options.inputs
 @options.model
 @options.rows
 @options.quota
@@ -44,7 +46,7 @@ from batchllm_celery.settings import Settings
 @options.connection
 @options.quiet
 @options.verbose
-def submit(source: str, **shared: Any) -> int:
+def submit(sources: tuple[str, ...], **shared: Any) -> int:
     """Enqueue every row of INPUT for the workers of a fleet; print the batch's id.
 
     The id is printed as soon as the batch is in Redis, so that `batchllm results ID --follow` can
@@ -54,13 +56,13 @@ def submit(source: str, **shared: Any) -> int:
     log_to(to_stderr(), verbose=request.verbose)
     with contextlib.ExitStack() as stack, Interrupts().counted() as interrupts:
         settings = settings_of(request)
-        rows = open_rows(request, source, given_strategy(request), stack)
+        rows = open_rows(request, sources, given_strategy(request), stack)
         strategy = rows.strategy
         instance = None
         if request.model or settings.app:
             instance = check_strategy(strategy, settings)
         spec = spec_of(
-            request, strategy, source=source, queue="default", keep_results=True,
+            request, strategy, source=sources[0], queue="default", keep_results=True,
             own_models=rows.native.own_models and bool(rows.native.models),
         )  # fmt: skip
         if instance is not None:
@@ -87,18 +89,24 @@ def _submit(
     stack: contextlib.ExitStack,
 ) -> int | None:
     from batchllm_celery.producer import Producer
+    from batchllm_celery.producer.producer import find_batch, prepare_batch
 
     producer = stack.enter_context(Producer(settings))
     producer.check()
     producer.check_runnable(spec)
-    batch = producer.open(spec, quota=quota, quota_update=request.quota_update)
+    found = find_batch(producer, spec.batch_id) if request.batch_id else None
+    renew = False
+    feed: Iterable[Any] = rows
+    if found is not None:
+        spec, renew, feed = prepare_batch(producer, spec, found, rows, rerun_words(request))
+    batch = producer.open(spec, quota=quota, quota_update=request.quota_update, renew=renew)
     each_model(producer, spec, request, rows, settings)
     click.echo(batch.id)
     sys.stdout.flush()
     if not request.quiet and not producer.workers():
         click.echo("No worker is running yet; start some: batchllm worker", err=True)
     stop, totals = threading.Event(), []
-    feeder = BackgroundThread("feeder", lambda: totals.append(batch.feed(rows, stop=stop)))
+    feeder = BackgroundThread("feeder", lambda: totals.append(batch.feed(feed, stop=stop)))
     feeder.start()
     while feeder.is_alive():
         if interrupts.count:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -16,6 +17,8 @@ from batchllm_celery.models import BatchProgress
 
 #: Seconds over which the rate is measured.
 RATE_WINDOW_SECONDS = 30.0
+#: Answers before which nobody can say how long the rest takes.
+LEAST_ANSWERS = 10
 #: Seconds between two lines of `PlainDisplay`.
 PLAIN_INTERVAL_SECONDS = 5.0
 
@@ -26,6 +29,8 @@ class RateMeter:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._seen: deque[tuple[float, int]] = deque()
+        self.counted = 0
+        """Items that the last rate was measured with."""
 
     def update(self, finished: int) -> float:
         """Record how many items are finished now. Returns items per second."""
@@ -34,7 +39,8 @@ class RateMeter:
         while now - self._seen[0][0] > RATE_WINDOW_SECONDS:
             self._seen.popleft()
         since, before = self._seen[0]
-        return max(0.0, (finished - before) / (now - since)) if now > since else 0.0
+        self.counted = max(0, finished - before)
+        return self.counted / (now - since) if now > since else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +53,10 @@ class View:
     rate: float = 0.0
     doing: str = ""
     """What the batch waits for, in a few words."""
+    estimated: bool = False
+    """Whether `total` is an estimate: rows are still being read."""
+    counted: int | None = None
+    """Answers that the rate was measured with; None: it is taken as it is."""
 
     @property
     def eta(self) -> float | None:
@@ -69,6 +79,23 @@ class Display:
         """Remove what is not to stay."""
 
 
+def time_left(view: View) -> str:
+    """`3 min 15 s left`; `3 min to 5 min 10 s left` while few answers have come; empty while it
+    can't be known."""
+    if view.eta is None or not view.progress.finished:
+        return ""
+    if view.counted is None or view.counted >= 400:
+        return f"{duration(view.eta)} left"
+    if view.counted < LEAST_ANSWERS:
+        return ""
+    # Answers come at random: of n the next half minute brings n give or take two roots of n.
+    spread = 2 / math.sqrt(view.counted)
+    fewest, most = view.eta / (1 + spread), view.eta / (1 - min(spread, 0.6))
+    if duration(fewest) == duration(most):
+        return f"{duration(fewest)} left"
+    return f"{duration(fewest)} to {duration(most)} left"
+
+
 def counters(view: View) -> str:
     """`✓ 1,200  ✗ 3  · 1.2M tokens · $0.0340`"""
     progress = view.progress
@@ -86,11 +113,13 @@ def counters(view: View) -> str:
 def headline(view: View) -> str:
     """`1,203/10,000  45.1/s  3 min 15 s left`"""
     total = "?" if view.total is None else count(view.total)
+    if view.estimated and view.total is not None:
+        total = f"about {total}"
     parts = [f"{count(view.progress.finished)}/{total}"]
     if view.rate > 0:
         parts.append(rate(view.rate))
-    if view.eta is not None and view.progress.finished:
-        parts.append(f"{duration(view.eta)} left")
+    if left := time_left(view):
+        parts.append(left)
     return "  ".join(parts)
 
 

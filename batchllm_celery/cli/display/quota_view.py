@@ -34,8 +34,10 @@ def quota_words(state: QuotaState, now: float) -> str:
     if state.exhausted_until is not None and state.exhausted_until > now:
         return f"the day's quota is used up, {duration(state.exhausted_until - now)} to its reset"
     if state.cooldown_remaining > 0:
-        why = "a refusal" if state.consecutive else "a restart of Redis"
-        return f"cooling down for {duration(state.cooldown_remaining)} after {why}"
+        left = duration(state.cooldown_remaining)
+        if not state.consecutive:
+            return f"waiting {left}: Redis was started after the last calls, which may still count"
+        return f"cooling down for {left} after a refusal"
     if state.probing:
         return "the provider is refusing; trying one call at a time"
     if state.ramp_position is not None:

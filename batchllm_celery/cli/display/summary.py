@@ -55,6 +55,8 @@ class Summary:
     """The command that resumes an interrupted batch."""
     resume_needs: str | None = None
     """Options that must change in that command, or it stops again at once."""
+    retry: str | None = None
+    """The command that runs failed rows again."""
     logs: str | None = None
     dry_run: bool = False
 
@@ -102,6 +104,8 @@ def print_summary(console: Console, summary: Summary, examples: dict[str, str]) 
     for kind, number in sorted(summary.errors.items(), key=lambda pair: -pair[1]):
         text.append(f"  {'failed':<9}", style="dim").append(f"{count(number)} {kind}", style="red")
         text.append(f"  e.g. {examples[kind][:200]}\n" if kind in examples else "\n", style="dim")
+    if summary.retry and not summary.resume:
+        text.append(f"  {'again':<9}", style="dim").append(f"{summary.retry}\n", style="bold")
     if summary.resume_needs:
         text.append(f"  {'to resume':<9}", style="dim")
         text.append(f" give {summary.resume_needs}, or it stops again at once:\n")

@@ -84,7 +84,7 @@ end
 -- written one half, and a call whose outcome can't be recorded is paid for in vain. It costs 10
 -- microseconds, so a worker asks for it once a second.
 local TYPES = {'hash', 'hash', 'string', 'zset', 'hash', 'hash', 'hash', 'string', 'string', 'stream',
-               'string', 'hash', 'hash', 'hash', 'hash', 'hash', 'hash', 'zset'}
+               'string', 'hash', 'hash', 'hash', 'hash', 'hash', 'hash', 'hash', 'zset'}
 local function check_keys()
   for i = 1, keys_in_use() do
     local found = call('TYPE', KEYS[i]).ok

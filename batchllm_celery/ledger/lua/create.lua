@@ -29,7 +29,7 @@ local stopped = found and is_stopped()
 -- Whoever sends a further item does not resume what a person has cancelled.
 if stopped and meta.standing then return {'attached', meta.round, meta.fed, known} end
 local over = found and meta.total and meta.ok + meta.failed >= meta.total
-if found and identity ~= ARGV[2] and not (stopped or over) then
+if found and identity and identity ~= ARGV[2] and not (stopped or over) then
   return {'conflict', meta.round, meta.fed, known}
 end
 

@@ -2,8 +2,9 @@
 --
 -- ARGV     1 first index, 2 most items outstanding, 3 most bytes, 4 milliseconds before an item that
 --          no message brought is requeued, then for each row: fingerprint (8 bytes),
---          payload, '' or the result line of a row that can't be run, and the SHAs of the payload's
---          blobs (32 bytes each)
+--          payload, '' or the result line of a row that can't be run (or for a row whose outcome is
+--          known already '+' for a success or '-', and the line to deliver, '' for none), and the
+--          SHAs of the payload's blobs (32 bytes each)
 -- returns  {fed, state, indexes that need a message}; {fed, 'full'} when there is no room;
 --          {fed, 'gap'} when rows before the first index are missing; {fed, 'blobs', SHAs} when
 --          these are missing: store them (`blobs.lua`) and repeat the call
@@ -76,8 +77,10 @@ for n = 0, count - 1 do
   local index, at = first + n, 5 + n * 4
   local print, payload, line, uses = unpack(ARGV, at, at + 3)
   local old = index < meta.fed
+  local sign = string.sub(line, 1, 1)
+  local answered = sign == '+' or sign == '-' -- a failure that somebody has reopened runs
   prints[n + 1] = print
-  if is_known(n, print) then
+  if is_known(n, print) and not (sign == '+' and call('GETBIT', DONE, index) == 0) then
     if call('ZSCORE', READY, index) then
       wake[#wake + 1] = index
     elseif lost_payload(index, payload, line) then
@@ -90,7 +93,7 @@ for n = 0, count - 1 do
     if old then forget(index) end
     set_uses(index, uses)
     if line ~= '' then
-      lines[#lines + 1] = {index, line}
+      lines[#lines + 1] = {index, answered and string.sub(line, 2) or line, sign == '+'}
       call('ZREM', READY, index)
       call('HDEL', ITEM, index)
     else
@@ -111,8 +114,8 @@ if first + count > meta.fed then
   meta.total = nil -- the input has grown: until the producer has fed it to its end
 end
 for _, row in ipairs(lines) do
-  append({'i', text(row[1]), 'r', row[2]})
-  mark(row[1], false, false)
+  if row[2] ~= '' then append({'i', text(row[1]), 'r', row[2]}) end
+  mark(row[1], row[3], false)
 end
 if meta.state == 'finished' then meta.state = 'open' end
 local state = state_now()

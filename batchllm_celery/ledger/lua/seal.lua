@@ -6,6 +6,12 @@
 if not load_meta() then return false end
 local total = tonumber(ARGV[1])
 meta.total = math.max(total, meta.fed)
+local superseded = call('HGET', META, 'superseded')
+if superseded then -- results of the generation before: those that stay were delivered again
+  local milliseconds, sequence = string.match(superseded, '^(%d+)-(%d+)$')
+  call('XTRIM', OUT, 'MINID', milliseconds .. '-' .. text(tonumber(sequence) + 1))
+  call('HDEL', META, 'superseded')
+end
 -- Blobs that were stored for rows which never came: the producer died between the two.
 if meta.blob_bytes and meta.blob_bytes > 0 then
   local refs = call('HGETALL', REFS)

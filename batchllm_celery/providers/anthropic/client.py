@@ -119,12 +119,13 @@ def _reply_of(error: Exception) -> Reply | None:
     """
     if isinstance(error.__cause__, ProviderError):  # our own refusal, beneath a connection error
         raise error.__cause__
-    status, response = getattr(error, "status_code", None), getattr(error, "response", None)
+    status = getattr(error, "status_code", None)
+    response: Any = getattr(error, "response", None)
     if type(status) is int and isinstance(getattr(response, "content", None), bytes):
         refused = redirected(error, status)
         if refused is not None:
             raise refused from error
-        return Reply(status, response.headers, response.content)  # type: ignore[union-attr]
+        return Reply(status, response.headers, response.content)
     if type(error).__name__ == "APITimeoutError" and _never_connected(error):
         raise ProviderError(
             "the connection failed or broke",

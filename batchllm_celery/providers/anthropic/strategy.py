@@ -41,6 +41,7 @@ class AnthropicStrategy(DialectStrategy[TOutput]):
 
     provider = "anthropic"
     dialect = "anthropic"
+    cached_input_counts = False
     dialects = ("anthropic",)
 
     def __init__(

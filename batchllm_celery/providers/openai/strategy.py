@@ -160,6 +160,9 @@ class OpenAICompatibleStrategy(DialectStrategy[TOutput]):
             translated = openai_client.translate(error)
             if translated is None:
                 raise
+            if translated.limits is not None:
+                named = {"quota": self.model_name}
+                translated.limits = translated.limits.model_copy(update=named)
             raise translated from error
 
     def _count_page(self, content: bytes) -> None:

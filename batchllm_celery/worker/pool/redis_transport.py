@@ -16,7 +16,7 @@ from kombu.utils.json import dumps, loads
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 
-from batchllm_celery.queue import RUN_ITEMS
+from batchllm_celery.queue import NOT_PACKED, RUN_ITEMS
 from batchllm_celery.worker.pool.bad_messages import UNREADABLE, BadMessageError, dropped
 from batchllm_celery.worker.pool.transport import MOST_TOGETHER, gathered
 
@@ -64,7 +64,8 @@ def _check_envelope(payload: Any) -> None:
     if headers is not None and not isinstance(headers, dict):
         raise BadMessageError("its headers are no object")
     # Ours never is: what a small one unpacks to has no bound.
-    if headers and headers.get("task") == RUN_ITEMS and headers.get("compression"):
+    packed = headers and headers.get("compression") not in (None, "", NOT_PACKED)
+    if headers and headers.get("task") == RUN_ITEMS and packed:
         raise BadMessageError("its body is compressed")
 
 
