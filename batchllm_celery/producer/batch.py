@@ -44,6 +44,7 @@ from batchllm_celery.models import (
 from batchllm_celery.producer.continuing import (
     Answered,
     Questions,
+    as_json,
     identity_of_bad,
     key_of,
     known_of,
@@ -211,7 +212,8 @@ class BatchSteps(Generic[TOutput, TContext]):
         if not (seen.add_index(index) if own else seen.add(payload.item_id)):
             raise InputError(f"item {index}: an earlier row has its item_id {payload.item_id!r}")
         prepare(requests, payload, index, self.spec.strategy)
-        payload.identity = self._questions.identity(payload, key_of(row))
+        with as_json(index, payload.item_id):
+            payload.identity = self._questions.identity(payload, key_of(row))
         return payload if answered is None else known_of(answered, payload.identity)
 
     def _until(

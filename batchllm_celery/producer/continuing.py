@@ -11,10 +11,11 @@ import struct
 from array import array
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from batchllm_celery.errors import BatchConflictError, FailureKind
+from batchllm_celery.errors import BatchConflictError, FailureKind, InputError, UsageError
 from batchllm_celery.files.requests import Requests
 from batchllm_celery.files.row_keys import canonical, hashed, key_of_fields, key_of_id, key_of_line
 from batchllm_celery.ledger import Known
@@ -315,9 +316,10 @@ def _read(
     if isinstance(payload, BadRow):
         return _bad_key(payload), _NO_QUESTION, _NO_QUESTION, True
     prepare(requests, payload, place, default)  # its question holds the bytes of its parts
-    identity = read_identity(questions.identity(payload, key_of(row)))
-    assert identity is not None
-    return *identity, _detail(payload.item_id, payload.context), False
+    with as_json(place, payload.item_id):
+        identity = read_identity(questions.identity(payload, key_of(row)))
+        assert identity is not None
+        return *identity, _detail(payload.item_id, payload.context), False
 
 
 def _bad_key(row: BadRow) -> bytes:
@@ -327,6 +329,23 @@ def _bad_key(row: BadRow) -> bytes:
 def identity_of_bad(row: BadRow) -> str:
     """The identity of a row that asks nothing."""
     return identity_of(_bad_key(row), _NO_QUESTION)
+
+
+@contextmanager
+def as_json(place: int, item_id: str) -> Iterator[None]:
+    """Name the row of which something has no JSON form: it holds itself, say.
+
+    Raises:
+        InputError: with its place and id; an error's own words might quote the row.
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"item {place} ({item_id}): it can't be written as JSON ({type(error).__name__})"
+        ) from error
 
 
 def key_of(row: Row) -> bytes | None:

@@ -114,6 +114,9 @@ def row(**changes: Any) -> dict[str, Any]:
         (row(context={"price": Decimal(1)}), r"item 250 \(odd\): .*Decimal"),
         (row(context=circular()), r"item 250 \(odd\): .*JSON"),
         (row(context={(1, 2): "x"}), r"item 250 \(odd\): .*tuple"),
+        # Without an id of its own, all that stands in it tells it from others.
+        ({"prompt": "x", "context": circular()}, r"item 250 \(250\): .*JSON"),
+        ({"prompt": "x", "context": {1: 2, "a": 3}}, r"item 250 \(250\): .*JSON"),
         (LLMWorkItem("odd", "s", "x", context={1, 2}), r"item 250 \(odd\): .*set"),
         (LLMWorkItem("odd", "s", ["x"]), r"item 250 \(odd\): its prompt is no text"),
         (row(temperature=0.5, model="m"), r"item 250: unknown key 'temperature', 'model'"),
