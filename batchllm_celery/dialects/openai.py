@@ -502,7 +502,8 @@ def _read_choice(choice: Any) -> Read:
     metadata: dict[str, Any] = {"finish_reason": "tool_calls" if calls else finish}
     if choice.get("logprobs") is not None:
         metadata["logprobs"] = choice["logprobs"]
-    failed = _failure(finish, message, text, calls)
+    # Servers of one's own leave the field out; one that says null has not come to its end.
+    failed = _failure(finish if "finish_reason" in choice else "stop", message, text, calls)
     if failed is None:
         return Read(output, metadata=metadata)
     metadata["finish_reason"] = finish if isinstance(finish, str) else None

@@ -250,6 +250,16 @@ def test_tool_calls_are_output() -> None:
         assert answer.metadata["finish_reason"] == "tool_calls"
 
 
+def test_a_choice_without_a_finish_reason_is_an_answer() -> None:
+    """Servers of one's own leave it out. An empty text or a refusal is none by that."""
+    choice: dict[str, Any] = {"message": {"content": "x"}}
+    assert good("openai", {"choices": [choice]}).output == "x"
+    choice["message"] = {"content": " "}
+    assert bad("openai", {"choices": [choice]}).kind is K.UNKNOWN
+    choice["message"] = {"content": None, "refusal": "no"}
+    assert bad("openai", {"choices": [choice]}).kind is K.CONTENT_BLOCKED
+
+
 def test_several_answers_are_a_list_in_their_order() -> None:
     body = chat()
     body["choices"] = [
@@ -326,7 +336,7 @@ def test_embeddings_are_numbers_in_order() -> None:
         ("openai", chat("x", ""), K.UNKNOWN),
         ("openai", chat("cut", "MAX_TOKENS"), K.TRUNCATED),
         ("openai", chat("x", "Safety"), K.CONTENT_BLOCKED),
-        ("openai", {"choices": [{"message": {"content": "x"}}]}, K.UNKNOWN),
+        ("openai", {"choices": [{"message": {"content": "x"}, "finish_reason": None}]}, K.UNKNOWN),
         ("openai", chat([{"type": "refusal", "refusal": "no"}]), K.CONTENT_BLOCKED),
         ("gemini", {"candidates": [{"content": {"parts": [{"text": "x"}]}}]}, K.UNKNOWN),
         ("openai", chat(None, message={"refusal": "no"}), K.CONTENT_BLOCKED),
