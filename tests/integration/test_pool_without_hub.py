@@ -9,8 +9,7 @@ import pytest
 from celery import Celery
 from celery.contrib.testing.worker import start_worker
 
-from batchllm_celery import event_loop
-from tests.support import wait_until
+from tests.support import loop_of_its_own, wait_until
 
 POOL = "batchllm_celery.worker.pool:AsyncioPool"
 
@@ -18,9 +17,9 @@ POOL = "batchllm_celery.worker.pool:AsyncioPool"
 @pytest.fixture
 def app() -> Iterator[Celery]:
     app = Celery("memory", broker="memory://", backend="cache+memory://", set_as_current=False)
-    yield app
-    app.close()
-    event_loop.close()
+    with loop_of_its_own():
+        yield app
+        app.close()
 
 
 def test_tasks_run_on_a_broker_without_a_hub(app: Celery) -> None:

@@ -13,14 +13,15 @@ from collections.abc import Iterator
 import pytest
 
 from batchllm_celery import event_loop
+from tests.support import loop_of_its_own
 
 marker: contextvars.ContextVar[str] = contextvars.ContextVar("marker", default="none")
 
 
 @pytest.fixture(autouse=True)
-def _closed_afterwards() -> Iterator[None]:
-    yield
-    event_loop.close()
+def _loop_of_its_own() -> Iterator[None]:
+    with loop_of_its_own():
+        yield
 
 
 async def _where() -> tuple[asyncio.AbstractEventLoop, str]:
