@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import uuid
@@ -54,6 +55,17 @@ def _as_a_new_process(monkeypatch: pytest.MonkeyPatch) -> None:
     test finds what another one left."""
     monkeypatch.setattr("batchllm_celery.strategies.failures._logged", {})
     monkeypatch.setattr("batchllm_celery.redaction._kept", set())
+
+
+@pytest.fixture(autouse=True)
+def _log_levels_as_they_were() -> Iterator[None]:
+    """A worker in a test's thread sets the root logger to ERROR, and leaves it so."""
+    loggers = [logging.getLogger(name) for name in (None, "celery", "batchllm_celery")]
+    before = [(logger.level, logger.disabled, logger.propagate) for logger in loggers]
+    yield
+    for logger, (level, disabled, propagate) in zip(loggers, before, strict=True):
+        logger.setLevel(level)
+        logger.disabled, logger.propagate = disabled, propagate
 
 
 @pytest.fixture(scope="session")
